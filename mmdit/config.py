@@ -1,0 +1,87 @@
+"""The configuration of an MM-DiT."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Architecture of an MM-DiT. Two models with equal configurations have the same parameters and positions."""
+
+    depth: int
+    """Number of joint blocks."""
+    heads: int
+    """Attention heads; the released models have as many as blocks."""
+    head_dim: int = 64
+    """Channels per head; the width of the model is heads * head_dim."""
+    in_channels: int = 16
+    """Channels of the latent, in and out."""
+    patch_size: int = 2
+    """Side of a square patch of the latent, in latent pixels."""
+    context_dim: int = 4096
+    """Channels of the text sequence."""
+    pooled_dim: int = 2048
+    """Channels of the pooled text vector."""
+    mlp_ratio: int = 4
+    """Hidden channels of the MLP per channel."""
+    qk_norm: bool = False
+    """RMSNorm with learnable scale on queries and keys, in every stream."""
+    dual_attention: tuple[int, ...] = ()
+    """Blocks with a second, image-only attention (MMDiT-X)."""
+    weight_sets: int = 2
+    """1: text and image share weights (DiT on concatenated tokens); 2: MM-DiT; 3: CLIP, T5 and image."""
+    context_split: int = 77
+    """With 3 weight sets: how many leading text tokens go to the first of the two text streams."""
+    resolution: int = 256
+    """Side of the square target resolution in pixels (S of the position grid)."""
+    max_height: int = 256
+    """Height of the tallest bucket in pixels."""
+    max_width: int = 256
+    """Width of the widest bucket in pixels."""
+    position_base: int = 256
+    """Resolution in pixels at which neighbouring tokens stand one position apart."""
+    token_pixels: int = 16
+    """Pixels per token and axis: the autoencoder's factor times patch_size."""
+
+    def __post_init__(self) -> None:
+        # From JSON a tuple comes as a list; hashing and comparing want the tuple.
+        object.__setattr__(self, "dual_attention", tuple(self.dual_attention))
+        for name in ("depth", "heads", "head_dim", "in_channels", "patch_size", "context_dim", "pooled_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MMDiTConfig: {name} is {getattr(self, name)}; expected at least 1")
+        if self.weight_sets not in (1, 2, 3):
+            raise ValueError(f"MMDiTConfig: weight_sets is {self.weight_sets}; expected 1, 2 or 3")
+        if self.width % 4:
+            raise ValueError(f"MMDiTConfig: heads * head_dim is {self.width}; expected a multiple of 4")
+        outside = [i for i in self.dual_attention if not 0 <= i < self.depth]
+        if outside:
+            raise ValueError(f"MMDiTConfig: dual_attention names blocks {outside}; expected 0 to {self.depth - 1}")
+        for name in ("max_height", "max_width", "resolution"):
+            if getattr(self, name) % self.token_pixels:
+                raise ValueError(
+                    f"MMDiTConfig: {name} is {getattr(self, name)}; expected a multiple of token_pixels = "
+                    f"{self.token_pixels}"
+                )
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def max_tokens(self) -> tuple[int, int]:
+        """Rows and columns of the position table."""
+        return self.max_height // self.token_pixels, self.max_width // self.token_pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MMDiTConfig:
+        """Raises: ValueError that lists unknown keys; TypeError if a required one is missing."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"MMDiTConfig: unknown keys {unknown}")
+        return cls(**values)

@@ -1,0 +1,114 @@
+"""MM-DiT: the multimodal diffusion transformer of Stable Diffusion 3 (arXiv 2403.03206, figure 2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.blocks import Attention, JointBlock, StreamBlock
+from mmdit.config import MMDiTConfig
+from mmdit.embeddings import FREQUENCIES, FinalLayer, PatchEmbed, VectorEmbedder, timestep_features
+
+
+class MMDiT(nn.Module):
+    """Predicts the velocity of a latent, given time and text.
+
+    Args: config: the architecture. Weights are initialised from torch's global generator; on the meta device they are
+        left alone: materialise, then call `init_weights()` or load a checkpoint.
+    """
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.time_embed = VectorEmbedder(FREQUENCIES, config.width)
+        self.pooled_embed = VectorEmbedder(config.pooled_dim, config.width)
+        texts = max(1, config.weight_sets - 1)
+        self.context_embed = nn.ModuleList(nn.Linear(config.context_dim, config.width) for _ in range(texts))
+        self.blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        if not self.patch_embed.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Xavier for every projection, N(0, 0.02) for the time and pooled embedders, zero for modulations and the final
+        projection (each block starts as the identity, the model as zero), one for norm weights."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, PatchEmbed):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+                module.fill_positions()
+            elif isinstance(module, Attention) and module.q_norm is not None and module.k_norm is not None:
+                nn.init.ones_(module.q_norm)
+                nn.init.ones_(module.k_norm)
+        for embedder in (self.time_embed, self.pooled_embed):
+            nn.init.normal_(embedder.fc1.weight, std=0.02)
+            nn.init.normal_(embedder.fc2.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (StreamBlock, FinalLayer)):
+                nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            latent: [B, in_channels, h, w], h and w multiples of the patch size, within the position table.
+            timestep: [B] in [0, 1], fp32; 0 is data, 1 is noise.
+            context: [B, L, context_dim] text sequence.
+            pooled: [B, pooled_dim] pooled text.
+            context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked. None: the model
+                attends to all L, as the released models do.
+        Returns: velocity [B, in_channels, h, w].
+        Raises: ValueError or TypeError that names the argument.
+        """
+        self._check(latent, timestep, context, pooled)
+        p = self.config.patch_size
+        h, w = latent.shape[-2] // p, latent.shape[-1] // p
+        c = F.silu(self.time_embed(timestep_features(timestep)) + self.pooled_embed(pooled))
+        texts, lengths = self._split(context, context_lengths)
+        xs = [embed(text) for embed, text in zip(self.context_embed, texts, strict=True)]
+        xs.append(self.patch_embed(latent))
+        for block in self.blocks:
+            xs = block(xs, c, lengths)
+        return self.final_layer(xs[-1], c, h, w)
+
+    def _split(self, context: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The text streams and, for each stream with the image last, its lengths."""
+        if self.config.weight_sets < 3:
+            return [context], [lengths, None]
+        first = self.config.context_split
+        texts = [context[:, :first], context[:, first:]]
+        if lengths is None:
+            return texts, [None, None, None]
+        return texts, [lengths.clamp(max=first), (lengths - first).clamp(min=0), None]
+
+    def _check(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> None:
+        c = self.config
+        batch = latent.shape[0]
+        if latent.ndim != 4 or latent.shape[1] != c.in_channels:
+            raise ValueError(f"MMDiT: latent has shape {list(latent.shape)}; expected [B, {c.in_channels}, h, w]")
+        if timestep.shape != (batch,):
+            raise ValueError(f"MMDiT: timestep has shape {list(timestep.shape)}; expected [{batch}], one per latent")
+        if timestep.dtype.itemsize < 4 or not timestep.dtype.is_floating_point:
+            raise TypeError(f"MMDiT: timestep has dtype {timestep.dtype}; expected float32 (bf16 rounds 1000 t by 2)")
+        if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:
+            raise ValueError(f"MMDiT: context has shape {list(context.shape)}; expected [{batch}, L, {c.context_dim}]")
+        if c.weight_sets == 3 and context.shape[1] <= c.context_split:
+            raise ValueError(
+                f"MMDiT: context has {context.shape[1]} tokens; with 3 weight sets more than context_split = "
+                f"{c.context_split} are expected"
+            )
+        if pooled.shape != (batch, c.pooled_dim):
+            raise ValueError(f"MMDiT: pooled has shape {list(pooled.shape)}; expected [{batch}, {c.pooled_dim}]")

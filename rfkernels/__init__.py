@@ -1,0 +1,29 @@
+"""Fused ops for MM-DiT, the Stable Diffusion 3 architecture. See the README of each op's folder."""
+
+from rfkernels.adaln.op import adaln, gated_adaln, gated_residual
+from rfkernels.dispatch import backend, explain
+from rfkernels.flow.op import rectified_flow, weighted_mse
+from rfkernels.joint_attention.op import joint_attention
+from rfkernels.joint_attention.stream import Rope, Stream
+from rfkernels.mlp.op import gelu_mlp
+from rfkernels.position.op import patch_embed, position_grid
+from rfkernels.qk_norm.op import qk_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Rope",
+    "Stream",
+    "adaln",
+    "backend",
+    "explain",
+    "gated_adaln",
+    "gated_residual",
+    "gelu_mlp",
+    "joint_attention",
+    "patch_embed",
+    "position_grid",
+    "qk_norm",
+    "rectified_flow",
+    "weighted_mse",
+]

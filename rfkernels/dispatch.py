@@ -1,0 +1,116 @@
+"""Which implementation of an op runs, and why.
+
+Each op registers its implementations in order of preference. An implementation states, for given inputs, why it cannot
+run (or None). The first that can is taken; `backend(...)` or the variable RFKERNELS_BACKEND forces one, and a forced
+implementation that cannot run is an error, never a silent fallback. `explain` tells the choice and the reasons.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+BACKENDS = ("reference", "triton", "library")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. `run` and `refuses` take the op's checked positional arguments."""
+
+    backend: str
+    what: str
+    """One line for `explain`: what runs."""
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda *args: None
+    """Why it cannot run on these arguments, or None if it can."""
+
+
+_registry: dict[str, tuple[Implementation, ...]] = {}
+_checked: dict[str, Callable[..., tuple[Any, ...]]] = {}
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("RFKERNELS_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"RFKERNELS_BACKEND is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_forced: str | None = _from_environment()
+
+
+def register(op: str, check: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
+    """Registers an op. `check` takes the public function's arguments, raises on bad ones, returns them positionally."""
+    _registry[op] = implementations
+    _checked[op] = check
+
+
+def ops() -> tuple[str, ...]:
+    return tuple(_registry)
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    return _registry[op]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op called inside: "reference", "triton" or "library".
+
+    Raises: ValueError for an unknown name; RuntimeError from an op that has no such implementation or whose
+    implementation cannot run on the inputs. Not thread-safe: it sets a process-wide switch.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, *args: Any) -> Implementation:
+    """The implementation that runs `op` on these checked arguments."""
+    forced, refusals = _forced, []
+    for implementation in _registry[op]:
+        if forced is not None and implementation.backend != forced:
+            continue
+        refusal = implementation.refuses(*args)
+        if refusal is None:
+            return implementation
+        refusals.append(refusal)
+    raise RuntimeError(
+        f"{op}: backend {forced!r} was forced but "
+        + ("; ".join(refusals) if refusals else f"this op has only {[i.backend for i in _registry[op]]}")
+    )
+
+
+def run(op: str, *args: Any) -> Any:
+    return choose(op, *args).run(*args)
+
+
+def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
+    """Which implementation `op(*args, **kwargs)` would run, and why the others would not.
+
+    Args:
+        op: a public function of rfkernels, or its name. The other arguments are that function's own.
+    Returns: a line for the choice, then one for each implementation passed over.
+    Raises: ValueError if op is unknown, and whatever the op itself raises on bad arguments.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _registry:
+        raise ValueError(f"explain: unknown op {name!r}; expected one of {', '.join(_registry)}")
+    checked = _checked[name](*args, **kwargs)
+    taken = choose(name, *checked)
+    how = f"forced to {_forced!r}" if _forced else "first that can run"
+    lines = [f"{name}: {taken.backend} ({how}): {taken.what}"]
+    for other in _registry[name]:
+        if other is taken:
+            continue
+        reason = other.refuses(*checked) or (f"not {_forced!r}" if _forced else "less preferred")
+        lines.append(f"  not {other.backend}: {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""Public function joint_attention: checks and dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rfkernels import checks, dispatch
+from rfkernels.joint_attention import library, reference
+from rfkernels.joint_attention.stream import Stream
+
+MAX_STREAMS = 4
+
+
+def joint_attention(
+    streams: Sequence[Stream], *, scale: float | None = None, eps: float = 1e-6
+) -> tuple[Tensor | None, ...]:
+    """Attention over several streams: every query sees the keys of all of them.
+
+    Args:
+        streams: 1 to 4 `Stream`s with the same batch, heads, head dimension, dtype and device; lengths may differ.
+        scale: of the scores before the softmax; None: 1 / sqrt(D).
+        eps: of the RMSNorm of q and k, where a stream has norm weights.
+    Returns: one [B, S_i, H, D] per stream in its dtype, None for a stream with queries=False. Rows of padding, and of
+        samples without any valid key, are zeros.
+    Raises: ValueError or TypeError that names the argument.
+    Source: Esser et al. 2024, figure 2b.
+    """
+    return dispatch.run("joint_attention", *_check(streams, scale=scale, eps=eps))
+
+
+def _check(streams, *, scale=None, eps=1e-6):
+    op = "joint_attention"
+    if isinstance(streams, Stream) or not isinstance(streams, Sequence):
+        raise TypeError(f"{op}: streams is {type(streams).__name__}; expected a list or tuple of Stream")
+    for i, stream in enumerate(streams):
+        if not isinstance(stream, Stream):
+            raise TypeError(f"{op}: streams[{i}] is {type(stream).__name__}; expected a Stream")
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        raise ValueError(f"{op}: streams has {len(streams)} entries; expected 1 to {MAX_STREAMS}")
+    first = streams[0].k
+    for i, stream in enumerate(streams):
+        k = stream.k
+        if (k.shape[0], *k.shape[2:]) != (first.shape[0], *first.shape[2:]):
+            raise ValueError(
+                f"{op}: streams[{i}] has k of shape {list(k.shape)}; expected batch {first.shape[0]}, "
+                f"{first.shape[2]} heads of {first.shape[3]}, as streams[0]"
+            )
+        checks.same_dtype(op, "streams[0]", first, **{f"streams[{i}].k": k})
+        checks.same_device(op, "streams[0]", first, **{f"streams[{i}].k": k})
+    if scale is None:
+        scale = first.shape[-1] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale is {type(scale).__name__}; expected a number or None")
+    checks.positive(op, eps=eps)
+    return tuple(streams), float(scale), eps
+
+
+dispatch.register(
+    "joint_attention",
+    _check,
+    dispatch.Implementation(
+        "library", "concatenation and torch's scaled_dot_product_attention", library.joint_attention
+    ),
+    dispatch.Implementation("reference", "plain PyTorch, softmax in fp32", reference.joint_attention),
+)

@@ -1,0 +1,105 @@
+"""One modality's share of a joint attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rfkernels import checks
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding of one stream, applied to q and k after their norm."""
+
+    cos: Tensor
+    """[S, D/2] or [B, S, D/2], fp32."""
+    sin: Tensor
+    """Shape of cos."""
+    interleaved: bool = True
+    """Pairs are (0, 1), (2, 3), ... (FLUX); False: (0, D/2), (1, D/2 + 1), ... (half-split)."""
+
+
+class Stream:
+    """Queries, keys and values of one stream (text, image, ...).
+
+    Args:
+        q, k, v: [B, S, H, D], any strides with a unit-stride last dimension; one dtype. q may be None if `queries` is
+            False.
+        q_weight, k_weight: [D], weights of an RMSNorm over D of q and k; None: that side is not normalised.
+        lengths: [B], integer; tokens from lengths[b] on are padding: no query sees them, and their own rows are zeros.
+        rope: rotary embedding, or None.
+        queries: False for a stream that only gives keys and values; its output is None.
+    Raises: ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        lengths: Tensor | None = None,
+        rope: Rope | None = None,
+        queries: bool = True,
+    ) -> None:
+        op = "Stream"
+        checks.is_float(op, k=k, v=v)
+        checks.has_rank(op, 4, "[B, S, H, D]", k=k, v=v)
+        if q is None and queries:
+            raise ValueError(f"{op}: q is None; expected [B, S, H, D], or queries=False")
+        given = {"v": v} if q is None else {"q": q, "v": v}
+        checks.is_float(op, **given)
+        checks.same_shape(op, "k", k, **given)
+        checks.same_dtype(op, "k", k, **given)
+        checks.same_device(op, "k", k, **given)
+        checks.unit_stride(op, k=k, **given)
+        batch, length, _, dim = k.shape
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            if weight is not None:
+                checks.is_float(op, **{name: weight})
+                checks.has_shape(op, (dim,), "to match the head dimension", **{name: weight})
+                checks.same_device(op, "k", k, **{name: weight})
+        if lengths is not None:
+            checks.is_tensor(op, lengths=lengths)
+            if lengths.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; expected int32 or int64")
+            checks.has_shape(op, (batch,), "one per sample", lengths=lengths)
+            checks.same_device(op, "k", k, lengths=lengths)
+        if rope is not None:
+            for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
+                checks.is_float(op, **{name: table})
+                if tuple(table.shape) not in ((length, dim // 2), (batch, length, dim // 2)):
+                    raise ValueError(
+                        f"{op}: {name} has shape {list(table.shape)}; expected {[length, dim // 2]} "
+                        f"or {[batch, length, dim // 2]}"
+                    )
+                checks.same_device(op, "k", k, **{name: table})
+        self.q, self.k, self.v = q, k, v
+        self.q_weight, self.k_weight = q_weight, k_weight
+        self.lengths, self.rope, self.queries = lengths, rope, queries
+
+    @classmethod
+    def packed(
+        cls,
+        qkv: Tensor,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        lengths: Tensor | None = None,
+        rope: Rope | None = None,
+        queries: bool = True,
+    ) -> Stream:
+        """A stream whose q, k, v are views of one fused projection qkv [B, S, 3, H, D]."""
+        checks.is_float("Stream.packed", qkv=qkv)
+        if qkv.ndim != 5 or qkv.shape[2] != 3:
+            raise ValueError(f"Stream.packed: qkv has shape {list(qkv.shape)}; expected [B, S, 3, H, D]")
+        q, k, v = qkv.unbind(2)
+        return cls(q, k, v, q_weight, k_weight, lengths, rope, queries)
+
+    def valid(self) -> Tensor | None:
+        """[B, S] bool, True where a token is not padding; None if none is."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.k.shape[1], device=self.k.device) < self.lengths.unsqueeze(1)

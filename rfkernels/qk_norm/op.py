@@ -1,0 +1,42 @@
+"""Public function qk_norm: checks and dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rfkernels import checks, dispatch
+from rfkernels.qk_norm import reference
+
+
+def qk_norm(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of queries and keys over the head dimension: ``x * rsqrt(mean(x^2) + eps) * weight``.
+
+    Args:
+        q, k: [B, S, H, D], any strides with a unit-stride last dimension (views of a packed qkv are read in place);
+            their S and H may differ, their D and dtype may not. bf16, fp16, fp32 or fp64.
+        q_weight, k_weight: [D].
+    Returns: (q, k) normalised, in the input's dtype; mean square in fp32.
+    Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
+    Source: Esser et al. 2024, section 5.3.2; Dehghani et al. 2023.
+    """
+    return dispatch.run("qk_norm", *_check(q, k, q_weight, k_weight, eps=eps))
+
+
+def _check(q, k, q_weight, k_weight, *, eps=1e-6):
+    checks.is_float("qk_norm", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+    checks.has_rank("qk_norm", 4, "[B, S, H, D]", q=q, k=k)
+    checks.unit_stride("qk_norm", q=q, k=k)
+    checks.same_dtype("qk_norm", "q", q, k=k)
+    checks.same_device("qk_norm", "q", q, k=k, q_weight=q_weight, k_weight=k_weight)
+    checks.has_shape("qk_norm", (q.shape[-1],), "to match q's head dimension", q_weight=q_weight, k_weight=k_weight)
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"qk_norm: k has head dimension {k.shape[-1]}; expected {q.shape[-1]}, that of q")
+    checks.positive("qk_norm", eps=eps)
+    return q, k, q_weight, k_weight, eps
+
+
+dispatch.register(
+    "qk_norm", _check, dispatch.Implementation("reference", "plain PyTorch, op by op", reference.qk_norm)
+)

@@ -1,0 +1,8 @@
+"""MM-DiT, the multimodal diffusion transformer of Stable Diffusion 3, and what is needed to sample from it."""
+
+from mmdit import presets
+from mmdit.config import MMDiTConfig
+from mmdit.model import MMDiT
+from mmdit.sample import Sampler
+
+__all__ = ["MMDiT", "MMDiTConfig", "Sampler", "presets"]

@@ -1,0 +1,72 @@
+"""python -m train precompute | run RECIPE | score RUN"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.extras import SubcommandApp, overridable_config_cli
+
+from train import evaluate
+from train.config import Config
+from train.data.precompute import Precompute
+from train.data.precompute import precompute as fill
+from train.loop import train
+from train.recipes import RECIPES
+
+USAGE = "usage: python -m train {precompute,run,score} ... (each takes --help)"
+
+
+def precompute(arguments: list[str]) -> None:
+    config = tyro.cli(Precompute, prog="python -m train precompute", args=arguments)
+    index = fill(config)
+    for bucket, shards in sorted(index.shards.items()):
+        print(f"{config.cache}/{bucket}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards")
+
+
+def run(arguments: list[str]) -> None:
+    choices = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
+    config: Config = overridable_config_cli(choices, prog="python -m train run", args=arguments)
+    outcome = train(config)
+    if outcome.stopped_by is not None:
+        print(f"stopped at step {outcome.step}; the same command goes on from there")
+        sys.exit(128 + outcome.stopped_by)
+    print(f"{outcome.step} steps; weights, samples and loss curve in {config.run}")
+
+
+def score(arguments: list[str]) -> None:
+    def main(run: tyro.conf.Positional[Path], images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0) -> None:
+        """Draw the held-out shape captions and say how many pictures are right.
+
+        Args:
+            run: Run folder.
+            images: Pictures per caption.
+            steps: Euler steps.
+            guidance: Classifier-free guidance.
+            seed: Of the noise.
+        """
+        result = evaluate.score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
+        print(f"held-out captions, {64 * images} pictures (chance: colour .125, position .2, size .5, shape .17)")
+        for name, value in result.items():
+            print(f"  {name:9s} {value:.3f}")
+        print(f"pictures: {run / 'held-out.png'} (left of each pair: drawn by rule; right: by the model)")
+
+    tyro.cli(main, prog="python -m train score", args=arguments)
+
+
+COMMANDS = {"precompute": precompute, "run": run, "score": score}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit(USAGE)
+    try:
+        COMMANDS[sys.argv[1]](sys.argv[2:])
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The configuration of a training run. A recipe (train/recipes.py) is a function that returns one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmdit import presets
+from mmdit.config import MMDiTConfig
+
+Grid = Literal["paper", "midpoints", "mlperf"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW as in the paper."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments."""
+    eps: float = 1e-15
+    """The paper's value for bf16-mixed training with QK-norm, not PyTorch's 1e-8."""
+    weight_decay: float = 0.0
+    """Decoupled; applied to matrices, not to biases and norm weights."""
+    warmup: int = 1000
+    """Steps of linear warmup."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """Of the learning rate, down to zero at the end of the budget (steps or minutes)."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Moving average of the weights, in fp32; it is what samples are drawn from."""
+
+    decay: float = 0.99
+    """Weight of the former average at each update."""
+    every: int = 100
+    """Steps between updates."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out data, at fixed times and with fixed noise."""
+
+    every: int = 1000
+    """Steps between validations; 0: only at the end."""
+    grid: Grid = "paper"
+    """Times: paper: i/8, i = 1..8, the mean leaves out t = 1; midpoints: (i + 1/2)/8; mlperf: i/8, i = 0..7."""
+    samples: int = 256
+    """Held-out samples used, at most."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures drawn during training."""
+
+    every: int = 1000
+    """Steps between grids; 0: only at the end."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; empty: captions of the validation split."""
+    count: int = 16
+    """How many validation captions to draw."""
+    steps: int = 25
+    """Euler steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Exactly one of `steps` and `minutes` is its budget."""
+
+    run: Path
+    """Run folder; a run found there goes on."""
+    cache: Path
+    """Precomputed data (python -m train precompute)."""
+    model: MMDiTConfig = field(default_factory=presets.tiny)
+    """Architecture."""
+    formulation: str = "rf/lognorm(0.00,1.00)"
+    """By the paper's name."""
+    shift: float = 1.0
+    """alpha of the timestep shift, in training and sampling."""
+    batch: int = 64
+    """Samples per step."""
+    steps: int | None = None
+    """Budget in steps."""
+    minutes: float | None = None
+    """Budget in minutes of training, validation and sampling included."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    ema: Ema = field(default_factory=Ema)
+    encoder_dropout: float = 0.464
+    """Probability of zeroing each text encoder, independently. With three encoders 0.464 leaves 10 % unconditional."""
+    validation: Validation = field(default_factory=Validation)
+    samples: Samples = field(default_factory=Samples)
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last one is always written."""
+    keep: int = 2
+    """Checkpoints kept."""
+    seed: int = 0
+    """Data order, noise, times, dropout and initial weights follow from it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast over fp32 master weights. auto: bf16 on a GPU, fp32 on a CPU."""
+    threads: int = 0
+    """CPU threads; 0: as many as cores."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
+        if not 0 <= self.encoder_dropout <= 1:
+            raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
+        for name in ("batch", "keep", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Config: {name} is {getattr(self, name)}; expected at least 1")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
+    def decides(self) -> dict[str, Any]:
+        """The part of the configuration that decides the weights: a run can only go on with the same."""
+        values = json.loads(self.to_json())
+        for name in ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation"):
+            values.pop(name)
+        return values

@@ -1,0 +1,1 @@
+"""From images and captions to batches: sources, precompute, shards, the plan of a run."""

@@ -1,0 +1,135 @@
+"""Captioned shapes: a procedural dataset and a rule-based scorer, GenEval in miniature.
+
+480 captions (2 sizes x 8 colours x 6 shapes x 5 positions), 64 of them held out of training. The scorer reads an image
+back by matching it against renderings and says size, colour, shape and position.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from mmdit import keyed
+
+SIDE = 32
+BACKGROUND = np.array([235.0, 235.0, 235.0])
+COLOURS = {
+    "red": (215, 40, 40),
+    "green": (40, 150, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 205, 30),
+    "purple": (140, 50, 175),
+    "orange": (245, 130, 25),
+    "cyan": (50, 200, 215),
+    "black": (25, 25, 25),
+}
+POSITIONS = {                                   # centre in pixels, (x, y)
+    "at the top left": (9.5, 9.5),
+    "at the top right": (22.5, 9.5),
+    "at the bottom left": (9.5, 22.5),
+    "at the bottom right": (22.5, 22.5),
+    "in the center": (16.0, 16.0),
+}
+SIZES = {"small": 4.25, "large": 7.75}          # half the side of the bounding box, in pixels
+JITTER = 1.0                                    # of the centre, in pixels
+SIZE_JITTER = 0.5
+HELD_OUT = 64
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points of the square [-1, 1]^2 (y down) belong to a shape; each shape touches all four sides."""
+    r2 = x**2 + y**2
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "circle":
+        return r2 <= 1
+    if shape == "square":
+        return np.maximum(ax, ay) <= 1
+    if shape == "triangle":
+        return (ay <= 1) & (2 * ax <= 1 + y)
+    if shape == "diamond":
+        return ax + ay <= 1
+    if shape == "cross":
+        return (np.maximum(ax, ay) <= 1) & (np.minimum(ax, ay) <= 0.33)
+    return (r2 <= 1) & (r2 >= 0.55**2)          # ring
+
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a caption says."""
+
+    size: str
+    colour: str
+    shape: str
+    position: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape} {self.position}"
+
+
+def coverage(shape: str, x: float, y: float, half: float, samples: int = 4) -> np.ndarray:
+    """[SIDE, SIDE] in [0, 1]: how much of each pixel a shape covers."""
+    at = (np.arange(SIDE * samples) + 0.5) / samples
+    fine = _inside(shape, (at[None, :] - x) / half, (at[:, None] - y) / half)
+    return fine.reshape(SIDE, samples, SIDE, samples).mean((1, 3))
+
+
+def draw(what: Shape, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [SIDE, SIDE, 3]; rng jitters place and size."""
+    x, y = np.array(POSITIONS[what.position]) + rng.uniform(-JITTER, JITTER, 2)
+    half = SIZES[what.size] + rng.uniform(-SIZE_JITTER, SIZE_JITTER)
+    alpha = coverage(what.shape, x, y, half)[..., None]
+    return np.rint(BACKGROUND + alpha * (np.array(COLOURS[what.colour]) - BACKGROUND)).astype(np.uint8)
+
+
+def everything() -> list[Shape]:
+    return [Shape(*parts) for parts in itertools.product(SIZES, COLOURS, SHAPES, POSITIONS)]
+
+
+def split() -> tuple[list[Shape], list[Shape]]:
+    """(train, held out): fixed, 416 and 64 captions."""
+    shapes = everything()
+    order = keyed.generator(0, "held-out shapes").permutation(len(shapes))
+    return [shapes[i] for i in order[HELD_OUT:]], [shapes[i] for i in order[:HELD_OUT]]
+
+
+def read(image: np.ndarray) -> Shape | None:
+    """What an image [SIDE, SIDE, 3] shows, by the best-matching rendering; None if it shows nothing."""
+    difference = image.astype(float) - BACKGROUND
+    seen = np.abs(difference).max(-1) > 70
+    if seen.sum() < 8:
+        return None
+    mean = np.median(image[seen], axis=0)
+    colour = min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - mean).sum()))
+    direction = np.array(COLOURS[colour]) - BACKGROUND
+    alpha = np.clip(difference @ direction / (direction @ direction), 0, 1)
+
+    rows, columns = (np.flatnonzero((alpha > 0.5).sum(axis) >= 2) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        return None
+    x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    half = max(columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1) / 2
+    candidates = itertools.product(SHAPES, (-0.5, 0, 0.5), (-0.5, 0, 0.5), (-0.25, 0.25, 0.75))
+    shape, dx, dy, grow = min(
+        candidates, key=lambda c: float(((coverage(c[0], x + c[1], y + c[2], half + c[3], 2) - alpha) ** 2).sum())
+    )
+    x, y, half = x + dx, y + dy, half + grow
+    position = min(POSITIONS, key=lambda p: (POSITIONS[p][0] - x) ** 2 + (POSITIONS[p][1] - y) ** 2)
+    size = min(SIZES, key=lambda s: abs(SIZES[s] - half))
+    return Shape(size, colour, shape, position)
+
+
+def score(images: np.ndarray, wanted: list[Shape]) -> dict[str, float]:
+    """Share of images [N, SIDE, SIDE, 3] in which each attribute, and all four, are as wanted."""
+    found = [read(image) for image in images]
+    right = np.array([
+        [False] * 4 if f is None else [a == b for a, b in zip(astuple(f), astuple(w), strict=True)]
+        for f, w in zip(found, wanted, strict=True)
+    ])
+    names = ("size", "colour", "shape", "position")
+    return {**{n: float(right[:, i].mean()) for i, n in enumerate(names)}, "all": float(right.all(1).mean())}

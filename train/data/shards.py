@@ -1,0 +1,196 @@
+"""The cache between precompute and training: safetensors shards, their captions, and an index that vouches for them.
+
+    CACHE/index.json                    settings, their fingerprint, and every shard with its size and checksum
+    CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths, dim]
+                                        bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
+    CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mmdit.text import TextFeatures, fingerprint
+from train.data.sources import DataError
+
+VERSION = 1
+INDEX = "index.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Either the whole file is there afterwards, or the former one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@dataclass
+class Sample:
+    """One image and caption, encoded."""
+
+    id: int
+    key: str
+    caption: str
+    latent: Tensor
+    features: list[TextFeatures]
+    """One per encoder."""
+
+
+@dataclass
+class Index:
+    """What a cache holds. `settings` is everything that decides the contents; see `fingerprint`."""
+
+    settings: dict[str, Any]
+    complete: bool = False
+    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """"train/32x32" -> [{"file", "samples", "bytes", "sha256"}]"""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({"version": VERSION, **self.settings})
+
+    def save(self, cache: Path) -> None:
+        body = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "complete": self.complete,
+            "settings": self.settings,
+            "shards": self.shards,
+        }
+        write_atomically(cache / INDEX, json.dumps(body, indent=1).encode())
+
+    @classmethod
+    def load(cls, cache: Path) -> Index:
+        """Raises: DataError if there is no index, or it is damaged or of another version."""
+        path = cache / INDEX
+        if not path.is_file():
+            raise DataError(f"{cache} is not a precomputed cache (no {INDEX}); make one with: python -m train precompute")
+        try:
+            body = json.loads(path.read_text())
+            index = cls(body["settings"], body["complete"], body["shards"])
+            written = (body["version"], body["fingerprint"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}); precompute again into an empty folder") from error
+        if written != (VERSION, index.fingerprint):
+            raise DataError(
+                f"{path}: fingerprint {written[1]} (version {written[0]}) does not match its settings "
+                f"({index.fingerprint}, version {VERSION}): the cache is stale; precompute again into an empty folder"
+            )
+        return index
+
+
+def write_shard(cache: Path, index: Index, bucket: str, samples: Sequence[Sample]) -> None:
+    """Adds a shard to the cache and to its index: captions first, tensors next, index last."""
+    number = len(index.shards.get(bucket, []))
+    stem = f"{bucket}/{number:05d}"
+    tensors = {
+        "latents": torch.stack([s.latent for s in samples]).to(torch.bfloat16),
+        "ids": torch.tensor([s.id for s in samples]),
+    }
+    for e, features in enumerate(zip(*(s.features for s in samples), strict=True)):
+        lengths = torch.tensor([0] + [len(f.tokens) for f in features])
+        tensors[f"{e}.tokens"] = torch.cat([f.tokens for f in features]).to(torch.bfloat16)
+        tensors[f"{e}.offsets"] = lengths.cumsum(0)
+        tensors[f"{e}.pooled"] = torch.stack([f.pooled for f in features]).to(torch.bfloat16)
+    lines = [json.dumps({"id": s.id, "key": s.key, "caption": s.caption}, ensure_ascii=False) for s in samples]
+    write_atomically(cache / f"{stem}.jsonl", ("\n".join(lines) + "\n").encode())
+    content = save(tensors)
+    write_atomically(cache / f"{stem}.safetensors", content)
+    entry = {"file": f"{stem}.safetensors", "samples": len(samples), "bytes": len(content)}
+    index.shards.setdefault(bucket, []).append({**entry, "sha256": hashlib.sha256(content).hexdigest()})
+    index.save(cache)
+
+
+class Cache:
+    """A complete cache, opened for reading.
+
+    Raises: DataError if the index is missing, stale or unfinished, or a shard is missing or truncated.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.index = Index.load(self.path)
+        if not self.index.complete:
+            raise DataError(f"{self.path}: precompute did not finish; run the same command again, it goes on where it was")
+        for entry in self._entries():
+            file = self.path / entry["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["bytes"]:
+                came = "is missing" if size is None else f"has {size} bytes"
+                raise DataError(f"{file} {came}; the index says {entry['bytes']} bytes: precompute again, or restore it")
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        for entries in self.index.shards.values():
+            yield from entries
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.index.settings
+
+    def verify(self) -> None:
+        """Reads everything and compares checksums. Raises: DataError that names the shard."""
+        for entry in self._entries():
+            if hashlib.sha256((self.path / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+                raise DataError(f"{self.path / entry['file']}: checksum differs from the index: the shard is corrupted")
+
+    def buckets(self, split: str) -> dict[str, Bucket]:
+        """Buckets of "train" or "val", by size ("32x32")."""
+        return {
+            name.split("/")[1]: Bucket([self.path / e["file"] for e in entries], [e["samples"] for e in entries])
+            for name, entries in sorted(self.index.shards.items())
+            if name.startswith(split + "/")
+        }
+
+
+class Bucket:
+    """All samples of one split and image size, as rows 0 .. len - 1 across its shards."""
+
+    def __init__(self, files: Sequence[Path], counts: Sequence[int]) -> None:
+        self.files = list(files)
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self._open = lru_cache(maxsize=64)(self._open_shard)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _open_shard(self, number: int) -> tuple[Any, Tensor, list[Tensor]]:
+        try:
+            file = safe_open(self.files[number], framework="pt")
+            encoders = sum(key.endswith(".tokens") for key in file.keys())  # noqa: SIM118 - not a dict
+            return file, file.get_tensor("ids"), [file.get_tensor(f"{e}.offsets") for e in range(encoders)]
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{self.files[number]}: not a complete shard ({error})") from error
+
+    def __getitem__(self, row: int) -> Sample:
+        """Without key and caption, which training does not need; see `captions`."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        file, ids, offsets = self._open(number)
+        i = row - int(self.starts[number])
+        features = []
+        for e, offset in enumerate(offsets):
+            start, stop = int(offset[i]), int(offset[i + 1])
+            tokens = file.get_slice(f"{e}.tokens")[start:stop].float()
+            features.append(TextFeatures(tokens, file.get_slice(f"{e}.pooled")[i].float()))
+        return Sample(int(ids[i]), "", "", file.get_slice("latents")[i].float(), features)
+
+    def captions(self) -> list[str]:
+        """All captions, row by row."""
+        lines = (line for f in self.files for line in f.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
+        return [json.loads(line)["caption"] for line in lines]

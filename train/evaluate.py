@@ -1,0 +1,34 @@
+"""Scores of a finished run on captions it has never seen."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mmdit.sample import Sampler, grid
+from train.data import shapes
+from train.data.shards import write_atomically
+
+
+def score_shapes(
+    run: str | os.PathLike[str], *, images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
+) -> dict[str, float]:
+    """Draws each of the 64 held-out shape captions `images` times and reads the pictures back by rule.
+
+    Returns: share of pictures with the right size, colour, shape, position, and all of them. Also written to
+        RUN/score.json, and one picture per caption to RUN/held-out.png.
+    """
+    sampler = Sampler.load(run)
+    _, held_out = shapes.split()
+    wanted = held_out * images
+    drawn = sampler([w.caption for w in wanted], seed=seed, steps=steps, guidance=guidance, progress=True)
+    result = shapes.score(drawn, wanted)
+    body = {**result, "pictures": len(drawn), "steps": steps, "guidance": guidance, "seed": seed}
+    write_atomically(Path(run) / "score.json", json.dumps(body, indent=1).encode())
+    truth = np.stack([shapes.draw(w, np.random.default_rng(i)) for i, w in enumerate(held_out)])
+    pairs = np.concatenate([truth, drawn[: len(held_out)]], axis=2)[:32]
+    grid(pairs, columns=8, scale=2).save(Path(run) / "held-out.png")
+    return result

@@ -1,0 +1,82 @@
+"""What a run leaves to look at: metrics as JSON lines and in tensorboard, sample grids and a loss plot as PNG."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdit.sample import grid
+
+
+class Log:
+    """Metrics of a run; lines after `step` (a resume) are dropped, so that no step is logged twice."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.run, self.path = run, run / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        except ImportError:
+            self._board = None
+
+    def _lines(self) -> list[str]:
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [line for line in lines if line.startswith("{") and line.endswith("}")]     # a kill may cut the last one
+
+    def write(self, step: int, **values: float) -> None:
+        """Names as "train/loss" become tags in tensorboard."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, images: np.ndarray) -> Path:
+        path = self.run / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid(images, scale=max(1, 96 // images.shape[1])).save(path)
+        if self._board is not None:
+            self._board.add_images("samples", images, step, dataformats="NHWC")
+        return path
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def plot(self) -> Path | None:
+        """Draws loss.png from metrics.jsonl; None without matplotlib or without anything to draw."""
+        try:
+            import matplotlib
+        except ImportError:
+            return None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        entries = [json.loads(line) for line in self._lines()]
+        training = [(e["step"], e["train/loss"]) for e in entries if "train/loss" in e]
+        validation = [(e["step"], e["validation/loss"]) for e in entries if "validation/loss" in e]
+        if not training:
+            return None
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot(*zip(*training, strict=True), linewidth=0.8, alpha=0.6, label="training")
+        title = f"training loss {training[-1][1]:.3f} after {training[-1][0]:,} steps"
+        if validation:
+            axes.plot(*zip(*validation, strict=True), "o-", label="validation, EMA, stratified in t")
+            title = f"validation loss {validation[-1][1]:.3f} after {validation[-1][0]:,} steps"
+        axes.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
+        axes.set_title(f"{title}\n{self.run.name} on {platform.processor() or platform.machine()}", fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        path = self.run / "loss.png"
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        return path

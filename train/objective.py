@@ -1,0 +1,71 @@
+"""One training example's randomness, and the loss. Keyed by (seed, step, sample id): no batch, process count or resume
+point changes what a sample sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmdit import keyed, text
+from mmdit.flow import Formulation
+from train.data.shards import Bucket, Sample
+
+
+class Batch(NamedTuple):
+    """What the model is trained on in one step."""
+
+    x0: Tensor
+    """[B, C, h, w] fp32."""
+    noise: Tensor
+    """Like x0."""
+    t: Tensor
+    """[B] fp32."""
+    text: text.Conditioning
+
+    def to(self, device: torch.device) -> Batch:
+        x0, noise, t = (v.to(device, non_blocking=True) for v in self[:3])
+        return Batch(x0, noise, t, text.Conditioning(*(v.to(device, non_blocking=True) for v in self.text)))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Draws batches and computes the loss of a formulation."""
+
+    formulation: Formulation
+    context_dim: int
+    dropout: float
+    """Probability of zeroing each text encoder."""
+    seed: int
+
+    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
+        """The batch of a step."""
+        samples = [bucket[int(row)] for row in rows]
+        keys = [(step, s.id) for s in samples]
+        u = keyed.uniforms(1, self.seed, "time", keys)[:, 0]
+        t = self.formulation.density.sample(u).float()
+        encoders = len(samples[0].features)
+        keep = keyed.uniforms(encoders, self.seed, "encoder dropout", keys) >= self.dropout
+        return self._batch(samples, t, keep, "noise", keys)
+
+    def at(self, samples: Sequence[Sample], t: float) -> Batch:
+        """Samples at one time, with all text and noise that never changes: for validation."""
+        keys = [(round(t * 1e6), s.id) for s in samples]
+        return self._batch(samples, torch.full((len(samples),), t), None, "validation noise", keys)
+
+    def _batch(
+        self, samples: Sequence[Sample], t: Tensor, keep: Tensor | None, purpose: str, keys: list[tuple[int, int]]
+    ) -> Batch:
+        x0 = torch.stack([s.latent for s in samples])
+        noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
+        return Batch(x0, noise, t, text.assemble([s.features for s in samples], self.context_dim, keep))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean weighted squared error of the batch, scalar fp32."""
+        z, target = self.formulation.training_pair(batch.x0, batch.noise, batch.t)
+        output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths)
+        return self.formulation.loss(output.float(), target, batch.t)

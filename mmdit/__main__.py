@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
@@ -60,7 +59,7 @@ def info(run: Positional[Path]) -> None:
 
 def main() -> None:
     try:
-        app.cli(prog="python -m mmdit", config=(tyro.conf.OmitArgPrefixes,))
+        app.cli(prog="python -m mmdit", description="Sample from trained MM-DiTs.")
     except (FileNotFoundError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -13,9 +13,13 @@ from torch import Tensor
 
 
 class Autoencoder(Protocol):
-    channels: int
-    factor: int
-    """Image pixels per latent pixel and axis."""
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel and axis."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> latents [B, channels, H/factor, W/factor]."""

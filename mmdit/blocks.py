@@ -26,7 +26,18 @@ class Attention(nn.Module):
             return Stream.packed(self.qkv(x).view(heads), self.q_norm, self.k_norm, lengths)
         width = x.shape[-1]                     # keys and values only: a third of the projection is not needed
         kv = nn.functional.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).view(heads)
-        return Stream(None, *kv.unbind(2), None, self.k_norm, lengths, queries=False)
+        k, v = kv.unbind(2)
+        return Stream(None, k, v, None, self.k_norm, lengths, queries=False)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class StreamBlock(nn.Module):
@@ -34,12 +45,12 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, *, pre_only: bool, dual: bool) -> None:
         super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
+        width = config.width
         self.chunks = 2 if pre_only else 9 if dual else 6
         self.modulation = nn.Linear(width, self.chunks * width)
         self.attn = Attention(config, project_out=not pre_only)
         self.attn2 = Attention(config) if dual else None
-        self.mlp = None if pre_only else nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.mlp = None if pre_only else Mlp(width, config.mlp_ratio * width)
 
     def modulate(self, c: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale) of the norm before attention, then (gate; shift, scale, gate of the MLP), then (shift, scale,
@@ -56,8 +67,7 @@ class StreamBlock(nn.Module):
             x = gated_residual(x, branch, gate)
             branch, gate = self.attn2.proj(own.flatten(2)), m[8]
         h, y = gated_adaln(x, branch, gate, shift_mlp, scale_mlp)
-        fc1, fc2 = self.mlp["fc1"], self.mlp["fc2"]
-        return gated_residual(h, gelu_mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias), gate_mlp)
+        return gated_residual(h, self.mlp(y), gate_mlp)
 
     def attend_alone(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor | None:
         """The second attention of MMDiT-X: the same norm with its own modulation, this stream only."""
@@ -85,7 +95,8 @@ class JointBlock(nn.Module):
     def forward(self, xs: list[Tensor], c: Tensor, lengths: list[Tensor | None]) -> list[Tensor]:
         """xs: one [B, S_i, width] per stream, image last; c: [B, width]. The last block returns the image only."""
         halves: list[StreamBlock] = [self.get_submodule(name) for name in self.names]     # type: ignore[misc]
-        modulations = [half.modulate(c) for half in halves]
+        once = {half: half.modulate(c) for half in dict.fromkeys(halves)}      # a shared half is asked once
+        modulations = [once[half] for half in halves]
         goes_on = [not self.last] * (len(xs) - 1) + [True]
         streams = [
             half.attn.stream(adaln(x, m[0], m[1]), length, queries=on)

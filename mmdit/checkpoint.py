@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "rfkernels.mmdit":
-                raise ValueError(f"checkpoint.load: {path} has no rfkernels.mmdit metadata; it was not written by save()")
+                raise ValueError(f"checkpoint.load: {path} was not written by save(): no rfkernels.mmdit metadata")
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"checkpoint.load: {path} is not a complete safetensors file: {error}") from error

@@ -125,7 +125,7 @@ class MiniLM:
 def _minilm(weights: str | None = None, **arguments: Any) -> MiniLM:
     encoder = MiniLM(**arguments)
     if weights is not None and weights != encoder._weights:
-        raise ValueError(f"text encoder minilm: installed weights are {encoder._weights}; the spec was made with {weights}")
+        raise ValueError(f"text encoder minilm: installed weights are {encoder._weights}; the spec names {weights}")
     return encoder
 
 

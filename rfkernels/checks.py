@@ -31,7 +31,7 @@ def unit_stride(op: str, **tensors: Tensor) -> None:
     for name, value in tensors.items():
         if value.shape[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(
-                f"{op}: {name} has stride {value.stride(-1)} in its last dimension; expected 1 (call .contiguous() first)"
+                f"{op}: {name} has stride {value.stride(-1)} in its last dimension; expected 1 (call .contiguous())"
             )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
-from tyro.extras import SubcommandApp, overridable_config_cli
+from tyro.extras import overridable_config_cli
 
 from train import evaluate
 from train.config import Config
@@ -37,7 +36,9 @@ def run(arguments: list[str]) -> None:
 
 
 def score(arguments: list[str]) -> None:
-    def main(run: tyro.conf.Positional[Path], images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0) -> None:
+    def main(
+        run: tyro.conf.Positional[Path], images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
+    ) -> None:
         """Draw the held-out shape captions and say how many pictures are right.
 
         Args:

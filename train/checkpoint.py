@@ -31,7 +31,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def _moments(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict[str, Tensor]:
     return {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
@@ -88,7 +88,7 @@ def restore(
     written = json.loads(metadata["config"])
     changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
     if changed:
-        raise ValueError(f"{folder.parent} holds a run with other settings ({', '.join(changed)}): choose another --run")
+        raise ValueError(f"{folder.parent} holds a run with other settings ({', '.join(changed)}); choose another")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

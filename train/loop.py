@@ -7,15 +7,14 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from mmdit import autoencoder, flow, text
 from mmdit import checkpoint as weights
-from mmdit import flow
 from mmdit.model import MMDiT
 from mmdit.sample import WEIGHTS, Sampler
 from train import checkpoint
@@ -94,7 +93,7 @@ def train(config: Config) -> Outcome:
                 log.picture(progress.step, sampler(prompts, steps=s.steps, guidance=s.guidance))
         model.train()
 
-    budget = Budget(config, progress.seconds)
+    budget, first = Budget(config, progress.seconds), progress.step
     with Interrupts() as interrupts, ProgressBar(config, progress.step) as bar:
         model.train()
         while not budget.spent(progress.step) and interrupts.received is None:
@@ -126,9 +125,11 @@ def train(config: Config) -> Outcome:
                 look(draw=draw, check=check)
             if due(config.checkpoint_every, progress.step):
                 save()
+        if interrupts.received is None and progress.step > first:
+            look(
+                draw=not due(config.samples.every, progress.step), check=not due(config.validation.every, progress.step)
+            )
         save()
-    if interrupts.received is None:
-        look(draw=True, check=True)
     log.close()
     log.plot()
     return Outcome(progress.step, interrupts.received)
@@ -168,32 +169,17 @@ def learning_rate(config: OptimizerConfig, step: int, spent: float) -> float:
 def check_fit(config: Config, cache: Cache) -> None:
     """The model must read what the cache holds."""
     settings, model = cache.settings, config.model
-    sampler_parts = sampling_extra(config, cache)
-    from mmdit import autoencoder, text
-
-    vae = autoencoder.build(sampler_parts["autoencoder"])
+    vae = autoencoder.build(settings["autoencoder"])
     encoders = [text.build(spec) for spec in settings["encoders"]]
-    wanted = {
-        "in_channels": (model.in_channels, vae.channels, model.in_channels == vae.channels),
-        "token_pixels": (
-            model.token_pixels,
-            vae.factor * model.patch_size,
-            model.token_pixels == vae.factor * model.patch_size,
-        ),
-        "pooled_dim": (
-            model.pooled_dim,
-            sum(e.pooled_dim for e in encoders),
-            model.pooled_dim == sum(e.pooled_dim for e in encoders),
-        ),
-        "context_dim": (
-            model.context_dim,
-            f"at least {max(e.dim for e in encoders)}",
-            model.context_dim >= max(e.dim for e in encoders),
-        ),
+    needed = {
+        "in_channels": vae.channels,
+        "token_pixels": vae.factor * model.patch_size,
+        "pooled_dim": sum(e.pooled_dim for e in encoders),
+        "context_dim": max(model.context_dim, *(e.dim for e in encoders)),      # wider is zero-padded
     }
-    for name, (came, want, fits) in wanted.items():
-        if not fits:
-            raise ValueError(f"model.{name} is {came}; the cache {config.cache} needs {want}")
+    for name, need in needed.items():
+        if getattr(model, name) != need:
+            raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
     for height, width in settings["sizes"]:
         if height > model.max_height or width > model.max_width:
             raise ValueError(
@@ -247,11 +233,14 @@ class ProgressBar:
     """A bar over steps or over minutes."""
 
     def __init__(self, config: Config, step: int) -> None:
-        self._by_steps = config.steps is not None
-        total = config.steps if self._by_steps else 100
-        unit = "step" if self._by_steps else "%"
-        self._bar = tqdm(total=total, initial=step if self._by_steps else 0, unit=unit, desc=str(config.run.name))
-        self._step, self._average = step, math.nan
+        self._bar = tqdm(
+            total=config.steps or 100,
+            initial=step if config.steps else 0,
+            desc=config.run.name,
+            mininterval=0.5,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {postfix}",
+        )
+        self._config, self._step, self._average = config, step, math.nan
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -263,7 +252,7 @@ class ProgressBar:
         self._step += 1
         self._average = loss if math.isnan(self._average) else 0.98 * self._average + 0.02 * loss
         self._bar.set_postfix_str(f"step {self._step}, loss {self._average:.4f}", refresh=False)
-        self._bar.update(1 if self._by_steps else round(100 * fraction) - self._bar.n)
+        self._bar.update(1 if self._config.steps else round(100 * fraction) - self._bar.n)
 
 
 class Interrupts:

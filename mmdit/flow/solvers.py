@@ -26,7 +26,7 @@ def euler(
     ts: Tensor,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Euler steps along ts (as from `times`); z [B, ...] in fp32 throughout. `progress` wraps the step numbers (tqdm)."""
+    """Euler steps along ts (as from `times`), z [B, ...] in fp32. `progress` wraps the step numbers (tqdm)."""
     z = z.float()
     for i in progress(range(len(ts) - 1)):
         t = torch.full((z.shape[0],), float(ts[i]), device=z.device)

@@ -33,10 +33,13 @@ def adaln_backward(
     dy, wide = dy.to(dtype), x.to(dtype)
     x_hat = (wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     g = dy * (1 + per_token(scale, dtype))                                # gradient of x_hat
-    drift = x_hat * (g * x_hat).mean(-1, keepdim=True)
     if norm == "layer":
-        drift = drift + g.mean(-1, keepdim=True)
-    dx = (g - drift) * rstd.unsqueeze(-1)
+        statistics = (mean.unsqueeze(-1), rstd.unsqueeze(-1))
+        dx = torch.ops.aten.native_layer_norm_backward(
+            g, wide, [x.shape[-1]], *statistics, None, None, [True, False, False]
+        )[0]
+    else:
+        dx = (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
     return dx.to(x.dtype).contiguous(), reduced(dy, shift), reduced(dy * x_hat, scale)
 
 

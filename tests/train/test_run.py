@@ -1,0 +1,213 @@
+import json
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmdit import MMDiT
+from train import loop
+from train.config import Ema, Optimizer, Samples
+from train.data.shards import Cache
+from train.ema import EmaWeights
+from train.loop import Budget, learning_rate, train
+from train.objective import Objective
+from train.validate import times, validate
+
+from .conftest import changed
+
+
+def test_a_run_leaves_what_it_promises(config):
+    outcome = train(config)
+    assert outcome.step == 12 and outcome.stopped_by is None
+    run = config.run
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "train/loss" in e] == list(range(1, 13))
+    levels = {k for e in entries for k in e if k.startswith("validation/t=")}
+    assert levels == {f"validation/t={i / 8:g}" for i in range(1, 9)}
+    assert [e["step"] for e in entries if "validation/loss" in e] == [6, 12]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000008.safetensors",
+        "step-00000012.safetensors",
+    ]
+    assert json.loads((run / "config.json").read_text())["optimizer"]["eps"] == 1e-15
+    for picture in ("loss.png", "samples/step-00000012.png"):
+        assert (run / picture).stat().st_size > 1000
+    assert list((run / "tensorboard").iterdir())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", (2, 5, 8))
+def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, at):
+    train(config)
+    other = changed(config, run=tmp_path / "other")
+    draw = Objective.draw
+
+    def dies(self, bucket, rows, step):
+        if step == at:
+            raise Killed
+        return draw(self, bucket, rows, step)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Objective, "draw", dies)
+        train(other)
+    train(other)
+    for name in ("model.safetensors", "checkpoints/step-00000012.safetensors"):
+        one, two = load_file(config.run / name), load_file(other.run / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (config.run, other.run)]
+    assert logs[0] == logs[1], "no step is missing from the log, none is there twice"
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, number):
+    script = (
+        "import sys, pickle; from train.loop import train\n"
+        "outcome = train(pickle.load(open(sys.argv[1], 'rb'))); sys.exit(outcome.stopped_by or 0)"
+    )
+    long = changed(config, steps=3000, checkpoint_every=3000)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(long))
+    command = [sys.executable, "-c", script, str(tmp_path / "config.pickle")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = config.run / "metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (log.is_file() and log.read_text().count("\n") > 5):
+            break
+        signal.sigtimedwait([], 0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == number, output
+    assert "saving after this step" in output
+    steps = [int(p.stem[5:]) for p in (config.run / "checkpoints").iterdir()]
+    assert len(steps) == 1 and steps[0] == log.read_text().count('"train/loss"')
+
+
+def test_another_configuration_does_not_go_on_in_the_same_folder(config):
+    train(config)
+    with pytest.raises(ValueError, match=r"other settings \(optimizer\): choose another"):
+        train(changed(config, optimizer=Optimizer(lr=2e-3)))
+    train(changed(config, keep=1, samples=Samples(count=1, steps=1)))          # these do not decide the weights
+
+
+def test_a_damaged_checkpoint_is_named(config):
+    train(config)
+    newest = config.run / "checkpoints" / "step-00000012.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"step-00000012.safetensors is damaged .*; remove it to go on"):
+        train(config)
+    newest.unlink()
+    assert train(config).step == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda *a: loss(*a) * float("nan"))
+    with pytest.raises(ValueError, match="step 0: loss nan"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"in_channels": 3}, "model.in_channels is 3; the cache .* needs 12"),
+        ({"pooled_dim": 32}, "model.pooled_dim is 32; the cache .* needs 64"),
+        ({"context_dim": 32}, "model.context_dim is 32; the cache .* needs 64"),
+        ({"max_height": 16}, "holds 32 x 32 images; the model's positions end at 16 x 64"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_cache_is_refused(config, change, message):
+    model = {**config.model.to_dict(), **change}
+    with pytest.raises(ValueError, match=message):
+        train(changed(config, model=type(config.model)(**model)))
+
+
+def test_randomness_is_keyed_by_sample_not_by_batch(config):
+    bucket = Cache(config.cache).buckets("train")["32x32"]
+    objective = Objective(loop.flow.by_name("rf/lognorm(0,1)"), 64, 0.464, seed=3)
+    whole = objective.draw(bucket, np.arange(8), step=5)
+    half = objective.draw(bucket, np.arange(4, 8), step=5)
+    assert torch.equal(whole.noise[4:], half.noise) and torch.equal(whole.t[4:], half.t)
+    assert torch.equal(whole.text.pooled[4:], half.text.pooled)
+    later = objective.draw(bucket, np.arange(8), step=6)
+    assert not (whole.noise == later.noise).any() and not (whole.t == later.t).any()
+
+
+def test_each_encoder_is_dropped_with_its_probability(config):
+    bucket = Cache(config.cache).buckets("train")["32x32"]
+    objective = Objective(loop.flow.by_name("rf"), 64, 0.464, seed=0)
+    dropped = [
+        not objective.draw(bucket, np.array([i]), step).text.pooled.any() for step in range(40) for i in range(25)
+    ]
+    assert np.mean(dropped) == pytest.approx(0.464, abs=0.05)
+
+
+def test_validation_grids():
+    assert times("paper") == ([i / 8 for i in range(1, 9)], [i / 8 for i in range(1, 8)])
+    assert times("mlperf")[0] == [i / 8 for i in range(8)] == times("mlperf")[1]
+    assert times("midpoints")[0] == [(i + 0.5) / 8 for i in range(8)]
+
+
+def test_validation_does_not_depend_on_the_batch(config):
+    buckets = Cache(config.cache).buckets("val")
+    objective = Objective(loop.flow.by_name("rf"), 64, 0.464, seed=0)
+    model = MMDiT(config.model)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    one, two = (validate(model, objective, buckets, "paper", 10, batch) for batch in (10, 3))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert one["loss"] == pytest.approx(sum(one[f"t={i / 8:g}"] for i in range(1, 8)) / 7)
+
+
+def test_ema_follows_its_definition():
+    model = torch.nn.Linear(2, 2)
+    ema = EmaWeights(model, decay=0.99, every=100)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    for step in range(1, 201):
+        ema.update(model, step)
+    torch.testing.assert_close(ema.weights["weight"], start + 1 - 0.99**2)
+    with ema.applied(model):
+        torch.testing.assert_close(model.weight.detach(), ema.weights["weight"])
+    torch.testing.assert_close(model.weight.detach(), start + 1)
+    assert Ema() == Ema(decay=0.99, every=100), "the paper's"
+
+
+def test_learning_rate_follows_steps_or_minutes(config):
+    optimizer = Optimizer(lr=1.0, warmup=10, decay="linear")
+    rates = [learning_rate(optimizer, step, step / 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(0.91) and rates[100] == 0
+    budget = Budget(changed(config, steps=None, minutes=2.0), seconds=60)
+    assert budget.fraction(0) == pytest.approx(0.5, abs=0.01) and not budget.spent(10**9)
+    assert Budget(changed(config, steps=None, minutes=2.0), seconds=121).spent(0)
+    with pytest.raises(ValueError, match="give exactly one"):
+        changed(config, minutes=1.0)
+
+
+def run_command(*arguments):
+    return subprocess.run([sys.executable, "-m", "train", *arguments], capture_output=True, text=True)
+
+
+def test_command_line_suggests_the_right_flag():
+    done = run_command("run", "shapes", "--optimizer.larning-rate", "1")
+    assert done.returncode != 0
+    done = run_command("run", "shapes", "--encoder-dropuot", "0.1")
+    assert done.returncode != 0 and "--encoder-dropout" in done.stdout + done.stderr
+    done = run_command("precompute", "--source", "/nowhere", "--cache", "/nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("error: source '/nowhere' does not exist")
+    assert run_command("fly").returncode != 0
+
+
+def test_score_of_an_untrained_model_is_at_chance(config):
+    from train.evaluate import score_shapes
+
+    train(changed(config, steps=1))
+    result = score_shapes(config.run, images=1, steps=2)
+    assert result["all"] <= 0.1
+    assert (config.run / "held-out.png").is_file() and json.loads((config.run / "score.json").read_text())["steps"] == 2

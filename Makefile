@@ -11,12 +11,12 @@ help:
 	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 8 minutes on 2 CPU cores)"
 	@echo "make demo-emoji  the same path on OpenMoji with a pretrained text encoder (about 45 minutes on 2 CPU cores)"
 	@echo "make test        run the tests"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, and the compiler's report on the kernels"
 	@echo "make clean       remove what the demos made"
 
 # One stamp per set of extras; a changed pyproject.toml installs again.
 $(VENV)/.installed-%: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(subst +,$(comma),$*)]"
 	touch $@
 comma := ,
@@ -30,12 +30,13 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 	$(BIN)/python -m train precompute --source openmoji --cache cache/openmoji --sizes 32 32 --encoders minilm
 	$(BIN)/python -m train run openmoji --run runs/openmoji-$(SEED) --seed $(SEED)
 
-test: $(VENV)/.installed-dev+train
+test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-dev+train
+lint: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m rfkernels.inspect --check --targets sm_80 sm_90 sm_100
 
 clean:
 	rm -rf runs cache

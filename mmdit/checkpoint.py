@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdit.config import MMDiTConfig
+from mmdit.files import replacing
 from mmdit.model import MMDiT
 
 
@@ -22,9 +23,8 @@ def save(
     """Writes weights (a state dict of MMDiT(config)) to `path`, atomically; `extra` is JSON kept beside the config."""
     path = Path(path)
     metadata = {"format": "rfkernels.mmdit", "config": json.dumps(config.to_dict()), "extra": json.dumps(extra or {})}
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial, metadata=metadata)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[MMDiT, dict[str, Any]]:

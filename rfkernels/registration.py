@@ -1,13 +1,13 @@
-"""How a fused op becomes a PyTorch operator: one forward and one backward, each with a fake implementation.
+"""How a fused implementation becomes a PyTorch operator: a forward and a backward, each with a fake implementation.
 
-Everything torch.compile, export, selective activation checkpointing and `torch.library.opcheck` need to know about an
-op is said here, once. `Library.define` is used instead of `custom_op` because it costs half as much per call.
+Everything torch.compile, export, selective activation checkpointing and `torch.library.opcheck` need to know about it
+is said here, once. In plain eager mode nobody needs to see the operator, and the call goes straight to an
+`autograd.Function` around the same code: crossing `torch.library` costs more on the host than a short kernel takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,41 +15,81 @@ import torch
 _library = torch.library.Library("rfkernels", "DEF")
 
 
-@dataclass(frozen=True)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether something wants to see operators: a compiler, a dispatch mode such as selective checkpointing, a function
+    transform, or a tensor that is not a plain one (DTensor)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+    )
+
+
 class Operator:
-    """A registered operator: `forward` is differentiable, `backward` computes its gradients."""
-
-    forward: Any
-    backward: Any
-
-
-def define(
-    name: str,
-    *,
-    forward_schema: str,
-    backward_schema: str,
-    fake_forward: Callable[..., Any],
-    fake_backward: Callable[..., Any],
-    save: Callable[..., None],
-    differentiate: Callable[..., Any],
-) -> Operator:
-    """Defines rfkernels::NAME and rfkernels::NAME_backward.
+    """A differentiable operator, called like a function.
 
     Args:
+        name: rfkernels::NAME is the forward, rfkernels::NAME_backward the backward.
         forward_schema, backward_schema: schema of each without its name, "(Tensor x) -> Tensor".
+        forward, backward: the code, for any device. Outputs must not alias inputs.
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
-        save: `setup_context(ctx, inputs, output)` of torch.library.register_autograd.
-        differentiate: `backward(ctx, *grads)`; calls the registered backward operator.
+        save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
+        differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
     """
-    for suffix, schema, fake in (("", forward_schema, fake_forward), ("_backward", backward_schema, fake_backward)):
-        _library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"rfkernels::{name}{suffix}", fake, lib=_library)
-    torch.library.register_autograd(f"rfkernels::{name}", differentiate, setup_context=save, lib=_library)
-    namespace = torch.ops.rfkernels
-    return Operator(getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default)
 
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward_schema: str,
+        backward_schema: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        fake_forward: Callable[..., Any],
+        fake_backward: Callable[..., Any],
+        save: Callable[..., None],
+        differentiate: Callable[..., Any],
+    ) -> None:
+        for full, schema, code, fake in (
+            (name, forward_schema, forward, fake_forward),
+            (f"{name}_backward", backward_schema, backward, fake_backward),
+        ):
+            _library.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            _library.impl(full, code, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"rfkernels::{full}", fake, lib=_library)
+        self.forward = getattr(torch.ops.rfkernels, name).default
+        self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
-def implement(name: str, key: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
-    """Gives an operator its code for a dispatch key: "CPU", "CUDA" or "CompositeExplicitAutograd" for any device."""
-    _library.impl(name, forward, key)
-    _library.impl(f"{name}_backward", backward, key)
+        def run_backward(*args: Any) -> Any:
+            return self.backward(*args) if _watched(args) else backward(*args)
+
+        def through_library(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, self.backward, *grads)
+
+        torch.library.register_autograd(f"rfkernels::{name}", through_library, setup_context=save, lib=_library)
+
+        def no_second(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(f"rfkernels::{name} has no second derivative; use rfkernels.backend('reference')")
+
+        torch.library.register_autograd(f"rfkernels::{name}_backward", no_second, lib=_library)
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = forward(*args)
+                save(ctx, args, output)
+                return output
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return differentiate(ctx, run_backward, *grads)
+
+        self._direct = Direct
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args) if _watched(args) else self._direct.apply(*args)

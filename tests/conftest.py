@@ -1,5 +1,16 @@
-import pytest
+import os
+from importlib.util import find_spec
+
 import torch
+
+if not torch.cuda.is_available() and find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")          # before any kernel is imported
+
+import pytest
+
+from rfkernels.testing import mend_interpreter
+
+mend_interpreter()
 
 
 @pytest.fixture(autouse=True)

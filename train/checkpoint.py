@@ -4,7 +4,6 @@ written atomically; no pickle."""
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmdit.files import replacing
 from train.ema import EmaWeights
 
 
@@ -49,16 +49,14 @@ def save(
     keep: int,
 ) -> Path:
     """Writes the state after progress.step steps, then removes all but the newest `keep` files."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{progress.step:08d}.safetensors"
     names = {p: n for n, p in model.named_parameters()}
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
     tensors |= _moments(optimizer, names)
     metadata = {"step": str(progress.step), "seconds": repr(progress.seconds), "config": json.dumps(decides)}
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
     for old in _files(folder)[:-keep]:
         old.unlink()
     return path
@@ -98,5 +96,8 @@ def restore(
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"optimizer.{name}.{key}" in tensors
         }
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        fused = any(group.get("fused") for group in optimizer.param_groups) # it wants its step there too
+        optimizer.state[parameter] = {
+            k: v.to(parameter.device) if fused or k != "step" else v for k, v in state.items()
+        }
     return Progress(int(metadata["step"]), float(metadata["seconds"]))

@@ -109,16 +109,21 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast over fp32 master weights. auto: bf16 on a GPU, fp32 on a CPU."""
     threads: int = 0
-    """CPU threads; 0: as many as cores."""
+    """CPU threads; 0: PyTorch's choice."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
         if not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
-        for name in ("batch", "keep", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config: {name} is {getattr(self, name)}; expected at least 1")
+        least_one = {name: getattr(self, name) for name in ("batch", "keep", "checkpoint_every")}
+        least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
+        least_one |= {"validation.samples": self.validation.samples, "steps": 1 if self.steps is None else self.steps}
+        for name, value in least_one.items():
+            if value < 1:
+                raise ValueError(f"Config: {name} is {value}; expected at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"Config: minutes is {self.minutes}; expected a number above 0")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdit.files import write_atomically
 from mmdit.sample import Sampler, grid
 from train.data import shapes
-from train.data.shards import write_atomically
 
 
 def score_shapes(

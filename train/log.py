@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdit.files import write_atomically
 from mmdit.sample import grid
 
 
@@ -18,7 +19,7 @@ class Log:
     def __init__(self, run: Path, step: int) -> None:
         self.run, self.path = run, run / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -40,8 +41,17 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def _picture(self, step: int) -> Path:
+        return self.run / "samples" / f"step-{step:08d}.png"
+
+    def drawn(self, step: int) -> bool:
+        return self._picture(step).is_file()
+
+    def validated(self, step: int) -> bool:
+        return any((e := json.loads(line))["step"] == step and "validation/loss" in e for line in self._lines())
+
     def picture(self, step: int, images: np.ndarray) -> Path:
-        path = self.run / "samples" / f"step-{step:08d}.png"
+        path = self._picture(step)
         path.parent.mkdir(exist_ok=True)
         grid(images, scale=max(1, 96 // images.shape[1])).save(path)
         if self._board is not None:

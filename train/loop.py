@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from tqdm import tqdm
 
 from mmdit import autoencoder, flow, text
 from mmdit import checkpoint as weights
+from mmdit.files import write_atomically
 from mmdit.model import MMDiT
 from mmdit.sample import WEIGHTS, Sampler
 from train import checkpoint
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
-from train.data.shards import Cache, write_atomically
+from train.data.shards import Cache
 from train.data.sources import DataError
 from train.ema import EmaWeights
 from train.log import Log
@@ -46,7 +46,8 @@ def train(config: Config) -> Outcome:
         or the loss is not finite.
     """
     device = pick_device(config)
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     cache = Cache(config.cache)
     check_fit(config, cache)
 
@@ -66,7 +67,7 @@ def train(config: Config) -> Outcome:
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
-    decides = {**config.decides(), "data": cache.index.fingerprint}
+    decides = {**config.decides(), "data": cache.contents}
     progress = checkpoint.restore(config.run / "checkpoints", model, ema, optimizer, decides)
     config.run.mkdir(parents=True, exist_ok=True)
     write_atomically(config.run / "config.json", config.to_json().encode())
@@ -93,7 +94,7 @@ def train(config: Config) -> Outcome:
                 log.picture(progress.step, sampler(prompts, steps=s.steps, guidance=s.guidance))
         model.train()
 
-    budget, first = Budget(config, progress.seconds), progress.step
+    budget = Budget(config, progress.seconds)
     with Interrupts() as interrupts, ProgressBar(config, progress.step) as bar:
         model.train()
         while not budget.spent(progress.step) and interrupts.received is None:
@@ -120,16 +121,14 @@ def train(config: Config) -> Outcome:
             ema.update(model, progress.step)
             log.write(progress.step, **{"train/loss": value, "train/gradient_norm": norm.item(), "train/lr": lr})
             bar.advance(value, budget.fraction(progress.step))
+            if due(config.checkpoint_every, progress.step):
+                save()                                              # before anything that may fail
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
             if draw or check:
                 look(draw=draw, check=check)
-            if due(config.checkpoint_every, progress.step):
-                save()
-        if interrupts.received is None and progress.step > first:
-            look(
-                draw=not due(config.samples.every, progress.step), check=not due(config.validation.every, progress.step)
-            )
         save()
+    if interrupts.received is None:         # also if a former process ended before its last look
+        look(draw=not log.drawn(progress.step), check=not log.validated(progress.step))
     log.close()
     log.plot()
     return Outcome(progress.step, interrupts.received)
@@ -180,7 +179,14 @@ def check_fit(config: Config, cache: Cache) -> None:
     for name, need in needed.items():
         if getattr(model, name) != need:
             raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
+    if model.weight_sets == 3:
+        raise ValueError("model.weight_sets is 3; training joins all encoders' tokens into one stream: use 1 or 2")
     for height, width in settings["sizes"]:
+        if height % model.token_pixels or width % model.token_pixels:
+            raise ValueError(
+                f"the cache {config.cache} holds {height} x {width} images; expected multiples of token_pixels = "
+                f"{model.token_pixels}"
+            )
         if height > model.max_height or width > model.max_width:
             raise ValueError(
                 f"the cache {config.cache} holds {height} x {width} images; the model's positions end at "

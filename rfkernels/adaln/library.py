@@ -49,4 +49,4 @@ def reduced(grad: Tensor, vector: Tensor) -> Tensor:
         grad = grad.sum(1)
     elif vector.ndim == 1:
         grad = grad.sum((0, 1))
-    return grad.to(vector.dtype).contiguous()
+    return grad.to(vector.dtype, copy=True).contiguous()           # an operator's output may not alias its input

@@ -1,59 +1,16 @@
-"""Public functions of the adaLN family: checks, registration, dispatch."""
+"""Public functions of the adaLN family: checks and dispatch. The operators behind them: operators.py."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from rfkernels import checks, dispatch, registration
-from rfkernels.adaln import library, reference
+from rfkernels import checks, dispatch
+from rfkernels.adaln import operators, reference
+from rfkernels.triton_support import refuses_triton
 
 Norm = Literal["layer", "rms"]
-
-
-# --- the operator rfkernels::adaln ------------------------------------------------------------------------------------
-
-
-def _fake(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(x.shape[:2], dtype=reference.accumulation(x))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistic, torch.empty_like(statistic)
-
-
-def _fake_backward(
-    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, norm: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dshift, dscale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, shift, scale))
-    return dx, dshift, dscale
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, shift, scale, ctx.norm, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, shift, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dmean: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dshift, dscale = _operator.backward(dy, *ctx.saved_tensors, ctx.norm)
-    return dx, dshift, dscale, None, None
-
-
-_operator = registration.define(
-    "adaln",
-    forward_schema="(Tensor x, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor, Tensor)",
-    backward_schema="(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd, str norm)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake_forward=_fake,
-    fake_backward=_fake_backward,
-    save=_save,
-    differentiate=_differentiate,
-)
-registration.implement("adaln", "CompositeExplicitAutograd", library.adaln, library.adaln_backward)
-
-
-# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, norm: Norm = "layer", eps: float = 1e-6) -> Tensor:
@@ -128,30 +85,44 @@ def _check_gated_adaln(residual, branch, gate, shift, scale, *, norm="layer", ep
     return residual, branch, gate, shift, scale, norm, eps
 
 
-def _library_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> Tensor:
-    return _operator.forward(x, shift, scale, norm, eps)[0]
+MAX_CHANNELS = 16384            # beyond, a row no longer fits in the registers of a program
 
 
-def _library_gated_adaln(residual, branch, gate, shift, scale, norm, eps):
-    h = reference.gated_residual(residual, branch, gate)
-    return h, _library_adaln(h, shift, scale, norm, eps)
+def _refuses(x, *args):
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"the kernels hold a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}"
+    return refuses_triton(x, *args)
 
 
-_AS_DEFINED = "plain PyTorch, op by op"
+def _triton(what, run):
+    return dispatch.Implementation("triton", what, run, _refuses)
+
+
+def _reference(run):
+    return dispatch.Implementation("reference", "plain PyTorch, op by op", run)
+
+
 dispatch.register(
     "adaln",
     _check_adaln,
-    dispatch.Implementation("library", "PyTorch's layer norm, one saved activation, explicit backward", _library_adaln),
-    dispatch.Implementation("reference", _AS_DEFINED, reference.adaln),
+    _triton("one kernel forward, two backward", operators.triton_adaln),
+    dispatch.Implementation(
+        "library", "PyTorch's layer norm, one saved activation, explicit backward", operators.library_adaln
+    ),
+    _reference(reference.adaln),
 )
 dispatch.register(
     "gated_residual",
     _check_gated_residual,
-    dispatch.Implementation("reference", _AS_DEFINED, reference.gated_residual),
+    _triton("one kernel forward, two backward", operators.triton_gated_residual),
+    _reference(reference.gated_residual),
 )
 dispatch.register(
     "gated_adaln",
     _check_gated_adaln,
-    dispatch.Implementation("library", "gated residual in plain PyTorch, then adaln's library", _library_gated_adaln),
-    dispatch.Implementation("reference", _AS_DEFINED, reference.gated_adaln),
+    _triton("one kernel forward, two backward", operators.triton_gated_adaln),
+    dispatch.Implementation(
+        "library", "gated residual in plain PyTorch, then adaln's library", operators.library_gated_adaln
+    ),
+    _reference(reference.gated_adaln),
 )

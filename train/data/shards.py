@@ -1,8 +1,8 @@
 """The cache between precompute and training: safetensors shards, their captions, and an index that vouches for them.
 
     CACHE/index.json                    settings, their fingerprint, each shard's size and checksum
-    CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths, dim]
-                                        bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
+    CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths,
+                                        dim] bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
     CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample
 """
 
@@ -23,22 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmdit.files import write_atomically
 from mmdit.text import TextFeatures, fingerprint
 from train.data.sources import DataError
 
 VERSION = 1
 INDEX = "index.json"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Either the whole file is there afterwards, or the former one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @dataclass
@@ -143,6 +133,11 @@ class Cache:
     @property
     def settings(self) -> dict[str, Any]:
         return self.index.settings
+
+    @property
+    def contents(self) -> str:
+        """Changes whenever a sample does."""
+        return fingerprint({"shards": [[e["file"], e["sha256"]] for e in self._entries()]})
 
     def verify(self) -> None:
         """Reads everything and compares checksums. Raises: DataError that names the shard."""

@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def _sidecars(folder: Path) -> Iterator[Record]:
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES):
         text = path.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8").strip() if text.is_file() else None
-        yield Record(str(path.relative_to(folder)), caption or None, lambda path=path: Image.open(path))   # type: ignore[misc]
+        yield Record(str(path.relative_to(folder)), caption or None, partial(Image.open, path))
 
 
 def _jsonl(folder: Path) -> Iterator[Record]:
@@ -92,15 +93,15 @@ def _jsonl(folder: Path) -> Iterator[Record]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{folder / 'metadata.jsonl'}, line {number}: expected JSON with file_name") from error
         caption = entry.get("caption", entry.get("text"))
-        yield Record(entry["file_name"], caption or None, lambda path=path: Image.open(path), entry.get("split"))   # type: ignore[misc]
+        yield Record(entry["file_name"], caption or None, partial(Image.open, path), entry.get("split"))
 
 
 def _webdataset(path: Path) -> Iterator[Record]:
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             members = [m for m in tar.getmembers() if m.isfile()]
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a complete tar archive ({error})") from error
+        raise DataError(f"{path}: not a complete, uncompressed tar archive ({error})") from error
 
     def read(member: tarfile.TarInfo) -> bytes:
         with path.open("rb") as file:
@@ -113,7 +114,10 @@ def _webdataset(path: Path) -> Iterator[Record]:
         if extension in ("txt", "caption"):
             captions[stem] = read(member).decode("utf-8").strip()
         elif extension == "json":
-            entry = json.loads(read(member))
+            try:
+                entry = json.loads(read(member))
+            except ValueError as error:
+                raise DataError(f"{path.name}:{member.name}: not valid JSON ({error})") from error
             if isinstance(entry, dict) and (text := entry.get("caption", entry.get("text"))):
                 captions.setdefault(stem, text)
     for member in members:

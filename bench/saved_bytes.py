@@ -1,0 +1,73 @@
+"""What an MM-DiT block keeps for its backward: python -m bench.saved_bytes
+
+Counts distinct storages, in bytes per token and channel of the two streams, weights left out. Runs on the CPU; the
+Triton rows run in Triton's interpreter and want TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmdit import presets
+from mmdit.blocks import JointBlock
+from rfkernels import dispatch
+from rfkernels.triton_support import INSTALLED, INTERPRETED
+
+
+def saved(run: Callable[[], object], weights: list[Tensor]) -> int:
+    """Bytes of distinct storages that autograd keeps while `run` builds its graph."""
+    left_out = {w.untyped_storage().data_ptr() for w in weights}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held.append(run())                     # kept alive, or a freed storage's address is used again
+    return sum(kept.values())
+
+
+def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: int = 128) -> float:
+    """Bytes per token and channel of one joint block in bf16, with `choose` naming backends of single ops."""
+    config = presets.by_depth(2, heads=2)
+    block = JointBlock(config, 0).bfloat16()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    xs = [torch.randn(batch, n, config.width, dtype=torch.bfloat16, requires_grad=True) for n in (text, image)]
+    c = torch.randn(batch, config.width, dtype=torch.bfloat16, requires_grad=True)
+    registry = dict(dispatch._registry)
+    for op, backend in choose.items():
+        kept = [i for i in registry[op] if i.backend == backend]
+        dispatch._registry[op] = tuple(dispatch.Implementation(i.backend, i.what, i.run) for i in kept)
+    try:
+        total = saved(lambda: block(xs, c, [None, None]), list(block.parameters()))
+    finally:
+        dispatch._registry.update(registry)
+    return total / (batch * (text + image) * config.width)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    family = ("adaln", "gated_adaln", "gated_residual")
+    rows = {
+        "all ops as defined, op by op": dict.fromkeys(dispatch.ops(), "reference"),
+        "attention on SDPA, the rest as defined": {**dict.fromkeys(family, "reference")},
+        "attention on SDPA, adaLN on PyTorch's norm": {"gated_residual": "reference"},
+    }
+    if INSTALLED and INTERPRETED:
+        rows["attention on SDPA, adaLN in Triton"] = dict.fromkeys(family, "triton")
+    print(f"joint block, bf16, width 128, 77 + 128 tokens, batch 2; torch {torch.__version__}")
+    print("bytes kept for backward per token and channel, weights left out")
+    for name, choose in rows.items():
+        print(f"  {name:46s} {block_bytes(choose):6.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Triton kernels of the adaLN family.
+
+One program owns ROWS consecutive tokens of one sample at a time and the whole width, as CHUNKS pieces of CHUNK channels
+held in registers, so each input is read once and each output written once. The last chunk is masked, so no byte is
+moved for padding. A modulation vector is addressed by a batch and a token stride, either of which may be zero: [B, C]
+per sample, [B, S, C] per token and [C] shared are the same code. Sizes are not specialised: one binary serves all
+lengths and batches.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _offsets(b, tokens, stride_b, stride_s):
+    """[ROWS, 1] element offsets, in int64."""
+    return b.to(tl.int64) * stride_b + tokens.to(tl.int64)[:, None] * stride_s
+
+
+@triton.jit
+def _load(ptr, rows, live, i, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk i as fp32 [ROWS, CHUNK]; zero outside."""
+    columns = i * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(ptr + rows + columns[None, :], mask=live[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, rows, live, i, value, C: tl.constexpr, CHUNK: tl.constexpr):
+    columns = i * CHUNK + tl.arange(0, CHUNK)
+    tl.store(ptr + rows + columns[None, :], value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < C)[None, :])
+
+
+@triton.jit
+def _statistics(xs, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr):
+    """mean and rstd [ROWS], two passes over registers: the variance is of x - mean, not a difference of squares."""
+    if RMS:
+        mean = tl.zeros_like(tl.sum(xs[0], 1))
+    else:
+        total = xs[0]
+        for i in tl.static_range(1, CHUNKS):
+            total += xs[i]
+        mean = tl.sum(total, 1) / C
+    square = tl.zeros_like(xs[0])
+    for i in tl.static_range(CHUNKS):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        centred = tl.where((columns < C)[None, :], xs[i] - mean[:, None], 0.0)
+        square += centred * centred
+    return mean, tl.rsqrt(tl.sum(square, 1) / C + eps)
+
+
+@triton.jit(do_not_specialize=["S"])
+def adaln_fwd(
+    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
+    S, eps,
+    stride_xb, stride_xs, stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
+    C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """y = norm(x) * (1 + scale) + shift; y [B, S, C] contiguous, mean and rstd [B, S]."""
+    blocks = tl.cdiv(S, ROWS)
+    b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    live = tokens < S
+    x_rows = _offsets(b, tokens, stride_xb, stride_xs)
+    xs = ()
+    for i in tl.static_range(CHUNKS):
+        xs = xs + (_load(x_ptr, x_rows, live, i, C, CHUNK),)
+    mean, rstd = _statistics(xs, eps, C, CHUNK, CHUNKS, RMS)
+    flat = b.to(tl.int64) * S + tokens
+    tl.store(mean_ptr + flat, mean, mask=live)
+    tl.store(rstd_ptr + flat, rstd, mask=live)
+    shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
+    scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
+    for i in tl.static_range(CHUNKS):
+        shift = _load(shift_ptr, shift_rows, live, i, C, CHUNK)
+        scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
+        y = (xs[i] - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+        _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
+
+
+@triton.jit(do_not_specialize=["S"])
+def gated_adaln_fwd(
+    residual_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr,
+    S, eps,
+    stride_rb, stride_rs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
+    stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
+    C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """h = residual + gate * branch; y = norm(h as stored) * (1 + scale) + shift."""
+    blocks = tl.cdiv(S, ROWS)
+    b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    live = tokens < S
+    flat = b.to(tl.int64) * S + tokens
+    residual_rows, branch_rows = _offsets(b, tokens, stride_rb, stride_rs), _offsets(b, tokens, stride_bb, stride_bs)
+    gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
+    hs = ()
+    for i in tl.static_range(CHUNKS):
+        gate = _load(gate_ptr, gate_rows, live, i, C, CHUNK)
+        h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
+        h += gate * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
+        _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
+        hs = hs + (h.to(h_ptr.dtype.element_ty).to(tl.float32),)
+    mean, rstd = _statistics(hs, eps, C, CHUNK, CHUNKS, RMS)
+    tl.store(mean_ptr + flat, mean, mask=live)
+    tl.store(rstd_ptr + flat, rstd, mask=live)
+    shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
+    scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
+    for i in tl.static_range(CHUNKS):
+        shift = _load(shift_ptr, shift_rows, live, i, C, CHUNK)
+        scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
+        y = (hs[i] - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+        _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(CHUNKS):
+        zeros = zeros + (tl.zeros([ROWS, CHUNK], tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _store_sums(ptr, row, sums, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums over the rows of each chunk to one row of partials [.., C], fp32."""
+    for i in tl.static_range(CHUNKS):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        tl.store(ptr + row * C + columns, tl.sum(sums[i], 0), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["S", "span"])
+def adaln_bwd(
+    dy_ptr, dh_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dbranch_ptr, dshift_ptr, dscale_ptr, dgate_ptr,
+    S, span,
+    stride_dyb, stride_dys, stride_dhb, stride_dhs, stride_xb, stride_xs, stride_bb, stride_bs,
+    stride_gate_b, stride_gate_s, stride_scale_b, stride_scale_s,
+    C: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
+    SHIFT_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, GATE_PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Program (b, split) walks over `span` tokens of sample b. Gradients of vectors that tokens share are summed in
+    registers and leave as one row of partials [B * splits, C]; those of per-token vectors leave with their token.
+    x is the input of the norm (h if GATED); dx is the gradient of x, and of the residual if GATED."""
+    b, split = tl.program_id(0), tl.program_id(1)
+    last = tl.minimum((split + 1) * span, S)
+    dshifts, dscales = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
+    dgates = _zeros(ROWS, CHUNK, CHUNKS)
+    for start in range(split * span, last, ROWS):
+        tokens = start + tl.arange(0, ROWS)
+        live = tokens < last
+        flat = b.to(tl.int64) * S + tokens
+        out_rows = flat[:, None] * C
+        dy_rows, x_rows = _offsets(b, tokens, stride_dyb, stride_dys), _offsets(b, tokens, stride_xb, stride_xs)
+        scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
+        mean = tl.load(mean_ptr + flat, mask=live, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + flat, mask=live, other=0.0)[:, None]
+        gs, x_hats, shifts, scales = (), (), (), ()
+        drift = tl.zeros([ROWS, CHUNK], tl.float32)                       # sum of g, for the mean
+        along = tl.zeros([ROWS, CHUNK], tl.float32)                       # sum of g * x_hat
+        for i in tl.static_range(CHUNKS):
+            dy = _load(dy_ptr, dy_rows, live, i, C, CHUNK)
+            columns = i * CHUNK + tl.arange(0, CHUNK)
+            x_hat = (_load(x_ptr, x_rows, live, i, C, CHUNK) - mean) * rstd
+            x_hat = tl.where((columns < C)[None, :], x_hat, 0.0)
+            g = dy * (1.0 + _load(scale_ptr, scale_rows, live, i, C, CHUNK))
+            drift += g
+            along += g * x_hat
+            if SHIFT_PER_TOKEN:
+                _store(dshift_ptr, out_rows, live, i, dy, C, CHUNK)
+                shifts = shifts + (dshifts[i],)
+            else:
+                shifts = shifts + (dshifts[i] + dy,)
+            if SCALE_PER_TOKEN:
+                _store(dscale_ptr, out_rows, live, i, dy * x_hat, C, CHUNK)
+                scales = scales + (dscales[i],)
+            else:
+                scales = scales + (dscales[i] + dy * x_hat,)
+            gs = gs + (g,)
+            x_hats = x_hats + (x_hat,)
+        dshifts, dscales = shifts, scales
+        mean_along = (tl.sum(along, 1) / C)[:, None]
+        mean_drift = (tl.sum(drift, 1) / C)[:, None]
+        if RMS:
+            mean_drift = mean_drift * 0.0
+        gates = ()
+        for i in tl.static_range(CHUNKS):
+            dx = (gs[i] - mean_drift - x_hats[i] * mean_along) * rstd
+            if GATED:
+                dx += _load(dh_ptr, _offsets(b, tokens, stride_dhb, stride_dhs), live, i, C, CHUNK)
+                gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
+                branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
+                _store(dbranch_ptr, out_rows, live, i, gate * dx, C, CHUNK)
+                if GATE_PER_TOKEN:
+                    _store(dgate_ptr, out_rows, live, i, branch * dx, C, CHUNK)
+                    gates = gates + (dgates[i],)
+                else:
+                    gates = gates + (dgates[i] + branch * dx,)
+            else:
+                gates = gates + (dgates[i],)
+            _store(dx_ptr, out_rows, live, i, dx, C, CHUNK)
+        dgates = gates
+    row = b.to(tl.int64) * tl.num_programs(1) + split
+    if not SHIFT_PER_TOKEN:
+        _store_sums(dshift_ptr, row, dshifts, C, CHUNK, CHUNKS)
+    if not SCALE_PER_TOKEN:
+        _store_sums(dscale_ptr, row, dscales, C, CHUNK, CHUNKS)
+    if GATED and not GATE_PER_TOKEN:
+        _store_sums(dgate_ptr, row, dgates, C, CHUNK, CHUNKS)
+
+
+@triton.jit(do_not_specialize=["total", "count0", "count1", "count2"])
+def sum_partials(
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr,
+    total, count0, count1, count2, stride0, stride1, stride2,
+    C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Second stage: partials [V, total, C] fp32; vector v sums its rows in groups of count_v, in a fixed order, and
+    writes group g to out_v + g * stride_v."""
+    group, v = tl.program_id(0), tl.program_id(2)
+    count = tl.where(v == 0, count0, tl.where(v == 1, count1, count2))
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = columns < C
+    if group * count < total:
+        sums = tl.zeros([ROWS, CHUNK], tl.float32)
+        first = v.to(tl.int64) * total + group * count
+        for start in range(0, count, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            here = partials_ptr + (first + rows)[:, None] * C + columns[None, :]
+            sums += tl.load(here, mask=(rows < count)[:, None] & inside[None, :], other=0.0)
+        value = tl.sum(sums, 0)
+        if v == 0:
+            tl.store(out0_ptr + group * stride0 + columns, value.to(out0_ptr.dtype.element_ty), mask=inside)
+        elif v == 1:
+            tl.store(out1_ptr + group * stride1 + columns, value.to(out1_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out2_ptr + group * stride2 + columns, value.to(out2_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["S"])
+def gated_residual_fwd(
+    residual_ptr, branch_ptr, gate_ptr, h_ptr,
+    S, stride_rb, stride_rs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
+    C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """h = residual + gate * branch; h [B, S, C] contiguous."""
+    blocks = tl.cdiv(S, ROWS)
+    b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    live = tokens < S
+    flat = b.to(tl.int64) * S + tokens
+    residual_rows, branch_rows = _offsets(b, tokens, stride_rb, stride_rs), _offsets(b, tokens, stride_bb, stride_bs)
+    gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
+    for i in tl.static_range(CHUNKS):
+        h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
+        h += _load(gate_ptr, gate_rows, live, i, C, CHUNK) * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
+        _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
+
+
+@triton.jit(do_not_specialize=["S", "span"])
+def gated_residual_bwd(
+    dh_ptr, branch_ptr, gate_ptr, dbranch_ptr, dgate_ptr,
+    S, span, stride_dhb, stride_dhs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
+    C: tl.constexpr, GATE_PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """dbranch = gate * dh; dgate = branch * dh, summed over the program's tokens unless per token. dresidual is dh."""
+    b, split = tl.program_id(0), tl.program_id(1)
+    last = tl.minimum((split + 1) * span, S)
+    dgates = _zeros(ROWS, CHUNK, CHUNKS)
+    for start in range(split * span, last, ROWS):
+        tokens = start + tl.arange(0, ROWS)
+        live = tokens < last
+        out_rows = (b.to(tl.int64) * S + tokens)[:, None] * C
+        sums = ()
+        for i in tl.static_range(CHUNKS):
+            dh = _load(dh_ptr, _offsets(b, tokens, stride_dhb, stride_dhs), live, i, C, CHUNK)
+            gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
+            branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
+            _store(dbranch_ptr, out_rows, live, i, gate * dh, C, CHUNK)
+            if GATE_PER_TOKEN:
+                _store(dgate_ptr, out_rows, live, i, branch * dh, C, CHUNK)
+                sums = sums + (dgates[i],)
+            else:
+                sums = sums + (dgates[i] + branch * dh,)
+        dgates = sums
+    if not GATE_PER_TOKEN:
+        _store_sums(dgate_ptr, b.to(tl.int64) * tl.num_programs(1) + split, dgates, C, CHUNK, CHUNKS)

@@ -1,0 +1,117 @@
+"""python -m rfkernels.inspect [--check | --write]: the compiler's report on every kernel, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from rfkernels.inspect.cases import cases
+from rfkernels.inspect.compile import Compiled, compile_only, read_cuda, read_hip
+from rfkernels.triton_support import INSTALLED, INTERPRETED
+
+TABLE = Path(__file__).with_name("table.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def inspect(targets: tuple[str, ...], only: str = "") -> dict[str, Compiled]:
+    """Compiles all cases whose name contains `only`; "case kernel target" -> report."""
+    chosen = [case for case in cases() if only in case.name]
+    reports = {}
+    for target in targets:
+        cuda = target.startswith("sm_")
+        with compile_only("cuda" if cuda else "hip", int(target[3:]) if cuda else target) as launched:
+            for case in tqdm(chosen, desc=target, disable=None):
+                launched.clear()
+                case.call()
+                moved = sum(size for *_, size in launched) / case.bytes
+                for name, kernel, _ in launched:
+                    read = read_cuda(name, kernel, int(target[3:])) if cuda else read_hip(name, kernel, target)
+                    read.moved = moved
+                    reports[f"{case.name} {name} {target}"] = read
+    return reports
+
+
+def defects(reports: dict[str, Compiled]) -> list[str]:
+    """What no kernel may do on a CUDA target: spill, access activations in less than 16 bytes, not fit."""
+    found = []
+    for key, r in reports.items():
+        if not r.target.startswith("sm_"):
+            continue                                                     # AMD is information, not a promise
+        if r.spills:
+            found.append(f"{key}: {r.spills} spills")
+        if r.kernel != "sum_partials":
+            # mean and rstd are one number a row; a backward's rows of partials are narrow too
+            narrow_stores = 0 if r.kernel.endswith("bwd") and r.counts["st16"] else r.counts["st"] - r.counts["st16"]
+            if r.counts["ld"] - r.counts["ld16"] > 2 or narrow_stores > 2:
+                found.append(f"{key}: activations loaded or stored in less than 16 bytes")
+        if r.moved > 1.05:
+            found.append(f"{key}: moves {r.moved:.3f} times the least")
+        if r.occupancy == 0:
+            found.append(f"{key}: does not fit on a multiprocessor")
+    return found
+
+
+def regressions(reports: dict[str, Compiled], table: dict[str, dict]) -> list[str]:
+    """What is worse than in the committed table: spills, lower occupancy, fewer of the accesses 16 bytes wide."""
+    found = []
+    for key, r in reports.items():
+        if not r.target.startswith("sm_"):
+            continue
+        before = table.get(key)
+        if before is None:
+            found.append(f"{key}: not in {TABLE.name}; run with --write")
+            continue
+        if r.spills > before["spills"]:
+            found.append(f"{key}: {before['spills']} -> {r.spills} spills")
+        if r.occupancy < 0.75 * before["occupancy"]:
+            found.append(f"{key}: occupancy {before['occupancy']:.2f} -> {r.occupancy:.2f}")
+        for access in ("ld16", "st16"):
+            if r.counts[access] < before["counts"][access]:
+                found.append(f"{key}: {access} {before['counts'][access]} -> {r.counts[access]}")
+    return found
+
+
+def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TARGETS, only: str = "") -> None:
+    """Compile the kernels for GPUs that are not here and report.
+
+    Args:
+        check: Compare with the committed table; exit 1 on a regression or defect.
+        write: Write the table.
+        targets: sm_80, sm_90, sm_100, gfx942.
+        only: Only cases whose name contains this.
+    """
+    import triton
+
+    if INTERPRETED:
+        sys.exit("error: TRITON_INTERPRET is set; inspection needs the compiler")
+    reports = inspect(targets, only)
+    print(f"Triton {triton.__version__}; shared memory in bytes; occupancy: share of resident warps")
+    columns = f"{'regs':>5s} {'spill':>6s} {'shared':>7s} {'warps':>5s} {'occ':>5s}  ld16/ld  st16/st  mma  moved/least"
+    print(f"{'case':58s} {columns}")
+    for key, r in reports.items():
+        loads, stores = f"{r.counts['ld16']}/{r.counts['ld']}", f"{r.counts['st16']}/{r.counts['st']}"
+        print(
+            f"{key:58s} {r.registers:5d} {r.spills:6d} {r.shared:7d} {r.warps:5d} {r.occupancy:5.2f}  "
+            f"{loads:>7s}  {stores:>7s}  {r.counts['mma']:3d}  {r.moved:.3f}"
+        )
+    if write:
+        TABLE.write_text(json.dumps({key: asdict(r) for key, r in reports.items()}, indent=1) + "\n")
+        print(f"wrote {TABLE}")
+    wrong = defects(reports)
+    if check:
+        wrong += regressions(reports, json.loads(TABLE.read_text()) if TABLE.is_file() else {})
+    for line in wrong:
+        print(f"FAIL {line}")
+    if check and wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    if not INSTALLED:
+        sys.exit("error: Triton is not installed")
+    tyro.cli(main, prog="python -m rfkernels.inspect")

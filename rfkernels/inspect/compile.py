@@ -1,0 +1,149 @@
+"""Compiles what a launcher would launch, for a GPU that is not there, and reads the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Per multiprocessor: registers, shared memory in bytes, warps, programs (CUDA C++ programming guide, capabilities).
+LIMITS = {80: (65536, 166912, 64, 32), 90: (65536, 233472, 64, 32), 100: (65536, 233472, 64, 32)}
+INSTRUCTIONS = {
+    "ld16": r"\bLDG\.E\.(?:\w+\.)*128\b",
+    "ld": r"\bLDG\b",
+    "st16": r"\bSTG\.E\.(?:\w+\.)*128\b",
+    "st": r"\bSTG\b",
+    "mma": r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b",
+}
+
+
+@dataclass
+class Compiled:
+    """One kernel compiled for one target."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    """Accesses to local memory, where goes what does not fit in registers."""
+    shared: int
+    """Bytes of shared memory."""
+    warps: int
+    occupancy: float
+    """Share of a multiprocessor's warps that can be resident; 0 where unknown."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Global loads and stores, of them 16 bytes wide, and matrix instructions."""
+    moved: float = 0.0
+    """Bytes of all the case's kernels' tensor arguments over the least that must move; each is read or written once."""
+
+
+class _Driver:
+    """Stands in for a GPU driver: names the target, allocates nothing, runs nothing."""
+
+    def __init__(self, backend: str, arch: int | str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+        self._arch = arch
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend}{self._arch}"               # Triton keeps what it compiled by this name
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_device_capability(self, device: object = None) -> tuple[int, int]:
+        return divmod(self._arch, 10) if isinstance(self._arch, int) else (9, 4)
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@contextmanager
+def compile_only(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any, int]]]:
+    """Inside, a kernel launch on "meta" tensors compiles exactly what it would compile on this target, without running
+    it. Yields the list that (name, compiled kernel, bytes of its tensor arguments) are appended to."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launched: list[tuple[str, Any, int]] = []
+    run, before = JITFunction.run, driver.__dict__.get("_active")
+
+    def compiling(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        launched.append((self.fn.__name__, kernel, sum(t.numel() * t.element_size() for t in tensors)))
+        return kernel
+
+    driver.set_active(_Driver(backend, arch))
+    JITFunction.run = compiling
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+        if before is not None:
+            driver.set_active(before)
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    import triton
+
+    path = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([str(path), *map(str, arguments)], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def read_cuda(name: str, kernel: Any, arch: int) -> Compiled:
+    """Registers, spills and instruction mix from the cubin, by the tools that come with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "k.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", cubin)
+        code = _tool("nvdisasm", cubin)
+    found = re.search(r"REG:(\d+)", usage)
+    if found is None or "/*0000*/" not in code:
+        raise RuntimeError(f"{name}: Triton's cuobjdump or nvdisasm gave nothing readable: {(usage + code)[:300]}")
+    registers, warps, shared = int(found[1]), kernel.metadata.num_warps, kernel.metadata.shared
+    counts = {key: len(re.findall(pattern, code)) for key, pattern in INSTRUCTIONS.items()}
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    occupancy = _occupancy(arch, registers, shared, warps)
+    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, occupancy, counts)
+
+
+def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
+    file, memory, most, programs = LIMITS[arch]
+    per_warp = -(-registers * 32 // 256) * 256                     # registers are handed out to warps in units of 256
+    resident = min(file // (per_warp * warps), memory // (shared + 1024), most // warps, programs)
+    return resident * warps / most
+
+
+def read_hip(name: str, kernel: Any, arch: str) -> Compiled:
+    code = kernel.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", code)
+        return int(found[1]) if found else 0
+
+    wide = {"ld16": r"(?:global|buffer)_load_dwordx4", "st16": r"(?:global|buffer)_store_dwordx4"}
+    all_ = {"ld": r"(?:global|buffer)_load_", "st": r"(?:global|buffer)_store_", "mma": r"v_mfma"}
+    counts = {key: len(re.findall(rf"^\s*{p}", code, re.M)) for key, p in {**wide, **all_}.items()}
+    spills = number("vgpr_spill_count")
+    metadata = kernel.metadata
+    return Compiled(name, arch, number("vgpr_count"), spills, metadata.shared, metadata.num_warps, 0.0, counts)

@@ -1,0 +1,67 @@
+"""Launch settings: measured ones per GPU as JSON beside this file, a heuristic where nothing was measured. Nothing is
+tuned at run time, so a user's first step is as fast as the second.
+
+    {"adaln_fwd": {"1536": {"lanes": 32, "warps": 4}}}          file name: the GPU's name, lower case, "_" for spaces
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+VECTOR = 8                                  # elements of a 16-byte access in bf16 and fp16
+# The most channels a thread may hold, so that what stays in registers fits in about 200 of 255; see `inspect`.
+CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 40, "gated_adaln_bwd": 32,
+                       "gated_residual_fwd": 96, "gated_residual_bwd": 96}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """How a row-wise kernel covers [tokens, channels]."""
+
+    lanes: int
+    """Threads that share a row, a power of two; each holds every lanes-th vector of 8 channels."""
+    warps: int
+    """Of the program."""
+
+    @property
+    def chunk(self) -> int:
+        """Channels in one step of a row's threads."""
+        return VECTOR * self.lanes
+
+    @property
+    def rows(self) -> int:
+        """Tokens in a program at a time."""
+        return max(1, 32 * self.warps // self.lanes)
+
+    def chunks(self, channels: int) -> int:
+        return -(-channels // self.chunk)
+
+
+def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaunch:
+    """Settings of a row-wise kernel at this width: the table of the GPU named `device` if it has them, the heuristic
+    otherwise: as few threads per row as registers allow, halved while that makes the chunks exact."""
+    measured = table(device).get(kernel, {}).get(str(channels)) if device else None
+    if measured:
+        return RowLaunch(**measured)
+    lanes = 8
+    while lanes < 32 and lanes * VECTOR < channels:
+        lanes *= 2
+    while channels > lanes * CHANNELS_PER_THREAD[kernel]:
+        lanes *= 2
+    if channels % (VECTOR * lanes):
+        for fewer in (lanes // 2, lanes // 4):       # 1152 = 9 * 128: exact with 16 lanes, not with 32
+            exact = fewer >= 8 and channels % (VECTOR * fewer) == 0
+            if exact and channels <= fewer * CHANNELS_PER_THREAD[kernel]:
+                lanes = fewer
+                break
+    return RowLaunch(lanes, max(4, lanes // 32))
+
+
+@lru_cache
+def table(device: str) -> dict[str, Any]:
+    path = Path(__file__).with_name(device.lower().replace(" ", "_").replace("/", "_") + ".json")
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,58 @@
+"""Whether Triton kernels can run here, and on what."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfkernels import dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on CPU tensors: the variable must be set before the first import."""
+INTERPRETED_MULTIPROCESSORS = 3          # so that the interpreter runs the split reductions too
+
+
+def refuses_triton(*args: Any) -> str | None:
+    """Why a Triton implementation cannot run on these arguments, or None. The interpreter is only taken when forced."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    for tensor in args:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.dtype not in DTYPES:
+            return f"Triton kernels take fp32, bf16 and fp16, not {tensor.dtype}"
+        if tensor.is_cuda:
+            continue
+        if tensor.device.type != "cpu" or not INTERPRETED:
+            return f"tensors are on {tensor.device}; Triton kernels need a GPU"
+        if dispatch._forced != "triton":
+            return "tensors are on the CPU; the interpreter runs only when forced"
+    return None
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def device_name(device: torch.device) -> str | None:
+    """Names the launch table of a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU; this makes it the tensors' one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

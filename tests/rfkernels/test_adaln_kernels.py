@@ -1,0 +1,294 @@
+"""The Triton kernels of the adaLN family: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+import pytest
+import torch
+
+import rfkernels
+from rfkernels import launch_tables
+from rfkernels.adaln import launch, reference
+from rfkernels.testing import assert_within_rule, nan_filled, traffic
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
+NORMS = ("layer", "rms")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPES = {"sample": lambda b, s, c: (b, c), "token": lambda b, s, c: (b, s, c), "shared": lambda b, s, c: (c,)}
+FUNCTIONS = {
+    "adaln": (("x", "shift", "scale"), lambda norm: lambda *a: (rfkernels.adaln(*a, norm=norm),)),
+    "gated_adaln": (
+        ("x", "branch", "gate", "shift", "scale"),
+        lambda norm: lambda *a: rfkernels.gated_adaln(*a, norm=norm),
+    ),
+    "gated_residual": (("x", "branch", "gate"), lambda norm: lambda *a: (rfkernels.gated_residual(*a),)),
+}
+
+
+def tensors(op, b, s, c, dtype, modulation="sample", vector_dtype=None):
+    names = FUNCTIONS[op][0]
+    shape = {"x": (b, s, c), "branch": (b, s, c)}
+    make = lambda n: torch.randn(shape.get(n) or SHAPES[modulation](b, s, c), device=DEVICE)  # noqa: E731
+    kinds = {n: dtype if n in shape else vector_dtype or dtype for n in names}
+    return [make(n).to(kinds[n]) for n in names]
+
+
+def run(function, inputs, grads, backend):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with rfkernels.backend(backend), nan_filled():
+        outputs = function(*leaves)
+        gradients = torch.autograd.grad(outputs, leaves, grads)
+    return [*outputs, *gradients]
+
+
+def check(op, inputs, norm="layer", grads=None):
+    """Outputs and all gradients under the error rule, and bitwise the same when repeated."""
+    names, make = FUNCTIONS[op]
+    function = make(norm)
+    if grads is None:
+        grads = [torch.randn_like(inputs[0]) for _ in range(2 if op == "gated_adaln" else 1)]
+    got = run(function, inputs, grads, "triton")
+    again = run(function, inputs, grads, "triton")
+    exact = run(function, [t.double() for t in inputs], [g.double() for g in grads], "reference")
+    eager = run(eager_version(op, norm), inputs, grads, "reference")
+    labels = ["h", "y"][-len(grads):] + [f"d{n}" for n in names]
+    for label, a, b, c, d in zip(labels, got, again, exact, eager, strict=True):
+        assert torch.equal(a, b), f"{label} differs when repeated"
+        assert_within_rule(f"{op} {label}", a, c, d)
+
+
+def eager_version(op, norm):
+    """The op as a careful user writes it, in the inputs' dtype."""
+
+    def wide(v):
+        return v.unsqueeze(1) if v.ndim == 2 else v
+
+    def norm_and_modulate(x, shift, scale):
+        c = x.shape[-1:]
+        normed = torch.nn.functional.layer_norm(x, c, eps=1e-6) if norm == "layer" else torch.nn.functional.rms_norm(
+            x, c, eps=1e-6
+        )
+        return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
+
+    def residual(x, branch, gate):
+        return (x + wide(gate) * branch).to(x.dtype)
+
+    if op == "adaln":
+        return lambda *a: (norm_and_modulate(*a),)
+    if op == "gated_residual":
+        return lambda *a: (residual(*a),)
+
+    def both(x, branch, gate, shift, scale):
+        h = residual(x, branch, gate)
+        return h, norm_and_modulate(h, shift, scale)
+
+    return both
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_widths_of_the_models(op, width):
+    check(op, tensors(op, 2, 3, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("width", (1, 7, 100))
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_odd_widths(op, width):
+    check(op, tensors(op, 2, 3, width, torch.float32))
+
+
+@pytest.mark.parametrize("length", (1, 154, 257))
+@pytest.mark.parametrize("batch", (1, 3))
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_lengths_and_batches(op, length, batch):
+    check(op, tensors(op, batch, length, 64, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("modulation", SHAPES)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_dtypes_norms_and_modulations(op, modulation, norm, dtype):
+    if op == "gated_residual" and norm == "rms":
+        pytest.skip("gated_residual has no norm")
+    check(op, tensors(op, 2, 5, 96, DTYPES[dtype], modulation), norm)
+
+
+def test_modulations_of_different_kinds_and_dtypes_mix():
+    x, branch, gate, shift, scale = tensors("gated_adaln", 2, 5, 96, torch.bfloat16, vector_dtype=torch.float32)
+    check("gated_adaln", [x, branch, gate[0].clone(), shift, scale.unsqueeze(1).repeat(1, 5, 1)])
+    check("gated_adaln", [x, branch, gate, shift[0].clone(), scale])
+
+
+def test_views_of_packed_projections_are_read_in_place():
+    packed = torch.randn(2, 6 * 64, device=DEVICE, dtype=torch.bfloat16)
+    x, branch = torch.randn(2, 5, 2, 64, device=DEVICE, dtype=torch.bfloat16).unbind(2)
+    shift, scale, gate = packed.chunk(6, dim=-1)[:3]
+    check("gated_adaln", [x.transpose(0, 1).contiguous().transpose(0, 1), branch, gate, shift, scale])
+
+
+def test_expanded_and_transposed_gradients():
+    inputs = tensors("adaln", 2, 5, 64, torch.float32)
+    one = torch.randn((), device=DEVICE)
+    check("adaln", inputs, grads=[one.expand(2, 5, 64)])
+    check("adaln", inputs, grads=[torch.randn(2, 1, 64, device=DEVICE).expand(2, 5, 64)])
+    check("adaln", inputs, grads=[torch.randn(64, 5, 2, device=DEVICE).permute(2, 1, 0)])
+
+
+def test_a_gradient_parallel_to_the_output_cancels():
+    """dy parallel to y gives dx near zero: what a backward from rounded statistics gets wrong."""
+    x, _, _ = tensors("adaln", 2, 5, 1536, torch.float32)
+    zero = torch.zeros(2, 1536, device=DEVICE)
+    with rfkernels.backend("reference"):
+        y = rfkernels.adaln(x, zero, zero)
+    check("adaln", [x, zero, zero], grads=[y])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_near_constant_rows(norm):
+    x = 300 + 1e-2 * torch.randn(2, 3, 960, device=DEVICE)
+    x[0] = 5.0
+    _, shift, scale = tensors("adaln", 2, 3, 960, torch.float32)
+    check("adaln", [x, shift, scale], norm)
+
+
+def test_saves_one_activation():
+    x, shift, scale = (t.requires_grad_() for t in tensors("adaln", 2, 5, 64, torch.bfloat16))
+    saved = {}
+
+    def pack(t):
+        saved[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with rfkernels.backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        rfkernels.adaln(x, shift, scale)
+    statistics = 2 * 4 * 2 * 5
+    assert sum(saved.values()) == 2 * (x.numel() + shift.numel() + scale.numel()) + statistics
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@pytest.mark.parametrize("width", (96, 1152))
+def test_every_byte_is_moved_once(width):
+    """bf16 bytes per element: adaln 4 forward and 6 backward, gated_adaln 8 and 12."""
+    residual, branch, gate, shift, scale = tensors("gated_adaln", 2, 5, width, torch.bfloat16)
+    dy, dh = torch.randn_like(residual), torch.randn_like(residual)
+    n = residual.numel()
+    with rfkernels.backend("triton"):
+        with traffic() as moved:
+            y, mean, rstd = launch.adaln(residual, shift, scale, "layer", 1e-6)
+        assert [moved.loaded(residual), moved.stored(y), moved.loaded(y)] == [n, n, 0]
+        with traffic() as moved:
+            dx, dshift, _ = launch.adaln_backward(dy, residual, shift, scale, mean, rstd, "layer")
+        assert [moved.loaded(dy), moved.loaded(residual), moved.stored(dx)] == [n, n, n]
+        assert moved.stored(dshift) == dshift.numel()
+        with traffic() as moved:
+            h, y, mean, rstd = launch.gated_adaln(residual, branch, gate, shift, scale, "layer", 1e-6)
+        assert [moved.loaded(residual), moved.loaded(branch), moved.stored(h), moved.stored(y)] == [n] * 4
+        assert moved.loaded(h) == moved.loaded(y) == 0
+        with traffic() as moved:
+            inputs = (dh, dy, h, branch, gate, shift, scale, mean, rstd)
+            dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, "layer")
+        assert [moved.loaded(t) for t in (dh, dy, h, branch)] == [n] * 4
+        assert [moved.stored(t) for t in (dresidual, dbranch)] == [n] * 2
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")       # opcheck's own
+def test_operators_pass_opcheck(op):
+    inputs = [t.requires_grad_() for t in tensors(op, 2, 3, 32, torch.float32)]
+    extra = () if op == "gated_residual" else ("layer", 1e-6)
+    torch.library.opcheck(getattr(torch.ops.rfkernels, op).default, (*inputs, *extra))
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_compiles_whole_and_its_gradients_are_eagers(op, batch):
+    """Two chained ops, also at batch 1, where a compiler's own fusion of this pattern has given wrong gradients."""
+    _, make = FUNCTIONS[op]
+    inputs = [t.requires_grad_() for t in tensors(op, batch, 5, 32, torch.float32)]
+
+    def twice(x, *rest):
+        once = make("layer")(x, *rest)[-1]
+        return sum(out.square().sum() for out in make("layer")(once, *rest))
+
+    with rfkernels.backend("triton"):
+        want = torch.autograd.grad(twice(*inputs), inputs)
+        compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_recompilations_do_not_grow_with_length_or_batch():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with rfkernels.backend("triton"):
+        compiled = torch.compile(lambda *a: rfkernels.adaln(*a), fullgraph=True, backend=counter)
+        counts = []
+        for batch, length in ((2, 3), (2, 5), (3, 7), (4, 9), (5, 2), (6, 11), (7, 130)):
+            compiled(*tensors("adaln", batch, length, 32, torch.float32))
+            counts.append(counter.frame_count)
+    assert counts[-1] == counts[2] <= 3, "the first shape, a dynamic length, a dynamic batch, and no more"
+
+
+@pytest.mark.parametrize("selective", (False, True))
+def test_inside_activation_checkpointing(selective):
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    inputs = [t.requires_grad_() for t in tensors("adaln", 2, 5, 32, torch.float32)]
+    seen = []
+
+    def policy(context, op, *args, **kwargs):
+        seen.append(op)
+        keep = op == torch.ops.rfkernels.adaln.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if selective else {}
+    with rfkernels.backend("triton"):
+        want = torch.autograd.grad(rfkernels.adaln(*inputs).sin().sum(), inputs)
+        out = checkpoint(lambda *a: rfkernels.adaln(*a).sin(), *inputs, use_reentrant=False, **options)
+        got = torch.autograd.grad(out.sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert not selective or torch.ops.rfkernels.adaln.default in seen, "the policy sees the operator"
+
+
+def test_under_autocast_the_dtype_is_the_inputs():
+    x, shift, scale = tensors("adaln", 2, 3, 32, torch.float32)
+    with rfkernels.backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        assert rfkernels.adaln(x, shift, scale).dtype == torch.float32
+        assert rfkernels.adaln(x.bfloat16(), shift, scale).dtype == torch.bfloat16
+
+
+def test_empty_inputs():
+    x, shift, scale = (t.requires_grad_() for t in tensors("adaln", 2, 0, 32, torch.float32))
+    with rfkernels.backend("triton"):
+        y = rfkernels.adaln(x, shift, scale)
+        grads = torch.autograd.grad(y.sum(), (x, shift, scale))
+    assert y.shape == (2, 0, 32) and not grads[1].any() and not grads[2].any()
+
+
+def test_dispatch_takes_the_kernels_on_a_gpu_and_says_why_not_elsewhere():
+    x, shift, scale = tensors("adaln", 2, 3, 32, torch.float32)
+    told = rfkernels.explain(rfkernels.adaln, x, shift, scale)
+    assert told.startswith("adaln: triton" if DEVICE == "cuda" else "adaln: library"), told
+    assert "fp32, bf16 and fp16, not torch.float64" in rfkernels.explain("adaln", x.double(), shift, scale)
+    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match=r"not torch.float64"):
+        rfkernels.adaln(x.double(), shift, scale)
+
+
+def test_launch_settings_come_from_the_gpus_table_or_the_heuristic(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch_tables, "__file__", str(tmp_path / "x.py"))
+    (tmp_path / "nvidia_h200.json").write_text('{"adaln_fwd": {"1536": {"lanes": 64, "warps": 8}}}')
+    launch_tables.table.cache_clear()
+    settings = launch_tables.row_launch("adaln_fwd", 1536, "NVIDIA H200")
+    assert (settings.lanes, settings.warps, settings.rows, settings.chunk, settings.chunks(1536)) == (64, 8, 4, 512, 3)
+    assert launch_tables.row_launch("adaln_fwd", 1152, "NVIDIA H200") == launch_tables.row_launch("adaln_fwd", 1152)
+    assert launch_tables.row_launch("adaln_fwd", 1152).chunk * 9 == 1152, "exact"
+    launch_tables.table.cache_clear()
+
+
+def test_the_reference_is_what_is_stored_then_normed():
+    """h is rounded before its norm, so that the backward can start from the stored h."""
+    x, branch, gate, shift, scale = tensors("gated_adaln", 2, 3, 64, torch.bfloat16)
+    h, y = reference.gated_adaln(x, branch, gate, shift, scale, "layer", 1e-6)
+    assert torch.equal(y, reference.adaln(h, shift, scale, "layer", 1e-6))

@@ -1,0 +1,54 @@
+"""The compiler's report, in a process of its own: the interpreter's switch must not be set there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rfkernels.inspect.__main__ import defects, regressions
+from rfkernels.inspect.compile import Compiled
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+
+def report(**changes):
+    counts = {"ld": 20, "ld16": 18, "st": 8, "st16": 6, "mma": 0}
+    values = {"kernel": "adaln_fwd", "target": "sm_90", "registers": 72, "spills": 0, "shared": 16, "warps": 4}
+    return Compiled(**{**values, "occupancy": 0.5, "counts": counts, "moved": 1.0, **changes})
+
+
+def test_two_targets_are_compiled_apart():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "rfkernels.inspect", "--only", "adaln_fwd/960"]
+    command += ["--targets", "sm_80", "sm_90", "gfx942"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[2]: line.split()[3:] for line in done.stdout.splitlines() if line.startswith("adaln_fwd/")}
+    assert set(rows) == {"sm_80", "sm_90", "gfx942"}
+    assert len({tuple(row[:5]) for row in rows.values()}) > 1, "each target has code of its own"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"spills": 4}, "4 spills"),
+        ({"counts": {"ld": 20, "ld16": 12, "st": 8, "st16": 6}}, "less than 16 bytes"),
+        ({"counts": {"ld": 20, "ld16": 18, "st": 8, "st16": 5}}, "less than 16 bytes"),
+        ({"occupancy": 0.0}, "does not fit"),
+        ({"moved": 1.5}, "1.500 times the least"),
+    ],
+)
+def test_defects_are_seen(changes, message):
+    assert not defects({"k": report()})
+    assert message in defects({"k": report(**changes)})[0]
+
+
+def test_regressions_are_seen():
+    from dataclasses import asdict
+
+    table = {"k": asdict(report())}
+    assert not regressions({"k": report()}, table)
+    assert "0 -> 2 spills" in regressions({"k": report(spills=2)}, table)[0]
+    assert "occupancy 0.50 -> 0.25" in regressions({"k": report(occupancy=0.25)}, table)[0]
+    assert "not in table.json" in regressions({"new": report()}, table)[0]

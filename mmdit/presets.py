@@ -9,8 +9,9 @@ from mmdit.config import MMDiTConfig
 
 def by_depth(depth: int, *, resolution: int = 256, **changes: Any) -> MMDiTConfig:
     """The paper's series: width 64 * depth, as many heads as blocks, QK-RMSNorm. Depth 24 is 2B, 38 is 8B."""
-    values = {"qk_norm": True, "resolution": resolution, "max_height": resolution, "max_width": resolution, **changes}
-    return MMDiTConfig(depth=depth, heads=depth, **values)
+    values: dict[str, Any] = {"heads": depth, "qk_norm": True, "resolution": resolution}
+    values |= {"max_height": resolution, "max_width": resolution}
+    return MMDiTConfig(depth=depth, **{**values, **changes})
 
 
 def sd3_medium() -> MMDiTConfig:

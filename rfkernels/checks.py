@@ -61,6 +61,21 @@ def same_dtype(op: str, like: str, reference: Tensor, **tensors: Tensor) -> None
             raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected {reference.dtype}, the dtype of {like}")
 
 
+def fits(x: object, *vectors: object) -> bool:
+    """Whether x [B, S, C] and its modulation vectors pass `tokens` and `modulation`. Asked first because it costs a
+    third of them; they are asked when it says no, and name what is wrong."""
+    if type(x) is not Tensor or x.ndim != 3 or x.dtype not in FLOATS or x.stride(2) != 1 or not x.shape[2]:
+        return False
+    shape, device = x.shape, x.device
+    per_sample = (shape[0], shape[2])
+    for v in vectors:
+        if type(v) is not Tensor or v.shape != per_sample or v.dtype not in FLOATS:
+            return False
+        if v.stride(1) != 1 or v.device != device:
+            return False
+    return True
+
+
 def tokens(op: str, **xs: Tensor) -> None:
     """x [B, S, C], floating point, at least one channel, channels contiguous."""
     is_float(op, **xs)

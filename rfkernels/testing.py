@@ -3,7 +3,7 @@ interpreter that rounds bf16 as a GPU does and counts the bytes a kernel moves."
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,18 +32,23 @@ def assert_within_rule(name: str, got: Tensor, exact: Tensor, eager: Tensor, fac
 
 @contextmanager
 def nan_filled() -> Iterator[None]:
-    """torch.empty gives NaN inside, so that an element no kernel wrote is seen."""
-    original = torch.empty
+    """torch.empty and torch.empty_like give NaN inside, so that an element no kernel wrote is seen."""
+    originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = original(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
+    def filled(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
 
-    torch.empty = empty
+        return allocate
+
+    for name, original in originals.items():
+        setattr(torch, name, filled(original))
     try:
         yield
     finally:
-        torch.empty = original
+        for name, original in originals.items():
+            setattr(torch, name, original)
 
 
 # --- Triton's interpreter ---------------------------------------------------------------------------------------------

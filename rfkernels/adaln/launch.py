@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,21 +30,22 @@ def _unit(t: Tensor) -> Tensor:
 
 
 def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:2]
-    return (
-        torch.empty(shape, dtype=torch.float32, device=x.device),
-        torch.empty(shape, dtype=torch.float32, device=x.device),
-    )
+    mean = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    return mean, torch.empty_like(mean)
 
 
 def _settings(kernel: str, x: Tensor) -> tuple[int, dict[str, Any]]:
     """(tokens per program, compile-time arguments)."""
-    channels = x.shape[2]
-    launch = row_launch(kernel, channels, device_name(x.device))
+    return _settings_at(kernel, x.shape[2], x.device)
+
+
+@lru_cache(maxsize=4096)
+def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int, dict[str, Any]]:
+    launch = row_launch(kernel, channels, device_name(device))
     constants = {"C": channels, "ROWS": launch.rows, "CHUNK": launch.chunk, "CHUNKS": launch.chunks(channels)}
     return launch.rows, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
 

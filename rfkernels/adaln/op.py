@@ -61,8 +61,9 @@ def gated_adaln(
 
 
 def _check_adaln(x, shift, scale, *, norm="layer", eps=1e-6):
-    checks.tokens("adaln", x=x)
-    checks.modulation("adaln", "x", x, shift=shift, scale=scale)
+    if not checks.fits(x, shift, scale):
+        checks.tokens("adaln", x=x)
+        checks.modulation("adaln", "x", x, shift=shift, scale=scale)
     checks.choice("adaln", "norm", norm, ("layer", "rms"))
     checks.positive("adaln", eps=eps)
     return x, shift, scale, norm, eps

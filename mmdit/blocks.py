@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
-from rfkernels import Stream, adaln, gated_adaln, gated_residual, gelu_mlp, joint_attention
+from rfkernels import Stream, adaln, chunk_modulation, gated_adaln, gated_residual, gelu_mlp, joint_attention
 
 
 class Attention(nn.Module):
@@ -55,7 +55,7 @@ class StreamBlock(nn.Module):
     def modulate(self, c: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale) of the norm before attention, then (gate; shift, scale, gate of the MLP), then (shift, scale,
         gate of the second attention)."""
-        return self.modulation(c).chunk(self.chunks, dim=-1)
+        return chunk_modulation(self.modulation(c), self.chunks)
 
     def update(self, x: Tensor, attended: Tensor, own: Tensor | None, m: tuple[Tensor, ...]) -> Tensor:
         """x after the residuals of the attentions and of the MLP."""

@@ -1,5 +1,6 @@
 """Fused ops for MM-DiT, the Stable Diffusion 3 architecture. See the README of each op's folder."""
 
+from rfkernels.adaln.chunks import chunk_modulation
 from rfkernels.adaln.op import adaln, gated_adaln, gated_residual
 from rfkernels.dispatch import backend, explain
 from rfkernels.flow.op import rectified_flow, weighted_mse
@@ -16,6 +17,7 @@ __all__ = [
     "Stream",
     "adaln",
     "backend",
+    "chunk_modulation",
     "explain",
     "gated_adaln",
     "gated_residual",

@@ -18,7 +18,7 @@ _library = torch.library.Library("rfkernels", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
+def watched(args: tuple[Any, ...]) -> bool:
     """Whether something wants to see operators: a compiler, a dispatch mode such as selective checkpointing, a function
     transform, or a tensor that is not a plain one (DTensor)."""
     return (
@@ -65,7 +65,7 @@ class Operator:
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
         def run_backward(*args: Any) -> Any:
-            return self.backward(*args) if _watched(args) else backward(*args)
+            return self.backward(*args) if watched(args) else backward(*args)
 
         def through_library(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, self.backward, *grads)
@@ -92,4 +92,4 @@ class Operator:
         self._direct = Direct
 
     def __call__(self, *args: Any) -> Any:
-        return self.forward(*args) if _watched(args) else self._direct.apply(*args)
+        return self.forward(*args) if watched(args) else self._direct.apply(*args)

@@ -158,9 +158,7 @@ def adaln_bwd(
         along = tl.zeros([ROWS, CHUNK], tl.float32)                       # sum of g * x_hat
         for i in tl.static_range(CHUNKS):
             dy = _load(dy_ptr, dy_rows, live, i, C, CHUNK)
-            columns = i * CHUNK + tl.arange(0, CHUNK)
-            x_hat = (_load(x_ptr, x_rows, live, i, C, CHUNK) - mean) * rstd
-            x_hat = tl.where((columns < C)[None, :], x_hat, 0.0)
+            x_hat = (_load(x_ptr, x_rows, live, i, C, CHUNK) - mean) * rstd      # dy is 0 outside C
             g = dy * (1.0 + _load(scale_ptr, scale_rows, live, i, C, CHUNK))
             drift += g
             along += g * x_hat

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels.adaln.chunks import gradient_of
 from rfkernels.launch_tables import row_launch
 from rfkernels.triton_support import device_name, multiprocessors, on
 
@@ -108,7 +109,7 @@ class Sums:
         self.span = -(-length // splits)
         self.span = -(-self.span // rows) * rows
         self.splits = -(-length // self.span)
-        self.grads = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors]
+        self.grads = [gradient_of(v) for v in vectors]
         self._shared = [g for g in self.grads if g.ndim < 3]
         shape = (len(self._shared), batch * self.splits, channels)
         self._partials = torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -20,7 +20,7 @@ def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tu
     seen = key_mask(streams)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     if seen is not None:
-        out = out.masked_fill(~seen.any(-1, keepdim=True), 0)     # a sample without any key gets zeros
+        out = out.masked_fill(~seen.any(-1, keepdim=True), 0)     # no key: zeros, whatever the backend of SDPA does
     parts = iter(out.transpose(1, 2).split([s.k.shape[1] for s in asking], 1))
     return tuple(cut(next(parts), s) if s.queries and s.q is not None else None for s in streams)
 

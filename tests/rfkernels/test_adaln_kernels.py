@@ -126,6 +126,52 @@ def test_views_of_packed_projections_are_read_in_place():
     check("gated_adaln", [x.transpose(0, 1).contiguous().transpose(0, 1), branch, gate, shift, scale])
 
 
+def test_chunks_of_a_modulation_get_their_gradients_in_place():
+    """The gradients of all six vectors land in one tensor: no concatenation, no copy, and the same values."""
+    x, branch = torch.randn(2, 3, 5, 64, device=DEVICE)
+    m = torch.randn(3, 6 * 64, device=DEVICE, requires_grad=True)
+
+    def block(vectors):
+        shift, scale, gate, shift2, scale2, gate2 = vectors
+        h, y = rfkernels.gated_adaln(x, branch + rfkernels.adaln(x, shift, scale), gate, shift2, scale2)
+        return rfkernels.gated_residual(h, y, gate2).square().sum()
+
+    with rfkernels.backend("triton"):
+        (want,) = torch.autograd.grad(block(m.chunk(6, dim=-1)), m)
+        loss = block(rfkernels.chunk_modulation(m, 6))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (got,) = torch.autograd.grad(loss, m)
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
+    called = {event.name for event in profile.events()}
+    assert not {"aten::cat", "aten::split_backward"} & called
+
+
+def test_chunks_that_are_used_twice_or_never():
+    x = torch.randn(3, 5, 64, device=DEVICE)
+    m = torch.randn(3, 3 * 64, device=DEVICE, requires_grad=True)
+
+    def loss(vectors):
+        shift, scale, _ = vectors
+        return (rfkernels.adaln(rfkernels.adaln(x, shift, scale), shift, scale) * shift[:, None]).square().sum()
+
+    with rfkernels.backend("triton"):
+        (want,) = torch.autograd.grad(loss(m.chunk(3, dim=-1)), m)
+        out = loss(rfkernels.chunk_modulation(m, 3))
+        (got,) = torch.autograd.grad(out, m, retain_graph=True)
+        (again,) = torch.autograd.grad(out, m)
+        parts = rfkernels.chunk_modulation(m, 3)
+        out = loss(parts)
+        (of_part,) = torch.autograd.grad(out, parts[0], retain_graph=True)
+        kept = of_part.clone()
+        out.backward()
+    torch.testing.assert_close(got, want)
+    assert torch.equal(of_part, kept), "a later backward does not write into what an earlier one returned"
+    torch.testing.assert_close(m.grad, want)
+    assert torch.equal(got, again) and got.data_ptr() != again.data_ptr(), "each backward has a tensor of its own"
+    with pytest.raises(ValueError, match="modulation has 192 channels; expected a multiple of count = 5"):
+        rfkernels.chunk_modulation(m, 5)
+
+
 def test_expanded_and_transposed_gradients():
     inputs = tensors("adaln", 2, 5, 64, torch.float32)
     one = torch.randn((), device=DEVICE)
@@ -214,6 +260,22 @@ def test_compiles_whole_and_its_gradients_are_eagers(op, batch):
         want = torch.autograd.grad(twice(*inputs), inputs)
         compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(compiled(*inputs), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inductor_gives_eagers_gradients_at_batch_1():
+    """Chained modulated norms at local batch 1: the pattern of pytorch issue 193061."""
+    inputs = [t.requires_grad_() for t in tensors("gated_adaln", 1, 5, 32, torch.float32)]
+
+    def chained(x, branch, *rest):
+        h, y = rfkernels.gated_adaln(x, branch, *rest)
+        h, y = rfkernels.gated_adaln(h, y, *rest)
+        return h.square().sum() + y.sin().sum()
+
+    with rfkernels.backend("triton"):
+        want = torch.autograd.grad(chained(*inputs), inputs)
+        got = torch.autograd.grad(torch.compile(chained, fullgraph=True)(*inputs), inputs)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -1,0 +1,100 @@
+"""The chunks of a modulation [B, n * C], with their gradients written in place.
+
+`chunk` of PyTorch joins the n gradients by a concatenation in its backward. Here the ops that read the chunks write
+their gradients straight into one tensor, so there is nothing left to join.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from rfkernels import checks
+from rfkernels.registration import watched
+
+
+class _Gradient:
+    """The gradient of one modulation, while a backward is filling it. Each backward gets a tensor of its own."""
+
+    def __init__(self, modulation: Tensor) -> None:
+        self.like = modulation.detach()
+        self._task = -1
+        self._taken: set[int] = set()
+        self._buffer: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        task = torch._C._current_graph_task_id()
+        if self._buffer is None or task != self._task:
+            self._buffer = torch.empty_like(self.like, memory_format=torch.contiguous_format)
+            self._task, self._taken = task, set()
+        return self._buffer
+
+    def take(self, i: int, width: int) -> Tensor | None:
+        """Part i, the first time it is asked for: a chunk that two ops read gets a gradient from each."""
+        whole = self.whole()
+        if i in self._taken:
+            return None
+        self._taken.add(i)
+        return whole[:, i * width : (i + 1) * width]
+
+    def finish(self) -> Tensor:
+        whole, self._buffer = self.whole(), None
+        return whole
+
+
+_alive: WeakValueDictionary[int, _Gradient] = WeakValueDictionary()      # by the modulation's address
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, modulation: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.gradient = _alive[modulation.data_ptr()] = _Gradient(modulation)
+        ctx.set_materialize_grads(False)
+        return modulation.chunk(count, dim=-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        whole = ctx.gradient.finish()
+        for part, grad in zip(whole.chunk(len(grads), dim=-1), grads, strict=True):
+            if grad is None:
+                part.zero_()
+            elif grad.data_ptr() != part.data_ptr() or grad.stride() != part.stride():
+                part.copy_(grad)                                          # from another op, or a sum of several uses
+        return whole, None
+
+
+def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
+    """``modulation.chunk(count, dim=-1)`` for the ops of this family, which then write the chunks' gradients in place.
+
+    Args:
+        modulation: [B, count * C], contiguous.
+        count: number of chunks: 6 for a block of an MM-DiT.
+    Returns: count views [B, C] of modulation.
+    Raises: ValueError or TypeError that names the argument.
+    """
+    op = "chunk_modulation"
+    checks.is_float(op, modulation=modulation)
+    checks.has_rank(op, 2, "[B, count * C]", modulation=modulation)
+    checks.positive_int(op, count=count)
+    if modulation.shape[1] % count:
+        raise ValueError(f"{op}: modulation has {modulation.shape[1]} channels; expected a multiple of count = {count}")
+    if watched((modulation,)) or not modulation.requires_grad or not modulation.is_contiguous():
+        return modulation.chunk(count, dim=-1)
+    return _Chunks.apply(modulation, count)
+
+
+def gradient_of(vector: Tensor) -> Tensor:
+    """An uninitialised gradient for a modulation vector: a part of its modulation's, if it is a chunk of one."""
+    if vector.ndim == 2 and _alive and not watched((vector,)):
+        width, pitch = vector.shape[1], vector.stride(0)
+        for i in range(pitch // width if width and vector.shape[0] > 1 else 0):
+            found = _alive.get(vector.data_ptr() - i * width * vector.element_size())
+            if found is not None and found.like.shape == (vector.shape[0], pitch):
+                part = found.take(i, width)
+                if part is not None:
+                    return part
+    return torch.empty_like(vector, memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ import torch
 _library = torch.library.Library("rfkernels", "DEF")
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, str, float, int, bool, type(None)}
 
 
 def watched(args: tuple[Any, ...]) -> bool:
@@ -25,7 +25,7 @@ def watched(args: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+        or not _PLAIN.issuperset(map(type, args))
     )
 
 
@@ -35,7 +35,8 @@ class Operator:
     Args:
         name: rfkernels::NAME is the forward, rfkernels::NAME_backward the backward.
         forward_schema, backward_schema: schema of each without its name, "(Tensor x) -> Tensor".
-        forward, backward: the code, for any device. Outputs must not alias inputs.
+        forward, backward: the code, for any device. Outputs must not alias inputs or each other.
+        direct_backward: the backward of plain eager mode, where outputs may be parts of one tensor; None: `backward`.
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
         differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
@@ -53,6 +54,7 @@ class Operator:
         fake_backward: Callable[..., Any],
         save: Callable[..., None],
         differentiate: Callable[..., Any],
+        direct_backward: Callable[..., Any] | None = None,
     ) -> None:
         for full, schema, code, fake in (
             (name, forward_schema, forward, fake_forward),
@@ -65,7 +67,7 @@ class Operator:
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
         def run_backward(*args: Any) -> Any:
-            return self.backward(*args) if watched(args) else backward(*args)
+            return self.backward(*args) if watched(args) else (direct_backward or backward)(*args)
 
         def through_library(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, self.backward, *grads)

@@ -88,8 +88,9 @@ def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def gradient_of(vector: Tensor) -> Tensor:
-    """An uninitialised gradient for a modulation vector: a part of its modulation's, if it is a chunk of one."""
-    if vector.ndim == 2 and _alive and not watched((vector,)):
+    """An uninitialised gradient for a modulation vector: a part of its modulation's, if it is a chunk of one. Only for
+    plain eager mode: an operator's outputs must not share memory."""
+    if vector.ndim == 2 and _alive:
         width, pitch = vector.shape[1], vector.stride(0)
         for i in range(pitch // width if width and vector.shape[0] > 1 else 0):
             found = _alive.get(vector.data_ptr() - i * width * vector.element_size())

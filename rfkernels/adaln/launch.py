@@ -16,6 +16,14 @@ from rfkernels.triton_support import device_name, multiprocessors, on
 PROGRAMS_PER_SM = 2          # of a backward, to hide latency; each holds most of the registers of half an SM
 
 
+@lru_cache
+def _kernels() -> Any:
+    """Imported at the first launch: importing rfkernels must not need Triton."""
+    from rfkernels.adaln import kernels
+
+    return kernels
+
+
 def _vector(v: Tensor) -> tuple[int, int]:
     """Batch and token stride of a modulation vector."""
     return (0, 0) if v.ndim == 1 else (v.stride(0), 0) if v.ndim == 2 else (v.stride(0), v.stride(1))
@@ -52,14 +60,12 @@ def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int,
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from rfkernels.adaln import kernels
-
     y, (mean, rstd) = _empty(x), _statistics(x)
     batch, length, _ = x.shape
     rows, settings = _settings("adaln_fwd", x)
     if y.numel():
         with on(x.device):
-            kernels.adaln_fwd[(batch * -(-length // rows),)](
+            _kernels().adaln_fwd[(batch * -(-length // rows),)](
                 x, shift, scale, y, mean, rstd, length, eps,
                 *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", **settings,
             )  # fmt: skip
@@ -69,14 +75,12 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tup
 def gated_adaln(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from rfkernels.adaln import kernels
-
     h, y, (mean, rstd) = _empty(residual), _empty(residual), _statistics(residual)
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_adaln_fwd", residual)
     if y.numel():
         with on(residual.device):
-            kernels.gated_adaln_fwd[(batch * -(-length // rows),)](
+            _kernels().gated_adaln_fwd[(batch * -(-length // rows),)](
                 residual, branch, gate, shift, scale, h, y, mean, rstd, length, eps,
                 *_rows(residual), *_rows(branch), *_vector(gate), *_vector(shift), *_vector(scale),
                 RMS=norm == "rms", **settings,
@@ -85,14 +89,12 @@ def gated_adaln(
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    from rfkernels.adaln import kernels
-
     h = _empty(residual)
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_residual_fwd", residual)
     if h.numel():
         with on(residual.device):
-            kernels.gated_residual_fwd[(batch * -(-length // rows),)](
+            _kernels().gated_residual_fwd[(batch * -(-length // rows),)](
                 residual, branch, gate, h, length, *_rows(residual), *_rows(branch), *_vector(gate), **settings
             )
     return h
@@ -102,14 +104,14 @@ class Sums:
     """Gradients of modulation vectors. Those that tokens share go through partials [V, B * splits, C] and a second
     stage that adds them in a fixed order; per-token ones are written by the first stage."""
 
-    def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor]) -> None:
+    def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor], in_chunks: bool) -> None:
         batch, length, channels = x.shape
         wanted = -(-PROGRAMS_PER_SM * multiprocessors(x.device) // batch)
         splits = max(1, min(wanted, -(-length // rows)))
         self.span = -(-length // splits)
         self.span = -(-self.span // rows) * rows
         self.splits = -(-length // self.span)
-        self.grads = [gradient_of(v) for v in vectors]
+        self.grads = [gradient_of(v) if in_chunks else _empty(v) for v in vectors]
         self._shared = [g for g in self.grads if g.ndim < 3]
         shape = (len(self._shared), batch * self.splits, channels)
         self._partials = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -120,15 +122,13 @@ class Sums:
         return [next(partials) if g.ndim < 3 else g for g in self.grads]
 
     def finish(self) -> list[Tensor]:
-        from rfkernels.adaln import kernels
-
         if self._shared:
             count, total, channels = self._partials.shape
             padded = [*self._shared, *[self._shared[0]] * (3 - count)]
             sizes = [total if g.ndim == 1 else self.splits for g in padded]
             strides = [0 if g.ndim == 1 else g.stride(0) for g in padded]
             groups = total // min(sizes[:count])
-            kernels.sum_partials[(groups, -(-channels // 128), count)](
+            _kernels().sum_partials[(groups, -(-channels // 128), count)](
                 self._partials, *padded, total, *sizes, *strides, C=channels, ROWS=8, CHUNK=128, num_warps=4,
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -140,18 +140,24 @@ def _per_token(*vectors: Tensor) -> list[bool]:
 
 
 def adaln_backward(
-    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, norm: str
+    dy: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    in_chunks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from rfkernels.adaln import kernels
-
+    """Gradients of x, shift, scale; with in_chunks, of vectors from chunk_modulation as parts of one tensor."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(shift), torch.zeros_like(scale)
     dx, dy = _empty(x), _unit(dy)
     rows, settings = _settings("adaln_bwd", x)
-    sums = Sums(x, rows, (shift, scale))
+    sums = Sums(x, rows, (shift, scale), in_chunks)
     shift_per_token, scale_per_token = _per_token(shift, scale)
     with on(x.device):
-        kernels.adaln_bwd[(x.shape[0], sums.splits)](
+        _kernels().adaln_bwd[(x.shape[0], sums.splits)](
             dy, None, x, None, None, scale, mean, rstd, dx, None, *sums.targets(), None,
             x.shape[1], sums.span, *_rows(dy), 0, 0, *_rows(x), 0, 0, 0, 0, *_vector(scale),
             RMS=norm == "rms", GATED=False, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
@@ -172,18 +178,17 @@ def gated_adaln_backward(
     mean: Tensor,
     rstd: Tensor,
     norm: str,
+    in_chunks: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of residual, branch, gate, shift, scale."""
-    from rfkernels.adaln import kernels
-
+    """Gradients of residual, branch, gate, shift, scale; in_chunks as for adaln_backward."""
     if not h.numel():
         return tuple(torch.zeros_like(t) for t in (h, branch, gate, shift, scale))
     dresidual, dbranch, dh, dy = _empty(h), _empty(branch), _unit(dh), _unit(dy)
     rows, settings = _settings("gated_adaln_bwd", h)
-    sums = Sums(h, rows, (shift, scale, gate))
+    sums = Sums(h, rows, (shift, scale, gate), in_chunks)
     shift_per_token, scale_per_token, gate_per_token = _per_token(shift, scale, gate)
     with on(h.device):
-        kernels.adaln_bwd[(h.shape[0], sums.splits)](
+        _kernels().adaln_bwd[(h.shape[0], sums.splits)](
             dy, dh, h, branch, gate, scale, mean, rstd, dresidual, dbranch, *sums.targets(),
             h.shape[1], sums.span, *_rows(dy), *_rows(dh), *_rows(h), *_rows(branch), *_vector(gate), *_vector(scale),
             RMS=norm == "rms", GATED=True, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
@@ -193,17 +198,17 @@ def gated_adaln_backward(
     return dresidual, dbranch, dgate, dshift, dscale
 
 
-def gated_residual_backward(dh: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of branch and gate."""
-    from rfkernels.adaln import kernels
-
+def gated_residual_backward(
+    dh: Tensor, branch: Tensor, gate: Tensor, in_chunks: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and gate; in_chunks as for adaln_backward."""
     if not branch.numel():
         return torch.zeros_like(branch), torch.zeros_like(gate)
     dbranch, dh = _empty(branch), _unit(dh)
     rows, settings = _settings("gated_residual_bwd", branch)
-    sums = Sums(branch, rows, (gate,))
+    sums = Sums(branch, rows, (gate,), in_chunks)
     with on(branch.device):
-        kernels.gated_residual_bwd[(branch.shape[0], sums.splits)](
+        _kernels().gated_residual_bwd[(branch.shape[0], sums.splits)](
             dh, branch, gate, dbranch, *sums.targets(), branch.shape[1], sums.span,
             *_rows(dh), *_rows(branch), *_vector(gate), GATE_PER_TOKEN=gate.ndim == 3, **settings,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from rfkernels.adaln import operators, reference
 from rfkernels.triton_support import refuses_triton
 
 Norm = Literal["layer", "rms"]
+NORMS = ("layer", "rms")
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, norm: Norm = "layer", eps: float = 1e-6) -> Tensor:
@@ -61,11 +62,11 @@ def gated_adaln(
 
 
 def _check_adaln(x, shift, scale, *, norm="layer", eps=1e-6):
-    if not checks.fits(x, shift, scale):
+    if not (checks.fits(x, shift, scale) and norm in NORMS and type(eps) is float and eps > 0):
         checks.tokens("adaln", x=x)
         checks.modulation("adaln", "x", x, shift=shift, scale=scale)
-    checks.choice("adaln", "norm", norm, ("layer", "rms"))
-    checks.positive("adaln", eps=eps)
+        checks.choice("adaln", "norm", norm, NORMS)
+        checks.positive("adaln", eps=eps)
     return x, shift, scale, norm, eps
 
 
@@ -81,7 +82,7 @@ def _check_gated_residual(residual, branch, gate, *, op="gated_residual"):
 def _check_gated_adaln(residual, branch, gate, shift, scale, *, norm="layer", eps=1e-6):
     _check_gated_residual(residual, branch, gate, op="gated_adaln")
     checks.modulation("gated_adaln", "residual", residual, shift=shift, scale=scale)
-    checks.choice("gated_adaln", "norm", norm, ("layer", "rms"))
+    checks.choice("gated_adaln", "norm", norm, NORMS)
     checks.positive("gated_adaln", eps=eps)
     return residual, branch, gate, shift, scale, norm, eps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _differentiate_adaln(ctx: Any, call: Any, dy: Tensor | None, *_: Any) -> tup
     return *call(dy, *ctx.saved_tensors, ctx.norm), None, None
 
 
-def _adaln_operator(name: str, forward: Any, backward: Any) -> Operator:
+def _adaln_operator(name: str, forward: Any, backward: Any, direct_backward: Any = None) -> Operator:
     return Operator(
         name,
         forward_schema="(Tensor x, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor, Tensor)",
@@ -48,11 +49,14 @@ def _adaln_operator(name: str, forward: Any, backward: Any) -> Operator:
         fake_backward=lambda dy, x, shift, scale, mean, rstd, norm: _like(x, shift, scale),
         save=_save_adaln,
         differentiate=_differentiate_adaln,
+        direct_backward=direct_backward,
     )
 
 
 _library = _adaln_operator("adaln_library", library.adaln, library.adaln_backward)
-_triton = _adaln_operator("adaln", launch.adaln, launch.adaln_backward)
+_triton = _adaln_operator(
+    "adaln", launch.adaln, launch.adaln_backward, partial(launch.adaln_backward, in_chunks=True)
+)
 
 
 def library_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> Tensor:
@@ -97,6 +101,7 @@ _triton_gated = Operator(
     fake_backward=lambda dh, dy, h, branch, gate, shift, scale, *_: _like(h, branch, gate, shift, scale),
     save=_save_gated,
     differentiate=_differentiate_gated,
+    direct_backward=partial(launch.gated_adaln_backward, in_chunks=True),
 )
 
 
@@ -134,6 +139,7 @@ _triton_residual = Operator(
     fake_backward=lambda dh, branch, gate: _like(branch, gate),
     save=_save_residual,
     differentiate=_differentiate_residual,
+    direct_backward=partial(launch.gated_residual_backward, in_chunks=True),
 )
 
 

@@ -146,6 +146,22 @@ def test_chunks_of_a_modulation_get_their_gradients_in_place():
     assert not {"aten::cat", "aten::split_backward"} & called
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")       # compile's own, on inputs that are not leaves
+def test_operators_do_not_return_parts_of_one_tensor():
+    """A compiled region gets chunks from outside; the gradients it returns must still be tensors of their own."""
+    x = torch.randn(3, 5, 64, device=DEVICE)
+    m = torch.randn(3, 2 * 64, device=DEVICE, requires_grad=True)
+    shift, scale = rfkernels.chunk_modulation(m, 2)
+    compiled = torch.compile(lambda *a: rfkernels.adaln(*a).square().sum(), fullgraph=True, backend="aot_eager")
+    with rfkernels.backend("triton"):
+        (want,) = torch.autograd.grad(rfkernels.adaln(x, *m.chunk(2, -1)).square().sum(), m)
+        (got,) = torch.autograd.grad(compiled(x, shift, scale), m)
+        y, mean, rstd = launch.adaln(x, shift, scale, "layer", 1e-6)
+        _, dshift, dscale = torch.ops.rfkernels.adaln_backward(y, x, shift, scale, mean, rstd, "layer")
+    torch.testing.assert_close(got, want)
+    assert dshift.untyped_storage().data_ptr() != dscale.untyped_storage().data_ptr()
+
+
 def test_chunks_that_are_used_twice_or_never():
     x = torch.randn(3, 5, 64, device=DEVICE)
     m = torch.randn(3, 3 * 64, device=DEVICE, requires_grad=True)
@@ -170,6 +186,28 @@ def test_chunks_that_are_used_twice_or_never():
     assert torch.equal(got, again) and got.data_ptr() != again.data_ptr(), "each backward has a tensor of its own"
     with pytest.raises(ValueError, match="modulation has 192 channels; expected a multiple of count = 5"):
         rfkernels.chunk_modulation(m, 5)
+
+
+def test_expanded_and_transposed_inputs():
+    x, branch, gate, shift, scale = tensors("gated_adaln", 2, 5, 64, torch.float32)
+    check("gated_adaln", [x[:1].expand(2, 5, 64), branch[:, :1].expand(2, 5, 64), gate[:1].expand(2, 64), shift, scale])
+    vectors = [v[:1].expand(5, 64) for v in (gate, shift, scale)]
+    check("gated_adaln", [x.transpose(0, 1), branch.transpose(0, 1), *vectors])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_one_launch_forward_and_two_backward(op, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, call = [], GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: (launches.append(1), call(self, *a, **k))[1])
+    leaves = [t.requires_grad_() for t in tensors(op, 2, 5, 64, torch.bfloat16)]
+    with rfkernels.backend("triton"):
+        out = FUNCTIONS[op][1]("layer")(*leaves)
+        assert len(launches) == 1
+        torch.autograd.grad(sum(o.sum() for o in out), leaves)
+    assert len(launches) == 3
 
 
 def test_expanded_and_transposed_gradients():

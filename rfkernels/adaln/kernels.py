@@ -50,12 +50,12 @@ def _statistics(xs, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.conste
 
 @triton.jit(do_not_specialize=["S"])
 def adaln_fwd(
-    x_ptr, shift_ptr, scale_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr, shift_ptr, scale_ptr, y_ptr, statistics_ptr,
     S, eps,
     stride_xb, stride_xs, stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
     C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) * (1 + scale) + shift; y [B, S, C] contiguous, mean and rstd [B, S]."""
+    """y = norm(x) * (1 + scale) + shift; y [B, S, C] contiguous; statistics [2, B, S] fp32: mean, then rstd."""
     blocks = tl.cdiv(S, ROWS)
     b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = tokens < S
@@ -65,8 +65,8 @@ def adaln_fwd(
         xs = xs + (_load(x_ptr, x_rows, live, i, C, CHUNK),)
     mean, rstd = _statistics(xs, eps, C, CHUNK, CHUNKS, RMS)
     flat = b.to(tl.int64) * S + tokens
-    tl.store(mean_ptr + flat, mean, mask=live)
-    tl.store(rstd_ptr + flat, rstd, mask=live)
+    tl.store(statistics_ptr + flat, mean, mask=live)
+    tl.store(statistics_ptr + tl.num_programs(0).to(tl.int64) // blocks * S + flat, rstd, mask=live)
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
@@ -78,7 +78,7 @@ def adaln_fwd(
 
 @triton.jit(do_not_specialize=["S"])
 def gated_adaln_fwd(
-    residual_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr,
+    residual_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, h_ptr, y_ptr, statistics_ptr,
     S, eps,
     stride_rb, stride_rs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
     stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
@@ -99,8 +99,8 @@ def gated_adaln_fwd(
         _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
         hs = hs + (h.to(h_ptr.dtype.element_ty).to(tl.float32),)
     mean, rstd = _statistics(hs, eps, C, CHUNK, CHUNKS, RMS)
-    tl.store(mean_ptr + flat, mean, mask=live)
-    tl.store(rstd_ptr + flat, rstd, mask=live)
+    tl.store(statistics_ptr + flat, mean, mask=live)
+    tl.store(statistics_ptr + tl.num_programs(0).to(tl.int64) // blocks * S + flat, rstd, mask=live)
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
@@ -128,7 +128,7 @@ def _store_sums(ptr, row, sums, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl
 
 @triton.jit(do_not_specialize=["S", "span"])
 def adaln_bwd(
-    dy_ptr, dh_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    dy_ptr, dh_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, statistics_ptr,
     dx_ptr, dbranch_ptr, dshift_ptr, dscale_ptr, dgate_ptr,
     S, span,
     stride_dyb, stride_dys, stride_dhb, stride_dhs, stride_xb, stride_xs, stride_bb, stride_bs,
@@ -142,6 +142,7 @@ def adaln_bwd(
     x is the input of the norm (h if GATED); dx is the gradient of x, and of the residual if GATED."""
     b, split = tl.program_id(0), tl.program_id(1)
     last = tl.minimum((split + 1) * span, S)
+    tokens_in_all = tl.num_programs(0).to(tl.int64) * S
     dshifts, dscales = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
     dgates = _zeros(ROWS, CHUNK, CHUNKS)
     for start in range(split * span, last, ROWS):
@@ -151,8 +152,8 @@ def adaln_bwd(
         out_rows = flat[:, None] * C
         dy_rows, x_rows = _offsets(b, tokens, stride_dyb, stride_dys), _offsets(b, tokens, stride_xb, stride_xs)
         scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
-        mean = tl.load(mean_ptr + flat, mask=live, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + flat, mask=live, other=0.0)[:, None]
+        mean = tl.load(statistics_ptr + flat, mask=live, other=0.0)[:, None]
+        rstd = tl.load(statistics_ptr + tokens_in_all + flat, mask=live, other=0.0)[:, None]
         gs, x_hats, shifts, scales = (), (), (), ()
         drift = tl.zeros([ROWS, CHUNK], tl.float32)                       # sum of g, for the mean
         along = tl.zeros([ROWS, CHUNK], tl.float32)                       # sum of g * x_hat

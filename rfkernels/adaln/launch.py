@@ -24,13 +24,15 @@ def _kernels() -> Any:
     return kernels
 
 
-def _vector(v: Tensor) -> tuple[int, int]:
+def _vector(v: Tensor) -> tuple[int, ...]:
     """Batch and token stride of a modulation vector."""
-    return (0, 0) if v.ndim == 1 else (v.stride(0), 0) if v.ndim == 2 else (v.stride(0), v.stride(1))
+    strides = v.stride()
+    return (0, 0) if len(strides) == 1 else (strides[0], 0) if len(strides) == 2 else strides[:2]
 
 
-def _rows(t: Tensor) -> tuple[int, int]:
-    return t.stride(0), t.stride(1)
+def _rows(t: Tensor) -> tuple[int, ...]:
+    """Batch and token stride."""
+    return t.stride()[:2]
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -42,9 +44,9 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    return mean, torch.empty_like(mean)
+def _statistics(x: Tensor) -> Tensor:
+    """mean and rstd, [2, B, S] fp32: one tensor, because each costs the host two microseconds to allocate and save."""
+    return torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
 
 
 def _settings(kernel: str, x: Tensor) -> tuple[int, dict[str, Any]]:
@@ -59,33 +61,33 @@ def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int,
     return launch.rows, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, (mean, rstd) = _empty(x), _statistics(x)
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    y, statistics = _empty(x), _statistics(x)
     batch, length, _ = x.shape
     rows, settings = _settings("adaln_fwd", x)
     if y.numel():
         with on(x.device):
             _kernels().adaln_fwd[(batch * -(-length // rows),)](
-                x, shift, scale, y, mean, rstd, length, eps,
+                x, shift, scale, y, statistics, length, eps,
                 *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", **settings,
             )  # fmt: skip
-    return y, mean, rstd
+    return y, statistics
 
 
 def gated_adaln(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, y, (mean, rstd) = _empty(residual), _empty(residual), _statistics(residual)
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, y, statistics = _empty(residual), _empty(residual), _statistics(residual)
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_adaln_fwd", residual)
     if y.numel():
         with on(residual.device):
             _kernels().gated_adaln_fwd[(batch * -(-length // rows),)](
-                residual, branch, gate, shift, scale, h, y, mean, rstd, length, eps,
+                residual, branch, gate, shift, scale, h, y, statistics, length, eps,
                 *_rows(residual), *_rows(branch), *_vector(gate), *_vector(shift), *_vector(scale),
                 RMS=norm == "rms", **settings,
             )  # fmt: skip
-    return h, y, mean, rstd
+    return h, y, statistics
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -144,8 +146,7 @@ def adaln_backward(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     norm: str,
     in_chunks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +159,7 @@ def adaln_backward(
     shift_per_token, scale_per_token = _per_token(shift, scale)
     with on(x.device):
         _kernels().adaln_bwd[(x.shape[0], sums.splits)](
-            dy, None, x, None, None, scale, mean, rstd, dx, None, *sums.targets(), None,
+            dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None,
             x.shape[1], sums.span, *_rows(dy), 0, 0, *_rows(x), 0, 0, 0, 0, *_vector(scale),
             RMS=norm == "rms", GATED=False, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
             GATE_PER_TOKEN=True, **settings,
@@ -175,8 +176,7 @@ def gated_adaln_backward(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     norm: str,
     in_chunks: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -189,7 +189,7 @@ def gated_adaln_backward(
     shift_per_token, scale_per_token, gate_per_token = _per_token(shift, scale, gate)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](
-            dy, dh, h, branch, gate, scale, mean, rstd, dresidual, dbranch, *sums.targets(),
+            dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),
             h.shape[1], sums.span, *_rows(dy), *_rows(dh), *_rows(h), *_rows(branch), *_vector(gate), *_vector(scale),
             RMS=norm == "rms", GATED=True, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
             GATE_PER_TOKEN=gate_per_token, **settings,

@@ -12,7 +12,7 @@ from torch import Tensor
 from rfkernels.adaln.reference import accumulation, per_token
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     dtype = accumulation(x)
     wide = x.to(dtype)
     if norm == "layer":
@@ -23,23 +23,23 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tup
         mean = torch.zeros_like(rstd)
         x_hat = wide * rstd.unsqueeze(-1)
     y = torch.addcmul(per_token(shift, dtype), x_hat, 1 + per_token(scale, dtype))
-    return y.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
+    return y.to(x.dtype).contiguous(), torch.stack((mean, rstd))
 
 
 def adaln_backward(
-    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, norm: str
+    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, statistics: Tensor, norm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation(x)
     dy, wide = dy.to(dtype), x.to(dtype)
-    x_hat = (wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    mean, rstd = statistics.unsqueeze(-1)
+    x_hat = (wide - mean) * rstd
     g = dy * (1 + per_token(scale, dtype))                                # gradient of x_hat
     if norm == "layer":
-        statistics = (mean.unsqueeze(-1), rstd.unsqueeze(-1))
         dx = torch.ops.aten.native_layer_norm_backward(
-            g, wide, [x.shape[-1]], *statistics, None, None, [True, False, False]
+            g, wide, [x.shape[-1]], mean, rstd, None, None, [True, False, False]
         )[0]
     else:
-        dx = (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
+        dx = (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd
     return dx.to(x.dtype).contiguous(), reduced(dy, shift), reduced(dy * x_hat, scale)
 
 

@@ -16,19 +16,19 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(*[x.new_empty(x.shape[:2], dtype=reference.accumulation(x))] * 2)       # type: ignore[return-value]
+def _statistics(x: Tensor) -> Tensor:
+    return x.new_empty((2, *x.shape[:2]), dtype=reference.accumulation(x))
 
 
 # --- adaln ------------------------------------------------------------------------------------------------------------
 
 
-def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, shift, scale, ctx.norm, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, shift, scale, mean, rstd)
+    ctx.save_for_backward(x, shift, scale, statistics)
 
 
 def _differentiate_adaln(ctx: Any, call: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -40,13 +40,13 @@ def _differentiate_adaln(ctx: Any, call: Any, dy: Tensor | None, *_: Any) -> tup
 def _adaln_operator(name: str, forward: Any, backward: Any, direct_backward: Any = None) -> Operator:
     return Operator(
         name,
-        forward_schema="(Tensor x, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor, Tensor)",
-        backward_schema="(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor mean, Tensor rstd, str norm)"
+        forward_schema="(Tensor x, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor)",
+        backward_schema="(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor statistics, str norm)"
         " -> (Tensor, Tensor, Tensor)",
         forward=forward,
         backward=backward,
-        fake_forward=lambda x, shift, scale, norm, eps: (*_like(x), *_statistics(x)),
-        fake_backward=lambda dy, x, shift, scale, mean, rstd, norm: _like(x, shift, scale),
+        fake_forward=lambda x, shift, scale, norm, eps: (*_like(x), _statistics(x)),
+        fake_backward=lambda dy, x, shift, scale, statistics, norm: _like(x, shift, scale),
         save=_save_adaln,
         differentiate=_differentiate_adaln,
         direct_backward=direct_backward,
@@ -72,10 +72,10 @@ def triton_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float)
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, gate, shift, scale, ctx.norm, _ = inputs
-    h, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    h, _, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, branch, gate, shift, scale, mean, rstd)
+    ctx.save_for_backward(h, branch, gate, shift, scale, statistics)
 
 
 def _differentiate_gated(
@@ -92,12 +92,12 @@ def _differentiate_gated(
 _triton_gated = Operator(
     "gated_adaln",
     forward_schema="(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, str norm, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor gate, Tensor shift, Tensor scale,"
-    " Tensor mean, Tensor rstd, str norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor statistics, str norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=launch.gated_adaln,
     backward=launch.gated_adaln_backward,
-    fake_forward=lambda residual, branch, *_: (*_like(residual, residual), *_statistics(residual)),
+    fake_forward=lambda residual, branch, *_: (*_like(residual, residual), _statistics(residual)),
     fake_backward=lambda dh, dy, h, branch, gate, shift, scale, *_: _like(h, branch, gate, shift, scale),
     save=_save_gated,
     differentiate=_differentiate_gated,

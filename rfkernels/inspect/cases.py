@@ -32,12 +32,12 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def cases() -> Iterator[Case]:
     for width in WIDTHS:
         x, v = _tensor(BATCH, LENGTH, width), _tensor(BATCH, width)
-        s = _tensor(BATCH, LENGTH, dtype=torch.float32)
+        s = _tensor(2, BATCH, LENGTH, dtype=torch.float32)
         calls: dict[str, tuple[int, Callable[[], object]]] = {            # bytes per element, call
             "adaln_fwd": (4, partial(launch.adaln, x, v, v, "layer", 1e-6)),
-            "adaln_bwd": (6, partial(launch.adaln_backward, x, x, v, v, s, s, "layer")),
+            "adaln_bwd": (6, partial(launch.adaln_backward, x, x, v, v, s, "layer")),
             "gated_adaln_fwd": (8, partial(launch.gated_adaln, x, x, v, v, v, "layer", 1e-6)),
-            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, s, "layer")),
+            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, "layer")),
             "gated_residual_fwd": (6, partial(launch.gated_residual, x, x, v)),
             "gated_residual_bwd": (6, partial(launch.gated_residual_backward, x, x, v)),
         }

@@ -156,8 +156,8 @@ def test_operators_do_not_return_parts_of_one_tensor():
     with rfkernels.backend("triton"):
         (want,) = torch.autograd.grad(rfkernels.adaln(x, *m.chunk(2, -1)).square().sum(), m)
         (got,) = torch.autograd.grad(compiled(x, shift, scale), m)
-        y, mean, rstd = launch.adaln(x, shift, scale, "layer", 1e-6)
-        _, dshift, dscale = torch.ops.rfkernels.adaln_backward(y, x, shift, scale, mean, rstd, "layer")
+        y, statistics = launch.adaln(x, shift, scale, "layer", 1e-6)
+        _, dshift, dscale = torch.ops.rfkernels.adaln_backward(y, x, shift, scale, statistics, "layer")
     torch.testing.assert_close(got, want)
     assert dshift.untyped_storage().data_ptr() != dscale.untyped_storage().data_ptr()
 
@@ -258,18 +258,18 @@ def test_every_byte_is_moved_once(width):
     n = residual.numel()
     with rfkernels.backend("triton"):
         with traffic() as moved:
-            y, mean, rstd = launch.adaln(residual, shift, scale, "layer", 1e-6)
+            y, statistics = launch.adaln(residual, shift, scale, "layer", 1e-6)
         assert [moved.loaded(residual), moved.stored(y), moved.loaded(y)] == [n, n, 0]
         with traffic() as moved:
-            dx, dshift, _ = launch.adaln_backward(dy, residual, shift, scale, mean, rstd, "layer")
+            dx, dshift, _ = launch.adaln_backward(dy, residual, shift, scale, statistics, "layer")
         assert [moved.loaded(dy), moved.loaded(residual), moved.stored(dx)] == [n, n, n]
         assert moved.stored(dshift) == dshift.numel()
         with traffic() as moved:
-            h, y, mean, rstd = launch.gated_adaln(residual, branch, gate, shift, scale, "layer", 1e-6)
+            h, y, statistics = launch.gated_adaln(residual, branch, gate, shift, scale, "layer", 1e-6)
         assert [moved.loaded(residual), moved.loaded(branch), moved.stored(h), moved.stored(y)] == [n] * 4
         assert moved.loaded(h) == moved.loaded(y) == 0
         with traffic() as moved:
-            inputs = (dh, dy, h, branch, gate, shift, scale, mean, rstd)
+            inputs = (dh, dy, h, branch, gate, shift, scale, statistics)
             dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, "layer")
         assert [moved.loaded(t) for t in (dh, dy, h, branch)] == [n] * 4
         assert [moved.stored(t) for t in (dresidual, dbranch)] == [n] * 2

@@ -29,6 +29,11 @@ def watched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lists among the arguments spread out."""
+    return tuple(inner for arg in args for inner in (arg if isinstance(arg, list) else (arg,)))
+
+
 class Operator:
     """A differentiable operator, called like a function.
 
@@ -40,6 +45,7 @@ class Operator:
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
         differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
+        after_list: None; or, if the forward is `(Tensor[] tensors, ...) -> Tensor[]`, the number of its other arguments.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Operator:
         save: Callable[..., None],
         differentiate: Callable[..., Any],
         direct_backward: Callable[..., Any] | None = None,
+        after_list: int | None = None,
     ) -> None:
         for full, schema, code, fake in (
             (name, forward_schema, forward, fake_forward),
@@ -67,10 +74,10 @@ class Operator:
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
         def run_backward(*args: Any) -> Any:
-            return self.backward(*args) if watched(args) else (direct_backward or backward)(*args)
+            return self.backward(*args) if watched(_flat(args)) else (direct_backward or backward)(*args)
 
         def through_library(ctx: Any, *grads: Any) -> Any:
-            return differentiate(ctx, self.backward, *grads)
+            return differentiate(ctx, self.backward, *_flat(grads))
 
         torch.library.register_autograd(f"rfkernels::{name}", through_library, setup_context=save, lib=_library)
 
@@ -82,16 +89,21 @@ class Operator:
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
+                if after_list is not None:
+                    args = (list(args[:-after_list]), *args[-after_list:])
                 output = forward(*args)
                 save(ctx, args, output)
-                return output
+                return tuple(output) if after_list is not None else output
 
             @staticmethod
             @torch.autograd.function.once_differentiable
             def backward(ctx: Any, *grads: Any) -> Any:
-                return differentiate(ctx, run_backward, *grads)
+                gradients = differentiate(ctx, run_backward, *grads)
+                return gradients if after_list is None else _flat(gradients)
 
         self._direct = Direct
+        self._lists = after_list is not None
 
     def __call__(self, *args: Any) -> Any:
-        return self.forward(*args) if watched(args) else self._direct.apply(*args)
+        flat = _flat(args) if self._lists else args
+        return self.forward(*args) if watched(flat) else self._direct.apply(*flat)

@@ -51,6 +51,24 @@ def device_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
+@lru_cache
+def _cuda_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for sm_90. On "meta" that of the target compiled for, in the interpreter 90; 0 if AMD's."""
+    if device.type == "cuda":
+        return 0 if torch.version.hip else _cuda_capability(device)
+    if device.type != "meta":
+        return 90
+    from triton.runtime import driver
+
+    arch = driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 0
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current GPU; this makes it the tensors' one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.joint_attention import library, reference
+from rfkernels.joint_attention import library, operators, reference
 from rfkernels.joint_attention.stream import Stream
+from rfkernels.triton_support import refuses_triton
 
 MAX_STREAMS = 4
+MAX_HEAD_DIM = 128
 
 
 def joint_attention(
@@ -57,9 +59,23 @@ def _check(streams, *, scale=None, eps=1e-6):
     return tuple(streams), float(scale), eps
 
 
+def _refuses(streams, scale, eps):
+    for i, s in enumerate(streams):
+        if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
+            return f"the kernels have no gradient of rotary tables, which streams[{i}] asks for"
+    dim = streams[0].k.shape[-1]
+    if dim > MAX_HEAD_DIM or dim % 8:
+        return f"the kernels take head dimensions in steps of 8 up to {MAX_HEAD_DIM}, not {dim}"
+    return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
+
+
 dispatch.register(
     "joint_attention",
     _check,
+    dispatch.Implementation(
+        "triton", "nothing concatenated, norm inside; 2 kernels forward, 3 backward", operators.triton_joint_attention,
+        _refuses,
+    ),
     dispatch.Implementation(
         "library", "concatenation and torch's scaled_dot_product_attention", library.joint_attention
     ),

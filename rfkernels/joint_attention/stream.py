@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Stream:
         queries: bool = True,
     ) -> None:
         op = "Stream"
+        q, k, v = _autocast(q, k, v)
         checks.is_float(op, k=k, v=v)
         checks.has_rank(op, 4, "[B, S, H, D]", k=k, v=v)
         if q is None and queries:
@@ -80,6 +81,7 @@ class Stream:
         self.q, self.k, self.v = q, k, v
         self.q_weight, self.k_weight = q_weight, k_weight
         self.lengths, self.rope, self.queries = lengths, rope, queries
+        self.packed_tensor: Tensor | None = None
 
     @classmethod
     def packed(
@@ -91,15 +93,37 @@ class Stream:
         rope: Rope | None = None,
         queries: bool = True,
     ) -> Stream:
-        """A stream whose q, k, v are views of one fused projection qkv [B, S, 3, H, D]."""
-        checks.is_float("Stream.packed", qkv=qkv)
-        if qkv.ndim != 5 or qkv.shape[2] != 3:
-            raise ValueError(f"Stream.packed: qkv has shape {list(qkv.shape)}; expected [B, S, 3, H, D]")
-        q, k, v = qkv.unbind(2)
-        return cls(q, k, v, q_weight, k_weight, lengths, rope, queries)
+        """A stream whose q, k, v are views of one fused projection, read in place; its gradient is one tensor too.
+
+        Args:
+            qkv: [B, S, 3, H, D], unit-stride last dimension; or [B, S, 2, H, D], keys and values, if queries=False.
+            The others as for a Stream.
+        Raises: ValueError or TypeError that names the argument.
+        """
+        op = "Stream.packed"
+        checks.is_float(op, qkv=qkv)
+        if qkv.ndim != 5 or qkv.shape[2] not in ((3,) if queries else (2, 3)):
+            wanted = "[B, S, 3, H, D]" + ("" if queries else " or [B, S, 2, H, D]")
+            raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected {wanted}")
+        checks.unit_stride(op, qkv=qkv)
+        (qkv,) = _autocast(qkv)
+        parts = qkv.unbind(2)
+        q, k, v = parts if len(parts) == 3 else (None, *parts)
+        stream = cls(q, k, v, q_weight, k_weight, lengths, rope, queries)
+        stream.packed_tensor = qkv
+        return stream
 
     def valid(self) -> Tensor | None:
         """[B, S] bool, True where a token is not padding; None if none is."""
         if self.lengths is None:
             return None
         return torch.arange(self.k.shape[1], device=self.k.device) < self.lengths.unsqueeze(1)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast q, k and v have one dtype, whatever came: a norm leaves fp32 where a projection leaves bf16."""
+    first = next((t for t in tensors if isinstance(t, Tensor)), None)
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

@@ -65,3 +65,27 @@ def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaun
 def table(device: str) -> dict[str, Any]:
     path = Path(__file__).with_name(device.lower().replace(" ", "_").replace("/", "_") + ".json")
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """Tiles of an attention kernel."""
+
+    block_m: int
+    """Queries in a tile."""
+    block_n: int
+    """Keys in a tile."""
+    warps: int
+    stages: int
+    """Tiles of the inner loop in flight."""
+    registers: int = 0
+    """Most a thread may use, so that more programs share a multiprocessor; 0: what the compiler takes."""
+
+
+def attention_launch(kernel: str, dim: int, itemsize: int, arch: int, device: str | None = None) -> AttentionLaunch:
+    """Settings of an attention kernel at this head dimension, bytes per element and compute capability (90: sm_90): the
+    table of the GPU named `device` if it has them, otherwise what compiles without spills; see `inspect`."""
+    measured = table(device).get(kernel, {}).get(f"{dim}/{itemsize}") if device else None
+    if measured:
+        return AttentionLaunch(**measured)
+    return AttentionLaunch(64, 64, 4, 2)

@@ -1,0 +1,225 @@
+"""Triton kernels of joint attention's backward. Conventions as in kernels.py.
+
+Two kernels, no atomics: one walks over keys for a tile of queries, one over queries for a tile of keys, each with the
+gradient of its own tile in registers; both end with the norm's backward before they store. The first also leaves what
+the second needs: the normalised queries and delta = sum(out * dout). With n = x * rstd and g the gradient of n * w:
+    dx = rstd * (w * g - n * mean(w * g * n)),    dw = sum over tokens of g * n
+"""
+
+import triton
+import triton.language as tl
+
+from rfkernels.joint_attention.kernels import _base, _locate, _of, _row, _rows, _rstd, _valid, _weight, normalized
+
+
+@triton.jit
+def _norm_backward(g, x, eps, weight_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(dx, sum over the tile of g * n [BLOCK_D]) for x [BLOCK, BLOCK_D] as read, g fp32."""
+    x = x.to(tl.float32)
+    rstd = _rstd(x, eps, D)
+    n = x * rstd
+    along = g * n
+    g = g * _weight(weight_ptr, D, BLOCK_D)
+    return rstd * (g - n * (tl.sum(g * n, 1) / D)[:, None]), tl.sum(along, 0)
+
+
+@triton.jit
+def _store(base, stride, first, size, value, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    token, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    here = base + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + d[None, :])
+    tl.store(here, value.to(base.dtype.element_ty), mask=((first + token) < size)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _query_gradient(
+    acc, q, dout, lse, delta, k_base, v_base, rstd_ptr, scale, stride_k, stride_v, first, stop,
+    MASKED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """acc += dS K for one tile of keys, as read; their weight is still to come."""
+    k = _rows(k_base, stride_k, first, stop, MASKED, D, BLOCK_N, BLOCK_D)
+    v = _rows(v_base, stride_v, first, stop, MASKED, D, BLOCK_N, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)                              # [BLOCK_M, BLOCK_N]
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if NORM:
+        rstd = _row(rstd_ptr, first, stop, 0.0, MASKED, BLOCK_N)[None, :]
+        s = s * rstd                                                                   # the scale is in q
+    else:
+        s = s * scale
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where((first + tl.arange(0, BLOCK_N) < stop)[None, :], p, 0.0)
+    ds = p * (dp - delta[:, None])
+    if NORM:
+        ds = ds * rstd
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
+def attention_bwd_q(
+    qs, ks, vs, outs, douts, dqs, q_hats, q_weights, k_weights, q_lengths, k_lengths,
+    q_strides, k_strides, v_strides, dout_strides, dq_strides,
+    rstd_ptr, lse_ptr, delta_ptr, partials_ptr, scale, eps, queries, keys, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
+    NORM: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, NQ: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq, delta [B, H, queries] and, if NORM, q_hat [B, S, H, D] in the input's dtype and a row of partials
+    [tiles * H * B, D] of dq_weight. `scale` is in units of log2, as in the forward."""
+    q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
+    which, first, before = _locate(tl.program_id(0), q_sizes, NQ, BLOCK_M)
+    h, b = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    size = _of(which, q_sizes, NQ)
+    valid = _valid(b, size, _of(which, q_lengths, NQ), LENGTHS)
+    strides = (_of(which, q_strides[0], NQ), _of(which, q_strides[1], NQ), _of(which, q_strides[2], NQ))
+    q_base = _base(_of(which, qs, NQ), b, h, strides)
+    weight_ptr = _of(which, q_weights, NQ)
+    q = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D)
+    if NORM:
+        q_hat = normalized(q, eps, weight_ptr, D, BLOCK_D) * scale
+    dout_at = (_of(which, dout_strides[0], NQ), _of(which, dout_strides[1], NQ), _of(which, dout_strides[2], NQ))
+    dout_base = _base(_of(which, douts, NQ), b, h, dout_at)
+    dout = _rows(dout_base, dout_at[1], first, valid, True, D, BLOCK_M, BLOCK_D)
+    own = (size.to(tl.int64) * heads * D, heads * D, D)                   # a contiguous tensor of this stream
+    out = _rows(_base(_of(which, outs, NQ), b, h, own), own[1], first, valid, True, D, BLOCK_M, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    bh = b.to(tl.int64) * heads + h
+    token = first + tl.arange(0, BLOCK_M)
+    tl.store(delta_ptr + bh * queries + before + token, delta, mask=token < size)
+    lse = _row(lse_ptr + bh * queries + before, first, valid, float("inf"), True, BLOCK_M)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    rstd_ptr += bh * keys
+    for i in tl.static_range(N):
+        strides_k = (k_strides[0][i], k_strides[1][i], k_strides[2][i])
+        strides_v = (v_strides[0][i], v_strides[1][i], v_strides[2][i])
+        k_base, v_base = _base(ks[i], b, h, strides_k), _base(vs[i], b, h, strides_v)
+        stop = tl.where(first < valid, _valid(b, sizes[i], k_lengths[i], LENGTHS), 0)
+        q_i = q
+        if NORM:
+            q_i = (q_hat * _weight(k_weights[i], D, BLOCK_D)).to(q.dtype)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        full = stop // BLOCK_N * BLOCK_N
+        for start in range(0, full, BLOCK_N):
+            acc = _query_gradient(
+                acc, q_i, dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], start, stop,
+                False, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        if full < stop:
+            acc = _query_gradient(
+                acc, q_i, dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], full, stop,
+                True, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        if NORM:
+            acc = acc * _weight(k_weights[i], D, BLOCK_D)
+        dq += acc
+        rstd_ptr += sizes[i]
+    dq = dq * (scale * 0.6931471805599453)                                # back from units of log2
+    if NORM:
+        q = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D)
+        hat = normalized(q, eps, weight_ptr, D, BLOCK_D)
+        _store(_base(_of(which, q_hats, NQ), b, h, own), own[1], first, size, hat, D, BLOCK_M, BLOCK_D)
+        dq, dweight = _norm_backward(dq, q, eps, weight_ptr, D, BLOCK_D)
+        row = tl.program_id(0).to(tl.int64) * heads * tl.num_programs(2) + bh
+        d = tl.arange(0, BLOCK_D)
+        tl.store(partials_ptr + row * D + d, dweight, mask=d < D)
+    dq_at = (_of(which, dq_strides[0], NQ), _of(which, dq_strides[1], NQ), _of(which, dq_strides[2], NQ))
+    _store(_base(_of(which, dqs, NQ), b, h, dq_at), dq_at[1], first, size, dq, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _key_gradient(
+    dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, stride_q, stride_dout, first, stop,
+    MASKED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk += dS^T Q and dv += P^T dO for one tile of queries. Beyond `stop` lse is infinite, so p is 0."""
+    q = _rows(q_base, stride_q, first, stop, MASKED, D, BLOCK_M, BLOCK_D)
+    dout = _rows(dout_base, stride_dout, first, stop, MASKED, D, BLOCK_M, BLOCK_D)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)                              # [BLOCK_N, BLOCK_M]
+    if not NORM:                                                                       # the scale is in k
+        s = s * scale
+    p = tl.exp2(s - _row(lse_ptr, first, stop, float("inf"), MASKED, BLOCK_M)[None, :])
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    ds = p * (dp - _row(delta_ptr, first, stop, 0.0, MASKED, BLOCK_M)[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
+def attention_bwd_kv(
+    q_hats, ks, vs, douts, dks, dvs, k_weights, q_lengths, k_lengths,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    lse_ptr, delta_ptr, partials_ptr, scale, eps, queries, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
+    NORM: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, NQ: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and, if NORM, a row of partials [tiles * H * B, D] of dk_weight. The key tile is folded once with its
+    norm, weight and scale; queries come normalised. Program: BLOCK_N keys of one of N streams, a head, a sample."""
+    q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
+    which, first, _ = _locate(tl.program_id(0), sizes, N, BLOCK_N)
+    h, b = tl.program_id(1), tl.program_id(2)
+    size = _of(which, sizes, N)
+    valid = _valid(b, size, _of(which, k_lengths, N), LENGTHS)
+    strides_k = (_of(which, k_strides[0], N), _of(which, k_strides[1], N), _of(which, k_strides[2], N))
+    strides_v = (_of(which, v_strides[0], N), _of(which, v_strides[1], N), _of(which, v_strides[2], N))
+    k_base, v_base = _base(_of(which, ks, N), b, h, strides_k), _base(_of(which, vs, N), b, h, strides_v)
+    weight_ptr = _of(which, k_weights, N)
+    k = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D)
+    if NORM:
+        k = (normalized(k, eps, weight_ptr, D, BLOCK_D) * scale).to(k_base.dtype.element_ty)
+    v = _rows(v_base, strides_v[1], first, valid, True, D, BLOCK_N, BLOCK_D)
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    bh = b.to(tl.int64) * tl.num_programs(1) + h
+    lse_ptr += bh * queries
+    delta_ptr += bh * queries
+    for i in tl.static_range(NQ):
+        strides_q = (q_strides[0][i], q_strides[1][i], q_strides[2][i])
+        strides_o = (dout_strides[0][i], dout_strides[1][i], dout_strides[2][i])
+        q_base, dout_base = _base(q_hats[i], b, h, strides_q), _base(douts[i], b, h, strides_o)
+        stop = tl.where(first < valid, _valid(b, q_sizes[i], q_lengths[i], LENGTHS), 0)
+        full = stop // BLOCK_M * BLOCK_M
+        for start in range(0, full, BLOCK_M):
+            dk, dv = _key_gradient(
+                dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], start, stop,
+                False, NORM, PRECISION, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        if full < stop:
+            dk, dv = _key_gradient(
+                dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], full, stop,
+                True, NORM, PRECISION, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        lse_ptr += q_sizes[i]
+        delta_ptr += q_sizes[i]
+    token, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    seen = (token < valid)[:, None]
+    dk, dv = tl.where(seen, dk * (scale * 0.6931471805599453), 0.0), tl.where(seen, dv, 0.0)
+    if NORM:
+        k_raw = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D)
+        dk, dweight = _norm_backward(dk, k_raw, eps, weight_ptr, D, BLOCK_D)
+        row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2) + bh
+        tl.store(partials_ptr + row * D + d, dweight, mask=d < D)
+    dk_at = (_of(which, dk_strides[0], N), _of(which, dk_strides[1], N), _of(which, dk_strides[2], N))
+    dv_at = (_of(which, dv_strides[0], N), _of(which, dv_strides[1], N), _of(which, dv_strides[2], N))
+    _store(_base(_of(which, dks, N), b, h, dk_at), dk_at[1], first, size, dk, D, BLOCK_N, BLOCK_D)
+    _store(_base(_of(which, dvs, N), b, h, dv_at), dv_at[1], first, size, dv, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["R0", "R1", "R2", "R3", "R4", "R5", "R6", "R7"])
+def sum_rows(
+    outs, partials_ptr, R0, R1, R2, R3, R4, R5, R6, R7,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program v sums its R_v rows of partials [R_0 + R_1 + ..., D], in a fixed order, into outs[v] [D]."""
+    counts = (R0, R1, R2, R3, R4, R5, R6, R7)
+    v, first = tl.program_id(0), 0
+    for i in tl.static_range(1, N):
+        first += tl.where(v >= i, counts[i - 1], 0)
+    count = _of(v, counts, N)
+    base = partials_ptr + first.to(tl.int64) * D if N > 1 else partials_ptr
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, count, ROWS):
+        total += _rows(base, D, start, count, True, D, ROWS, BLOCK_D)
+    d, out_ptr = tl.arange(0, BLOCK_D), _of(v, outs, N)
+    tl.store(out_ptr + d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=d < D)

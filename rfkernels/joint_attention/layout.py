@@ -1,0 +1,77 @@
+"""Streams as an operator sees them: a flat list of tensors and a short string that says what they are.
+
+Per stream, joined by ",": what it is made of ("3" packed qkv, "2" packed kv, "1" q k v, "0" k v), then a letter for each
+of what it has: "q", "k" norm weights, "l" lengths, "i" or "h" a rotary embedding (interleaved, half-split), "x" no
+queries. "3qk,2kx": a packed stream with both norms, and keys and values only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rfkernels.joint_attention.stream import Stream
+
+
+@dataclass
+class Parts:
+    """One stream's tensors, and where the gradients of each go."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    packed: Tensor | None
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    lengths: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    asks: bool
+    """Whether it has queries, and so an output."""
+
+    def differentiable(self) -> list[Tensor | None]:
+        """As in the list of tensors, None for those that have no gradient."""
+        activations = [self.packed] if self.packed is not None else [t for t in (self.q, self.k, self.v) if t is not None]
+        weights = [w for w in (self.q_weight, self.k_weight) if w is not None]
+        return [*activations, *weights, *[None] * sum(t is not None for t in (self.lengths, self.cos, self.sin))]
+
+
+def flatten(streams: Sequence[Stream]) -> tuple[list[Tensor], str]:
+    tensors: list[Tensor] = []
+    codes = []
+    for s in streams:
+        parts = [s.packed_tensor] if s.packed_tensor is not None else [s.q, s.k, s.v]
+        tensors += [t for t in parts if t is not None]
+        code = str(int(s.packed_tensor.shape[2])) if s.packed_tensor is not None else "0" if s.q is None else "1"
+        cos, sin, interleaved = s.rope or (None, None, False)
+        for letter, tensor in (("q", s.q_weight), ("k", s.k_weight), ("l", s.lengths), ("i" if interleaved else "h", cos)):
+            if tensor is not None:
+                tensors.append(tensor)
+                code += letter
+        if sin is not None:
+            tensors.append(sin)
+        codes.append(code + "x" * (not s.queries))
+    return tensors, ",".join(codes)
+
+
+def parse(tensors: Sequence[Tensor], layout: str) -> list[Parts]:
+    rest: Iterator[Tensor] = iter(tensors)
+    streams = []
+    for code in layout.split(","):
+        kind, has = code[0], code[1:]
+        packed = next(rest) if kind in "23" else None
+        if packed is not None:
+            views = packed.unbind(2)
+            q, k, v = views if kind == "3" else (None, *views)
+        else:
+            q, k, v = next(rest) if kind == "1" else None, next(rest), next(rest)
+        weights = [next(rest) if letter in has else None for letter in "qk"]
+        lengths = next(rest) if "l" in has else None
+        rope = "i" in has or "h" in has
+        cos, sin = (next(rest), next(rest)) if rope else (None, None)
+        asks = q is not None and "x" not in has
+        streams.append(Parts(q, k, v, packed, *weights, lengths, cos, sin, "i" in has, asks))
+    return streams

@@ -9,7 +9,7 @@ the second needs: the normalised queries and delta = sum(out * dout). With n = x
 import triton
 import triton.language as tl
 
-from rfkernels.joint_attention.kernels import _base, _locate, _of, _row, _rows, _rstd, _valid, _weight, normalized
+from rfkernels.joint_attention.kernels import _base, _locate, _of, _row, _rows, _rstd, _valid, _weight, folded_queries, normalized
 
 
 @triton.jit
@@ -76,8 +76,7 @@ def attention_bwd_q(
     q_base = _base(_of(which, qs, NQ), b, h, strides)
     weight_ptr = _of(which, q_weights, NQ)
     q = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D)
-    if NORM:
-        q_hat = normalized(q, eps, weight_ptr, D, BLOCK_D) * scale
+    folded, _ = folded_queries(q, eps, scale, weight_ptr, k_weights, NORM, D, N, BLOCK_M, BLOCK_D)
     dout_at = (_of(which, dout_strides[0], NQ), _of(which, dout_strides[1], NQ), _of(which, dout_strides[2], NQ))
     dout_base = _base(_of(which, douts, NQ), b, h, dout_at)
     dout = _rows(dout_base, dout_at[1], first, valid, True, D, BLOCK_M, BLOCK_D)
@@ -95,19 +94,16 @@ def attention_bwd_q(
         strides_v = (v_strides[0][i], v_strides[1][i], v_strides[2][i])
         k_base, v_base = _base(ks[i], b, h, strides_k), _base(vs[i], b, h, strides_v)
         stop = tl.where(first < valid, _valid(b, sizes[i], k_lengths[i], LENGTHS), 0)
-        q_i = q
-        if NORM:
-            q_i = (q_hat * _weight(k_weights[i], D, BLOCK_D)).to(q.dtype)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         full = stop // BLOCK_N * BLOCK_N
         for start in range(0, full, BLOCK_N):
             acc = _query_gradient(
-                acc, q_i, dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], start, stop,
+                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], start, stop,
                 False, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         if full < stop:
             acc = _query_gradient(
-                acc, q_i, dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], full, stop,
+                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], full, stop,
                 True, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         if NORM:

@@ -109,6 +109,26 @@ def normalized(x, eps, weight_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def folded_queries(
+    q, eps, scale, q_weight_ptr, k_weights, NORM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(one query tile per key stream, with the norm, both weights and the scale in it; the largest |row|^2 of them). All
+    at once, so that they wait in shared memory for their stream and not in registers. q as it is if not NORM."""
+    tiles, longest = (), tl.zeros([BLOCK], tl.float32)
+    if NORM:
+        q_hat = normalized(q, eps, q_weight_ptr, D, BLOCK_D) * scale
+    for i in tl.static_range(N):
+        if NORM:
+            q_i = q_hat * _weight(k_weights[i], D, BLOCK_D)
+            longest = tl.maximum(longest, tl.sum(q_i * q_i, 1))
+            tiles = tiles + (q_i.to(q.dtype),)
+        else:
+            tiles = tiles + (q,)
+    return tiles, longest
+
+
+@triton.jit
 def _attend(
     acc, total, shift, q, k_base, v_base, rstd_ptr, scale, stride_k, stride_v, first, stop,
     ONLINE: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -191,22 +211,11 @@ def attention_fwd(
     bh = b.to(tl.int64) * tl.num_programs(1) + h
     rstd_ptr += bh * keys
     live = first < valid
-    folded = ()                                       # one query tile per key stream, with that stream's weight in it
-    longest = tl.zeros([BLOCK_M], tl.float32)
-    if NORM:
-        q_hat = normalized(q, eps, _of(which, q_weights, NQ), D, BLOCK_D) * scale
-    elif BOUNDED:
-        length = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * scale * scale
-    for i in tl.static_range(N):
-        if NORM:
-            q_i = q_hat * _weight(k_weights[i], D, BLOCK_D)
-            longest = tl.maximum(longest, tl.sum(q_i * q_i, 1))
-            folded = folded + (q_i.to(q.dtype),)
-        else:
-            if BOUNDED:
-                stretch = tl.max(tl.abs(_weight(k_weights[i], D, BLOCK_D)))
-                longest = tl.maximum(longest, length * stretch * stretch)
-            folded = folded + (q,)
+    folded, longest = folded_queries(q, eps, scale, _of(which, q_weights, NQ), k_weights, NORM, D, N, BLOCK_M, BLOCK_D)
+    if BOUNDED and not NORM:                          # prepared keys: their weight is in them
+        for i in tl.static_range(N):
+            stretch = tl.max(tl.abs(_weight(k_weights[i], D, BLOCK_D)))
+            longest = tl.maximum(longest, tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * scale * scale * stretch * stretch)
     nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if BOUNDED:
         bound = tl.sqrt(longest * D)

@@ -45,7 +45,7 @@ class Operator:
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
         differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
-        after_list: None; or, if the forward is `(Tensor[] tensors, ...) -> Tensor[]`, the number of its other arguments.
+        after_list: if the forward is `(Tensor[] tensors, ...) -> Tensor[]`, the number of its other arguments.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ def _cuda_capability(device: torch.device) -> int:
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability, 90 for sm_90. On "meta" that of the target compiled for, in the interpreter 90; 0 if AMD's."""
+    """Compute capability, 90 for sm_90; 0 on AMD. On "meta" that of the target compiled for, in the interpreter 90."""
     if device.type == "cuda":
         return 0 if torch.version.hip else _cuda_capability(device)
     if device.type != "meta":

@@ -1,26 +1,45 @@
 """Triton kernels of joint attention's backward. Conventions as in kernels.py.
 
 Two kernels, no atomics: one walks over keys for a tile of queries, one over queries for a tile of keys, each with the
-gradient of its own tile in registers; both end with the norm's backward before they store. The first also leaves what
-the second needs: the normalised queries and delta = sum(out * dout). With n = x * rstd and g the gradient of n * w:
+gradient of its own tile in registers, and both end with the norm's backward before they store. The first leaves what
+the second needs: delta = sum(out * dout), and the folded query tiles, so that both recompute the scores of the forward
+to the bit: a softmax recomputed from other roundings does not sum to one. With n = x * rstd, g the gradient of n * w:
     dx = rstd * (w * g - n * mean(w * g * n)),    dw = sum over tokens of g * n
+A key's w * g is what the second kernel accumulates; g itself is in the first one, which sums both weights' gradients.
 """
 
 import triton
 import triton.language as tl
 
-from rfkernels.joint_attention.kernels import _base, _locate, _of, _row, _rows, _rstd, _valid, _weight, folded_queries, normalized
+from rfkernels.joint_attention.kernels import (
+    _base,
+    _locate,
+    _of,
+    _row,
+    _rows,
+    _rstd,
+    _valid,
+    _weight,
+    folded_queries,
+    normalized,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _norm_backward(g, x, eps, weight_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(dx, sum over the tile of g * n [BLOCK_D]) for x [BLOCK, BLOCK_D] as read, g fp32."""
-    x = x.to(tl.float32)
-    rstd = _rstd(x, eps, D)
-    n = x * rstd
-    along = g * n
-    g = g * _weight(weight_ptr, D, BLOCK_D)
-    return rstd * (g - n * (tl.sum(g * n, 1) / D)[:, None]), tl.sum(along, 0)
+def _norm_backward(g, n, rstd, D: tl.constexpr):
+    """dx of n = x * rstd for g, the gradient of n; all fp32 [BLOCK, BLOCK_D], rstd [BLOCK, 1]."""
+    return rstd * (g - n * (tl.sum(g * n, 1) / D)[:, None])
+
+
+@triton.jit
+def _store_sum(partials_ptr, section, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sum over the tile's tokens to this program's row in a section of partials [sections, programs, D]."""
+    tiles, heads, batch = tl.num_programs(0).to(tl.int64), tl.num_programs(1), tl.num_programs(2)
+    row = ((section * tiles + tl.program_id(0)) * batch + tl.program_id(2)) * heads + tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    tl.store(partials_ptr + row * D + d, tl.sum(value, 0), mask=d < D)
 
 
 @triton.jit
@@ -57,15 +76,15 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
 def attention_bwd_q(
-    qs, ks, vs, outs, douts, dqs, q_hats, q_weights, k_weights, q_lengths, k_lengths,
+    qs, ks, vs, outs, douts, dqs, folds, q_weights, k_weights, q_lengths, k_lengths,
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
     rstd_ptr, lse_ptr, delta_ptr, partials_ptr, scale, eps, queries, keys, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
     NORM: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, NQ: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta [B, H, queries] and, if NORM, q_hat [B, S, H, D] in the input's dtype and a row of partials
-    [tiles * H * B, D] of dq_weight. `scale` is in units of log2, as in the forward."""
+    """dq, delta [B, H, queries] and, if NORM, the folded queries [N, B, S, H, D] in the input's dtype and partials
+    [1 + N, tiles * B * H, D] of dq_weight and each dk_weight. `scale` is in units of log2, as in the forward."""
     q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
     which, first, before = _locate(tl.program_id(0), q_sizes, NQ, BLOCK_M)
     h, b = tl.program_id(1), tl.program_id(2)
@@ -87,6 +106,10 @@ def attention_bwd_q(
     token = first + tl.arange(0, BLOCK_M)
     tl.store(delta_ptr + bh * queries + before + token, delta, mask=token < size)
     lse = _row(lse_ptr + bh * queries + before, first, valid, float("inf"), True, BLOCK_M)
+    if NORM:
+        for i in tl.static_range(N):
+            fold = _of(which, folds, NQ) + i * tl.num_programs(2).to(tl.int64) * own[0]
+            _store(_base(fold, b, h, own), own[1], first, size, folded[i], D, BLOCK_M, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     rstd_ptr += bh * keys
     for i in tl.static_range(N):
@@ -98,43 +121,39 @@ def attention_bwd_q(
         full = stop // BLOCK_N * BLOCK_N
         for start in range(0, full, BLOCK_N):
             acc = _query_gradient(
-                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], start, stop,
-                False, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
+                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1],
+                start, stop, False, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         if full < stop:
             acc = _query_gradient(
-                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1], full, stop,
-                True, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
+                acc, folded[i], dout, lse, delta, k_base, v_base, rstd_ptr, scale, strides_k[1], strides_v[1],
+                full, stop, True, NORM, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        acc = acc * (scale * LN2)                                         # back from units of log2
         if NORM:
+            again = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D)      # not kept over the loops
+            _store_sum(partials_ptr, 1 + i, acc * normalized(again, eps, weight_ptr, D, BLOCK_D), D, BLOCK_D)
             acc = acc * _weight(k_weights[i], D, BLOCK_D)
         dq += acc
         rstd_ptr += sizes[i]
-    dq = dq * (scale * 0.6931471805599453)                                # back from units of log2
     if NORM:
-        q = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D)
-        hat = normalized(q, eps, weight_ptr, D, BLOCK_D)
-        _store(_base(_of(which, q_hats, NQ), b, h, own), own[1], first, size, hat, D, BLOCK_M, BLOCK_D)
-        dq, dweight = _norm_backward(dq, q, eps, weight_ptr, D, BLOCK_D)
-        row = tl.program_id(0).to(tl.int64) * heads * tl.num_programs(2) + bh
-        d = tl.arange(0, BLOCK_D)
-        tl.store(partials_ptr + row * D + d, dweight, mask=d < D)
+        q = _rows(q_base, strides[1], first, valid, True, D, BLOCK_M, BLOCK_D).to(tl.float32)
+        rstd = _rstd(q, eps, D)
+        _store_sum(partials_ptr, 0, dq * q * rstd, D, BLOCK_D)
+        dq = _norm_backward(dq * _weight(weight_ptr, D, BLOCK_D), q * rstd, rstd, D)
     dq_at = (_of(which, dq_strides[0], NQ), _of(which, dq_strides[1], NQ), _of(which, dq_strides[2], NQ))
     _store(_base(_of(which, dqs, NQ), b, h, dq_at), dq_at[1], first, size, dq, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _key_gradient(
-    dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, stride_q, stride_dout, first, stop,
-    MASKED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, factor, q_base, dout_base, lse_ptr, delta_ptr, stride_q, stride_dout, first, stop,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk += dS^T Q and dv += P^T dO for one tile of queries. Beyond `stop` lse is infinite, so p is 0."""
     q = _rows(q_base, stride_q, first, stop, MASKED, D, BLOCK_M, BLOCK_D)
     dout = _rows(dout_base, stride_dout, first, stop, MASKED, D, BLOCK_M, BLOCK_D)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)                              # [BLOCK_N, BLOCK_M]
-    if not NORM:                                                                       # the scale is in k
-        s = s * scale
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor                     # [BLOCK_N, BLOCK_M]
     p = tl.exp2(s - _row(lse_ptr, first, stop, float("inf"), MASKED, BLOCK_M)[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -144,15 +163,15 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
 def attention_bwd_kv(
-    q_hats, ks, vs, douts, dks, dvs, k_weights, q_lengths, k_lengths,
+    queries_of, ks, vs, douts, dks, dvs, q_lengths, k_lengths,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-    lse_ptr, delta_ptr, partials_ptr, scale, eps, queries, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
+    lse_ptr, delta_ptr, scale, eps, queries, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
     NORM: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, NQ: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and, if NORM, a row of partials [tiles * H * B, D] of dk_weight. The key tile is folded once with its
-    norm, weight and scale; queries come normalised. Program: BLOCK_N keys of one of N streams, a head, a sample."""
+    """dk and dv. Program: BLOCK_N keys of one of N streams, a head, a sample. If NORM, queries_of are those folded for
+    each key stream, [N, B, S, H, D], and scores take the keys' rstd; otherwise the queries as they are, and `scale`."""
     q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
     which, first, _ = _locate(tl.program_id(0), sizes, N, BLOCK_N)
     h, b = tl.program_id(1), tl.program_id(2)
@@ -161,10 +180,8 @@ def attention_bwd_kv(
     strides_k = (_of(which, k_strides[0], N), _of(which, k_strides[1], N), _of(which, k_strides[2], N))
     strides_v = (_of(which, v_strides[0], N), _of(which, v_strides[1], N), _of(which, v_strides[2], N))
     k_base, v_base = _base(_of(which, ks, N), b, h, strides_k), _base(_of(which, vs, N), b, h, strides_v)
-    weight_ptr = _of(which, k_weights, N)
     k = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D)
-    if NORM:
-        k = (normalized(k, eps, weight_ptr, D, BLOCK_D) * scale).to(k_base.dtype.element_ty)
+    factor = _rstd(k.to(tl.float32), eps, D) if NORM else scale
     v = _rows(v_base, strides_v[1], first, valid, True, D, BLOCK_N, BLOCK_D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     bh = b.to(tl.int64) * tl.num_programs(1) + h
@@ -173,29 +190,33 @@ def attention_bwd_kv(
     for i in tl.static_range(NQ):
         strides_q = (q_strides[0][i], q_strides[1][i], q_strides[2][i])
         strides_o = (dout_strides[0][i], dout_strides[1][i], dout_strides[2][i])
-        q_base, dout_base = _base(q_hats[i], b, h, strides_q), _base(douts[i], b, h, strides_o)
+        q_ptr = queries_of[i]
+        if NORM:
+            q_ptr += which * tl.num_programs(2).to(tl.int64) * q_strides[0][i]
+        q_base, dout_base = _base(q_ptr, b, h, strides_q), _base(douts[i], b, h, strides_o)
         stop = tl.where(first < valid, _valid(b, q_sizes[i], q_lengths[i], LENGTHS), 0)
         full = stop // BLOCK_M * BLOCK_M
         for start in range(0, full, BLOCK_M):
             dk, dv = _key_gradient(
-                dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], start, stop,
-                False, NORM, PRECISION, D, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, factor, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], start,
+                stop,
+                False, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if full < stop:
             dk, dv = _key_gradient(
-                dk, dv, k, v, scale, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], full, stop,
-                True, NORM, PRECISION, D, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, factor, q_base, dout_base, lse_ptr, delta_ptr, strides_q[1], strides_o[1], full, stop,
+                True, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         lse_ptr += q_sizes[i]
         delta_ptr += q_sizes[i]
-    token, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    seen = (token < valid)[:, None]
-    dk, dv = tl.where(seen, dk * (scale * 0.6931471805599453), 0.0), tl.where(seen, dv, 0.0)
+    seen = (first + tl.arange(0, BLOCK_N) < valid)[:, None]
+    dv = tl.where(seen, dv, 0.0)
     if NORM:
-        k_raw = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D)
-        dk, dweight = _norm_backward(dk, k_raw, eps, weight_ptr, D, BLOCK_D)
-        row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2) + bh
-        tl.store(partials_ptr + row * D + d, dweight, mask=d < D)
+        k = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D).to(tl.float32)
+        rstd = _rstd(k, eps, D)
+        dk = tl.where(seen, _norm_backward(dk * LN2, k * rstd, rstd, D), 0.0)
+    else:
+        dk = tl.where(seen, dk * (scale * LN2), 0.0)
     dk_at = (_of(which, dk_strides[0], N), _of(which, dk_strides[1], N), _of(which, dk_strides[2], N))
     dv_at = (_of(which, dv_strides[0], N), _of(which, dv_strides[1], N), _of(which, dv_strides[2], N))
     _store(_base(_of(which, dks, N), b, h, dk_at), dk_at[1], first, size, dk, D, BLOCK_N, BLOCK_D)
@@ -209,11 +230,11 @@ def sum_rows(
 ):  # fmt: skip
     """Program v sums its R_v rows of partials [R_0 + R_1 + ..., D], in a fixed order, into outs[v] [D]."""
     counts = (R0, R1, R2, R3, R4, R5, R6, R7)
-    v, first = tl.program_id(0), 0
+    v, first = tl.program_id(0), tl.program_id(0).to(tl.int64) * 0
     for i in tl.static_range(1, N):
-        first += tl.where(v >= i, counts[i - 1], 0)
+        first += tl.where(v >= i, counts[i - 1], 0).to(tl.int64)
     count = _of(v, counts, N)
-    base = partials_ptr + first.to(tl.int64) * D if N > 1 else partials_ptr
+    base = partials_ptr + first * D
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, count, ROWS):
         total += _rows(base, D, start, count, True, D, ROWS, BLOCK_D)

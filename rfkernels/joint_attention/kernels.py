@@ -113,8 +113,8 @@ def folded_queries(
     q, eps, scale, q_weight_ptr, k_weights, NORM: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(one query tile per key stream, with the norm, both weights and the scale in it; the largest |row|^2 of them). All
-    at once, so that they wait in shared memory for their stream and not in registers. q as it is if not NORM."""
+    """(one query tile per key stream, with the norm, both weights and the scale in it; the largest |row|^2 of them).
+    All at once, so that they wait in shared memory for their stream, not in registers. q as it is if not NORM."""
     tiles, longest = (), tl.zeros([BLOCK], tl.float32)
     if NORM:
         q_hat = normalized(q, eps, q_weight_ptr, D, BLOCK_D) * scale
@@ -134,7 +134,7 @@ def _attend(
     ONLINE: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: scores, softmax, sum of values. `shift` is each row's running maximum if ONLINE, fixed if not."""
+    """One tile of keys: scores, softmax, sum of values. `shift`: each row's running maximum if ONLINE, fixed if not."""
     k = _rows(k_base, stride_k, first, stop, MASKED, D, BLOCK_N, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)                              # [BLOCK_M, BLOCK_N]
     if NORM:
@@ -213,9 +213,10 @@ def attention_fwd(
     live = first < valid
     folded, longest = folded_queries(q, eps, scale, _of(which, q_weights, NQ), k_weights, NORM, D, N, BLOCK_M, BLOCK_D)
     if BOUNDED and not NORM:                          # prepared keys: their weight is in them
+        length = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * scale * scale
         for i in tl.static_range(N):
             stretch = tl.max(tl.abs(_weight(k_weights[i], D, BLOCK_D)))
-            longest = tl.maximum(longest, tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * scale * scale * stretch * stretch)
+            longest = tl.maximum(longest, length * stretch * stretch)
     nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if BOUNDED:
         bound = tl.sqrt(longest * D)

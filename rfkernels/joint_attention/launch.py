@@ -16,11 +16,10 @@ from rfkernels.launch_tables import attention_launch
 from rfkernels.triton_support import capability, device_name, on
 
 LOG2_E = log2(2.718281828459045)
-EXPONENTS = {torch.float16: (15.0, 14.5)}
-"""(centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are within +- limit
-has exponents from centre - 2 limit to centre. fp16 holds 2^-14 to 2^15 exactly as bf16 and fp32 hold 2^-125 to 2^64, with
-room above for rounding."""
-WIDE_EXPONENTS = (64.0, 94.0)
+# By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are within
+# +- limit has exponents from centre - 2 limit to centre. bf16 is normal from 2^-126; 2^64 leaves room above for sums.
+# fp16 is normal from 2^-14 to 2^15. In fp32 an exponent near 64 would cost six bits of the sixteen behind its point.
+EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 62.0)}
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
 
 
@@ -103,7 +102,7 @@ def _empty_heads(s: Parts) -> Tensor:
     return torch.empty(s.k.shape, dtype=s.k.dtype, device=s.k.device)
 
 
-# --- Streams that the kernels cannot take as they are -------------------------------------------------------------------
+# --- Streams that the kernels cannot take as they are -----------------------------------------------------------------
 
 
 def _prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float) -> Tensor:
@@ -111,12 +110,15 @@ def _prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float) -> Tensor:
     settings = _prepare_settings(x, weight, s)
     if out.numel():
         _modules()[2].prepare_fwd[(-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])](
-            x, out, weight, s.cos, s.sin, x.stride()[:3], out.stride()[:3], _angle_strides(s), x.shape[1], eps, **settings
-        )
+            x, out, weight, s.cos, s.sin, x.stride()[:3], out.stride()[:3], _angle_strides(s), x.shape[1], eps,
+            **settings,
+        )  # fmt: skip
     return out
 
 
-def _prepare_backward(dout: Tensor, x: Tensor, dx: Tensor, weight: Tensor | None, s: Parts, eps: float) -> Tensor | None:
+def _prepare_backward(
+    dout: Tensor, x: Tensor, dx: Tensor, weight: Tensor | None, s: Parts, eps: float
+) -> Tensor | None:
     """Fills dx; returns the gradient of the weight."""
     if not x.numel():
         return None if weight is None else torch.zeros_like(weight)
@@ -164,7 +166,7 @@ def core_of(streams: list[Parts], eps: float) -> Core:
     return Core(streams, asking, norm, bounded)
 
 
-# --- Forward ------------------------------------------------------------------------------------------------------------
+# --- Forward ----------------------------------------------------------------------------------------------------------
 
 
 def forward(tensors: list[Tensor], layout: str, scale: float, eps: float) -> list[Tensor]:
@@ -193,7 +195,7 @@ def _forward(core: Core, scale: float, eps: float) -> list[Tensor]:
         )  # fmt: skip
     qs = tuple(s.q for s in core.asking if s.q is not None)
     block, _, settings = _settings("attention_fwd", like)
-    centre, limit = EXPONENTS.get(like.dtype, WIDE_EXPONENTS)
+    centre, limit = EXPONENTS[like.dtype]
     lengths = _lengths(core.streams, core.streams)
     kernels.attention_fwd[(_tiles(core.query_sizes, block), heads, batch)](
         qs, ks, vs, tuple(outs), _alike([s.q_weight for s in core.asking]), _alike([s.k_weight for s in core.streams]),
@@ -205,7 +207,7 @@ def _forward(core: Core, scale: float, eps: float) -> list[Tensor]:
     return [*outs, lse, rstd]
 
 
-# --- Backward -----------------------------------------------------------------------------------------------------------
+# --- Backward ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -222,8 +224,8 @@ class Gradients:
     def empty(s: Parts) -> Gradients:
         if s.packed is not None:
             whole = torch.empty(s.packed.shape, dtype=s.packed.dtype, device=s.packed.device)
-            views = list(whole.unbind(2))
-            q, k, v = views if len(views) == 3 else (None, *views)
+            *asked, k, v = whole.unbind(2)
+            q = asked[0] if asked else None
             activations = [whole]
         else:
             q, k, v = None if s.q is None else _empty_heads(s), _empty_heads(s), _empty_heads(s)
@@ -253,8 +255,6 @@ def _backward(
 ) -> list[Gradients]:
     found = [Gradients.empty(s) for s in streams]
     core = core_of(streams, eps)
-    like = streams[0].k
-    batch, _, heads, dim = like.shape
     lse, rstd = outputs[-2:]
     if not lse.numel():
         for g in found:
@@ -288,7 +288,7 @@ def _core_backward(
     core: Core, grads: Sequence[Tensor], outs: Sequence[Tensor], lse: Tensor, rstd: Tensor,
     dqs: Sequence[Tensor | None], dks: Sequence[Tensor], dvs: Sequence[Tensor], scale: float, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Fills dqs, dks, dvs; returns the gradients of the norm weights: queries', then keys', if the kernels normalise."""
+    """Fills dqs, dks, dvs; returns the gradients of the norm weights if the kernels normalise: queries', then keys'."""
     like = core.streams[0].k
     batch, _, heads, dim = like.shape
     kernels = _modules()[1]
@@ -296,37 +296,33 @@ def _core_backward(
     ks, vs = tuple(s.k for s in core.streams), tuple(s.v for s in core.streams)
     douts = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)
     delta = torch.empty_like(lse)
-    q_hats = tuple(_empty_heads(s) for s in core.asking) if core.norm else qs
+    folds = [torch.empty((len(ks), *q.shape), dtype=q.dtype, device=q.device) for q in qs] if core.norm else []
+    queries = tuple(f[0] for f in folds) if core.norm else qs             # as the second kernel reads them
     block_q, _, settings_q = _settings("attention_bwd_q", like)
     _, block_k, settings_k = _settings("attention_bwd_kv", like)
-    groups = heads * batch
-    q_rows = [-(-s // block_q) * groups for s in core.query_sizes]
-    k_rows = [-(-s // block_k) * groups for s in core.sizes]
-    total = sum(q_rows) + sum(k_rows) if core.norm else 0
-    partials = torch.empty(total, dim, dtype=torch.float32, device=like.device)
+    q_rows = [-(-s // block_q) * heads * batch for s in core.query_sizes]
+    sections = (1 + len(ks)) if core.norm else 0
+    partials = torch.empty(sections * sum(q_rows), dim, dtype=torch.float32, device=like.device)
     q_weights, k_weights = _alike([s.q_weight for s in core.asking]), _alike([s.k_weight for s in core.streams])
     q_lengths, k_lengths = _lengths(core.asking, core.streams), _lengths(core.streams, core.streams)
     sizes = (*_four(core.query_sizes), *_four(core.sizes))
     flags = {"NORM": core.norm, "LENGTHS": k_lengths[0] is not None, "NQ": len(qs), "N": len(ks)}
     strides_k, strides_v, strides_o = _strides(ks), _strides(vs), _strides(douts)
     filled = tuple(t for t in dqs if t is not None)
-    kernels.attention_bwd_q[(sum(q_rows) // groups, heads, batch)](
-        qs, ks, vs, tuple(outs), douts, filled, q_hats, q_weights, k_weights, q_lengths, k_lengths,
+    kernels.attention_bwd_q[(_tiles(core.query_sizes, block_q), heads, batch)](
+        qs, ks, vs, tuple(outs), douts, filled, queries, q_weights, k_weights, q_lengths, k_lengths,
         _strides(qs), strides_k, strides_v, strides_o, _strides(filled),
         rstd, lse, delta, partials, scale * LOG2_E, eps, lse.shape[2], sum(core.sizes), *sizes, **flags, **settings_q,
     )  # fmt: skip
-    if sum(k_rows):
-        kernels.attention_bwd_kv[(sum(k_rows) // groups, heads, batch)](
-            q_hats, ks, vs, douts, tuple(dks), tuple(dvs), k_weights, q_lengths, k_lengths,
-            _strides(q_hats), strides_k, strides_v, strides_o, _strides(dks), _strides(dvs),
-            lse, delta, partials[sum(q_rows) :] if core.norm else partials, scale * LOG2_E, eps, lse.shape[2], *sizes,
-            **flags, **settings_k,
-        )  # fmt: skip
+    kernels.attention_bwd_kv[(_tiles(core.sizes, block_k), heads, batch)](
+        queries, ks, vs, douts, tuple(dks), tuple(dvs), q_lengths, k_lengths,
+        _strides(queries), strides_k, strides_v, strides_o, _strides(dks), _strides(dvs),
+        lse, delta, scale * LOG2_E, eps, lse.shape[2], *sizes, **flags, **settings_k,
+    )  # fmt: skip
     if not core.norm:
         return []
-    like_weights = [w for s, w in [(s, s.q_weight) for s in core.asking] + [(s, s.k_weight) for s in core.streams]
-                    if w is not None]  # fmt: skip
-    return _sum_rows(partials, like_weights, [*q_rows, *k_rows])
+    weights = [s.q_weight for s in core.asking] + [s.k_weight for s in core.streams]
+    return _sum_rows(partials, [w for w in weights if w is not None], q_rows + [sum(q_rows)] * len(ks))
 
 
 def _sum_rows(partials: Tensor, like: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Streams as an operator sees them: a flat list of tensors and a short string that says what they are.
 
-Per stream, joined by ",": what it is made of ("3" packed qkv, "2" packed kv, "1" q k v, "0" k v), then a letter for each
-of what it has: "q", "k" norm weights, "l" lengths, "i" or "h" a rotary embedding (interleaved, half-split), "x" no
+Per stream, joined by ",": what it is made of ("3" packed qkv, "2" packed kv, "1" q k v, "0" k v), then a letter for
+each of what it has: "q", "k" norm weights, "l" lengths, "i" or "h" a rotary embedding (interleaved, half-split), "x" no
 queries. "3qk,2kx": a packed stream with both norms, and keys and values only.
 """
 
@@ -34,8 +34,9 @@ class Parts:
 
     def differentiable(self) -> list[Tensor | None]:
         """As in the list of tensors, None for those that have no gradient."""
-        activations = [self.packed] if self.packed is not None else [t for t in (self.q, self.k, self.v) if t is not None]
+        separate = [t for t in (self.q, self.k, self.v) if t is not None]
         weights = [w for w in (self.q_weight, self.k_weight) if w is not None]
+        activations = separate if self.packed is None else [self.packed]
         return [*activations, *weights, *[None] * sum(t is not None for t in (self.lengths, self.cos, self.sin))]
 
 
@@ -47,7 +48,8 @@ def flatten(streams: Sequence[Stream]) -> tuple[list[Tensor], str]:
         tensors += [t for t in parts if t is not None]
         code = str(int(s.packed_tensor.shape[2])) if s.packed_tensor is not None else "0" if s.q is None else "1"
         cos, sin, interleaved = s.rope or (None, None, False)
-        for letter, tensor in (("q", s.q_weight), ("k", s.k_weight), ("l", s.lengths), ("i" if interleaved else "h", cos)):
+        has = (("q", s.q_weight), ("k", s.k_weight), ("l", s.lengths), ("i" if interleaved else "h", cos))
+        for letter, tensor in has:
             if tensor is not None:
                 tensors.append(tensor)
                 code += letter
@@ -64,14 +66,14 @@ def parse(tensors: Sequence[Tensor], layout: str) -> list[Parts]:
         kind, has = code[0], code[1:]
         packed = next(rest) if kind in "23" else None
         if packed is not None:
-            views = packed.unbind(2)
-            q, k, v = views if kind == "3" else (None, *views)
+            *asked, k, v = packed.unbind(2)
+            q = asked[0] if asked else None
         else:
             q, k, v = next(rest) if kind == "1" else None, next(rest), next(rest)
-        weights = [next(rest) if letter in has else None for letter in "qk"]
+        q_weight, k_weight = (next(rest) if letter in has else None for letter in "qk")
         lengths = next(rest) if "l" in has else None
         rope = "i" in has or "h" in has
         cos, sin = (next(rest), next(rest)) if rope else (None, None)
         asks = q is not None and "x" not in has
-        streams.append(Parts(q, k, v, packed, *weights, lengths, cos, sin, "i" in has, asks))
+        streams.append(Parts(q, k, v, packed, q_weight, k_weight, lengths, cos, sin, "i" in has, asks))
     return streams

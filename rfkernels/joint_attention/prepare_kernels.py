@@ -26,7 +26,9 @@ def _halves(base, stride, token, live, INTERLEAVED: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def _store_halves(base, stride, token, live, low, high, INTERLEAVED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def _store_halves(
+    base, stride, token, live, low, high, INTERLEAVED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr
+):
     i = tl.arange(0, BLOCK_H)
     rows = base + token.to(tl.int64)[:, None] * stride
     mask = live[:, None] & (i < H)[None, :]

@@ -107,9 +107,8 @@ class Stream:
             raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected {wanted}")
         checks.unit_stride(op, qkv=qkv)
         (qkv,) = _autocast(qkv)
-        parts = qkv.unbind(2)
-        q, k, v = parts if len(parts) == 3 else (None, *parts)
-        stream = cls(q, k, v, q_weight, k_weight, lengths, rope, queries)
+        *q, k, v = qkv.unbind(2)
+        stream = cls(q[0] if q else None, k, v, q_weight, k_weight, lengths, rope, queries)
         stream.packed_tensor = qkv
         return stream
 

@@ -26,8 +26,7 @@ class Attention(nn.Module):
             return Stream.packed(self.qkv(x).view(heads), self.q_norm, self.k_norm, lengths)
         width = x.shape[-1]                     # keys and values only: a third of the projection is not needed
         kv = nn.functional.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).view(heads)
-        k, v = kv.unbind(2)
-        return Stream(None, k, v, None, self.k_norm, lengths, queries=False)
+        return Stream.packed(kv, None, self.k_norm, lengths, queries=False)
 
 
 class Mlp(nn.Module):

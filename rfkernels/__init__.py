@@ -4,6 +4,7 @@ from rfkernels.adaln.chunks import chunk_modulation
 from rfkernels.adaln.op import adaln, gated_adaln, gated_residual
 from rfkernels.dispatch import backend, explain
 from rfkernels.flow.op import rectified_flow, weighted_mse
+from rfkernels.joint_attention.diagnostics import AttentionStatistics, attention_statistics, observe_attention
 from rfkernels.joint_attention.op import joint_attention
 from rfkernels.joint_attention.stream import Rope, Stream
 from rfkernels.mlp.op import gelu_mlp
@@ -13,9 +14,11 @@ from rfkernels.qk_norm.op import qk_norm
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionStatistics",
     "Rope",
     "Stream",
     "adaln",
+    "attention_statistics",
     "backend",
     "chunk_modulation",
     "explain",
@@ -23,6 +26,7 @@ __all__ = [
     "gated_residual",
     "gelu_mlp",
     "joint_attention",
+    "observe_attention",
     "patch_embed",
     "position_grid",
     "qk_norm",

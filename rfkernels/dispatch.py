@@ -26,6 +26,15 @@ class Implementation:
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args: None
     """Why it cannot run on these arguments, or None if it can."""
+    slower: Callable[..., str | None] | None = None
+    """Why a later one is faster on these arguments, by measurement, or None; not asked where this one is forced."""
+
+    def passed_over(self, forced: str | None, *args: Any) -> str | None:
+        """Why it is not taken, or None."""
+        reason = self.refuses(*args)
+        if reason is None and self.slower is not None and forced is None:
+            reason = self.slower(*args)
+        return reason
 
 
 _registry: dict[str, tuple[Implementation, ...]] = {}
@@ -79,7 +88,7 @@ def choose(op: str, *args: Any) -> Implementation:
     for implementation in _registry[op]:
         if forced is not None and implementation.backend != forced:
             continue
-        refusal = implementation.refuses(*args)
+        refusal = implementation.passed_over(forced, *args)
         if refusal is None:
             return implementation
         refusals.append(refusal)
@@ -111,6 +120,6 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
     for other in _registry[name]:
         if other is taken:
             continue
-        reason = other.refuses(*checked) or (f"not {_forced!r}" if _forced else "less preferred")
+        reason = other.passed_over(_forced, *checked) or (f"not {_forced!r}" if _forced else "less preferred")
         lines.append(f"  not {other.backend}: {reason}")
     return "\n".join(lines)

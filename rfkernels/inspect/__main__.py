@@ -31,7 +31,7 @@ def inspect(targets: tuple[str, ...], only: str = "") -> dict[str, Compiled]:
                 moved = sum(size for *_, size in launched) / case.bytes
                 for name, kernel, _ in launched:
                     read = read_cuda(name, kernel, int(target[3:])) if cuda else read_hip(name, kernel, target)
-                    read.moved = moved
+                    read.moved, read.excess = moved, case.excess
                     reports[f"{case.name} {name} {target}"] = read
     return reports
 
@@ -44,12 +44,15 @@ def defects(reports: dict[str, Compiled]) -> list[str]:
             continue                                                     # AMD is information, not a promise
         if r.spills:
             found.append(f"{key}: {r.spills} spills")
-        if r.kernel != "sum_partials":
+        if r.kernel.startswith("attention"):
+            if not r.counts["mma"] or (r.target == "sm_90" and r.counts["wgmma"] < r.counts["mma"]):
+                found.append(f"{key}: products not on the tensor cores, or not as wgmma on sm_90")
+        elif r.kernel not in ("sum_partials", "sum_rows", "key_rstd"):
             # mean and rstd are one number a row; a backward's rows of partials are narrow too
             narrow_stores = 0 if r.kernel.endswith("bwd") and r.counts["st16"] else r.counts["st"] - r.counts["st16"]
             if r.counts["ld"] - r.counts["ld16"] > 2 or narrow_stores > 2:
                 found.append(f"{key}: activations loaded or stored in less than 16 bytes")
-        if r.moved > 1.05:
+        if r.moved > r.excess:
             found.append(f"{key}: moves {r.moved:.3f} times the least")
         if r.occupancy == 0:
             found.append(f"{key}: does not fit on a multiprocessor")

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from rfkernels.adaln import launch
+from rfkernels.joint_attention import launch as attention
 
 WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
 BATCH, LENGTH = 32, 256
+HEADS, TEXT = 24, 154
+HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Case:
     call: Callable[[], object]
     bytes: int
     """The least it must move: each activation once, in bf16."""
+    excess: float = 1.05
+    """How many times that it may: vectors, statistics and partial sums; what a second kernel reads again."""
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,3 +48,17 @@ def cases() -> Iterator[Case]:
         }
         for name, (least, call) in calls.items():
             yield Case(f"{name}/{width}", call, least * x.numel())
+    for dim in HEAD_DIMS:
+        # Two streams, packed, both normalised. Excess of the forward: keys are read for their rstd first. Backward: its
+        # second kernel reads k, v and dout again; the queries folded for each of the two streams are written and read.
+        qkvs = [_tensor(BATCH, n, 3, HEADS, dim) for n in (TEXT, LENGTH)]
+        weight = _tensor(dim, dtype=torch.float32)
+        tensors = [qkvs[0], weight, weight, qkvs[1], weight, weight]
+        outs = [_tensor(BATCH, n, HEADS, dim) for n in (TEXT, LENGTH)]
+        rows = _tensor(BATCH, HEADS, TEXT + LENGTH, dtype=torch.float32)
+        settings = ("3qk,3qk", dim**-0.5, 1e-6)
+        least = 2 * sum(out.numel() for out in outs)
+        forward = partial(attention.forward, tensors, *settings)
+        backward = partial(attention.backward, outs, [*outs, rows, rows], tensors, *settings)
+        yield Case(f"attention_fwd/{dim}", forward, 4 * least, 1.30)
+        yield Case(f"attention_bwd/{dim}", backward, 8 * least, 2.0)

@@ -21,6 +21,7 @@ INSTRUCTIONS = {
     "st16": r"\bSTG\.E\.(?:\w+\.)*128\b",
     "st": r"\bSTG\b",
     "mma": r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b",
+    "wgmma": r"\bHGMMA\b",
 }
 
 
@@ -39,9 +40,11 @@ class Compiled:
     occupancy: float
     """Share of a multiprocessor's warps that can be resident; 0 where unknown."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Global loads and stores, of them 16 bytes wide, and matrix instructions."""
+    """Global loads and stores, of them 16 bytes wide; matrix instructions, of them wgmma."""
     moved: float = 0.0
-    """Bytes of all the case's kernels' tensor arguments over the least that must move; each is read or written once."""
+    """Bytes of all the case's kernels' tensor arguments over the least that must move, each counted once a kernel."""
+    excess: float = 1.05
+    """What `moved` may be."""
 
 
 class _Driver:
@@ -88,7 +91,8 @@ def compile_only(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any,
 
     def compiling(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        flat = [inner for a in args for inner in (a if isinstance(a, tuple) else (a,))]
+        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
         launched.append((self.fn.__name__, kernel, sum(t.numel() * t.element_size() for t in tensors)))
         return kernel
 

@@ -16,9 +16,9 @@ from rfkernels.launch_tables import attention_launch
 from rfkernels.triton_support import capability, device_name, on
 
 LOG2_E = log2(2.718281828459045)
-# By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are within
-# +- limit has exponents from centre - 2 limit to centre. bf16 is normal from 2^-126; 2^64 leaves room above for sums.
-# fp16 is normal from 2^-14 to 2^15. In fp32 an exponent near 64 would cost six bits of the sixteen behind its point.
+# By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are
+# within +- limit has exponents from centre - 2 limit to centre. bf16 is normal from 2^-126, and 2^64 leaves sums
+# room. fp16 is normal from 2^-14 to 2^15. fp32 stays near 0: an exponent near 64 has six bits fewer behind its point.
 EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 62.0)}
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
 
@@ -105,8 +105,10 @@ def _empty_heads(s: Parts) -> Tensor:
 # --- Streams that the kernels cannot take as they are -----------------------------------------------------------------
 
 
-def _prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float, out: Tensor | None = None) -> Tensor:
+    """rotate(rmsnorm(x) * weight), [B, S, H, D]; weight and rotation where the stream has them."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     settings = _prepare_settings(x, weight, s)
     if out.numel():
         _modules()[2].prepare_fwd[(-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])](
@@ -116,10 +118,10 @@ def _prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float) -> Tensor:
     return out
 
 
-def _prepare_backward(
+def prepare_backward(
     dout: Tensor, x: Tensor, dx: Tensor, weight: Tensor | None, s: Parts, eps: float
 ) -> Tensor | None:
-    """Fills dx; returns the gradient of the weight."""
+    """Fills dx from dout, the gradient of what `prepare` gave; returns the gradient of the weight."""
     if not x.numel():
         return None if weight is None else torch.zeros_like(weight)
     grid = (-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])
@@ -156,9 +158,9 @@ def core_of(streams: list[Parts], eps: float) -> Core:
         def seen(s: Parts) -> Parts:
             q, k = s.q, s.k
             if q is not None and s.asks and (s.q_weight is not None or s.cos is not None):
-                q = _prepare(q, s.q_weight, s, eps)
+                q = prepare(q, s.q_weight, s, eps)
             if s.k_weight is not None or s.cos is not None:
-                k = _prepare(k, s.k_weight, s, eps)
+                k = prepare(k, s.k_weight, s, eps)
             return replace(s, q=q, k=k)
 
         streams = [seen(s) for s in streams]
@@ -234,6 +236,11 @@ class Gradients:
             q.zero_()
         return Gradients(activations, q, k, v, {})
 
+    def all(self, s: Parts) -> list[Tensor]:
+        """In the order of the stream's differentiable tensors; zeros for a weight that nothing used."""
+        present = [(name, w) for name, w in (("q", s.q_weight), ("k", s.k_weight)) if w is not None]
+        return [*self.activations, *(self.weights[n] if n in self.weights else torch.zeros_like(w) for n, w in present)]
+
 
 def backward(
     grads: list[Tensor], outputs: list[Tensor], tensors: list[Tensor], layout: str, scale: float, eps: float
@@ -242,12 +249,7 @@ def backward(
     streams = parse(tensors, layout)
     with on(streams[0].k.device):
         found = _backward(streams, grads, outputs, scale, eps)
-    result = []
-    for s, g in zip(streams, found, strict=True):
-        weights = {"q": s.q_weight, "k": s.k_weight}
-        result += g.activations
-        result += [g.weights[n] if n in g.weights else torch.zeros_like(w) for n, w in weights.items() if w is not None]
-    return result
+    return [t for s, g in zip(streams, found, strict=True) for t in g.all(s)]
 
 
 def _backward(
@@ -271,14 +273,14 @@ def _backward(
             found[i].weights["q"] = weights[which]
         elif core.streams[i].q is not streams[i].q:
             s, dq = streams[i], found[i].q
-            dweight = _prepare_backward(dqs[which], s.q, dq, s.q_weight, s, eps)       # type: ignore[arg-type]
+            dweight = prepare_backward(dqs[which], s.q, dq, s.q_weight, s, eps)       # type: ignore[arg-type]
             if dweight is not None:
                 found[i].weights["q"] = dweight
     for i, (s, g) in enumerate(zip(streams, found, strict=True)):
         if core.norm:
             g.weights["k"] = weights[len(asking) + i]
         elif core.streams[i].k is not s.k:
-            dweight = _prepare_backward(dks[i], s.k, g.k, s.k_weight, s, eps)
+            dweight = prepare_backward(dks[i], s.k, g.k, s.k_weight, s, eps)
             if dweight is not None:
                 g.weights["k"] = dweight
     return found

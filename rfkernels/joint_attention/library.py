@@ -1,35 +1,206 @@
-"""Joint attention on `scaled_dot_product_attention`: norm, concatenate, call, split."""
+"""Joint attention around a library's attention: norm and rotation into one joint layout, call, split.
+
+The joint q, k and v are tensors of their own, [B, all tokens, H, D]: what no library's attention can do without. On a
+GPU one kernel each writes them, norm and rotation included; elsewhere plain PyTorch does.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfkernels.joint_attention import launch
+from rfkernels.joint_attention.layout import Parts, flatten, parse
 from rfkernels.joint_attention.reference import key_mask, prepared
 from rfkernels.joint_attention.stream import Stream
+from rfkernels.launch_tables import table
+from rfkernels.registration import Operator
+from rfkernels.triton_support import device_name, on, refuses_triton
 
 
 def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tuple[Tensor | None, ...]:
     asking = [s for s in streams if s.queries and s.q is not None]
     if not asking:
         return (None,) * len(streams)
-    q = joined([prepared(s.q, s.q_weight, s.rope, eps) for s in asking if s.q is not None])
-    k = joined([prepared(s.k, s.k_weight, s.rope, eps) for s in streams])
-    v = joined([s.v for s in streams])
+    q, k, v = joined(streams, asking, eps)
     seen = key_mask(streams)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    out = core(q, seen)(q, k, v, seen, scale)
     if seen is not None:
-        out = out.masked_fill(~seen.any(-1, keepdim=True), 0)     # no key: zeros, whatever the backend of SDPA does
-    parts = iter(out.transpose(1, 2).split([s.k.shape[1] for s in asking], 1))
+        out = out.masked_fill(~seen.any(-1).unsqueeze(-1), 0)         # no key: zeros, whatever the library does
+    parts = iter(out.split([s.k.shape[1] for s in asking], 1))
     return tuple(cut(next(parts), s) if s.queries and s.q is not None else None for s in streams)
-
-
-def joined(tensors: list[Tensor]) -> Tensor:
-    """[B, S_i, H, D] each -> [B, H, S, D]."""
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)).transpose(1, 2)
 
 
 def cut(out: Tensor, stream: Stream) -> Tensor:
     valid = stream.valid()
     return out if valid is None else out * valid[:, :, None, None]
+
+
+# --- The joint layout -------------------------------------------------------------------------------------------------
+
+
+def joined(streams: tuple[Stream, ...], asking: list[Stream], eps: float) -> tuple[Tensor, ...]:
+    """q of all asking streams and k, v of all, [B, tokens, H, D], normalised and rotated."""
+    if refuses_fused(streams) is None:
+        return tuple(_layout(*flatten(streams), eps))
+    q = together([prepared(s.q, s.q_weight, s.rope, eps) for s in asking if s.q is not None])
+    k = together([prepared(s.k, s.k_weight, s.rope, eps) for s in streams])
+    return q, k, together([s.v for s in streams])
+
+
+def together(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
+    """Why the kernels cannot write the joint layout, or None."""
+    first = streams[0]
+    if len(streams) == 1 and first.rope is None and first.q_weight is None and first.k_weight is None:
+        return "nothing to write: one stream, as it is"
+    for s in streams:
+        if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
+            return "the kernels have no gradient of rotary tables"
+    if streams[0].k.shape[-1] % 2:
+        return "the kernels take even head dimensions"
+    return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
+
+
+def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:
+    """(stream, its tokens in the joint q, in the joint k and v)."""
+    places, asked, seen = [], 0, 0
+    for i, s in enumerate(streams):
+        length = s.k.shape[1]
+        places.append((i, slice(asked, asked + length * s.asks), slice(seen, seen + length)))
+        asked, seen = asked + length * s.asks, seen + length
+    return places
+
+
+def _empty_joint(streams: list[Parts]) -> list[Tensor]:
+    """q, k, v."""
+    batch, _, heads, dim = streams[0].k.shape
+    *_, (_, asked, seen) = _places(streams)
+    return [streams[0].k.new_empty((batch, n, heads, dim)) for n in (asked.stop, seen.stop, seen.stop)]
+
+
+def _forward(tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
+    streams = parse(tensors, layout)
+    q, k, v = _empty_joint(streams)
+    with on(q.device):
+        for i, asked, seen in _places(streams):
+            s = streams[i]
+            if s.asks and s.q is not None:
+                launch.prepare(s.q, s.q_weight, s, eps, q[:, asked])
+            launch.prepare(s.k, s.k_weight, s, eps, k[:, seen])
+            v[:, seen].copy_(s.v)
+    return [q, k, v]
+
+
+def _backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
+    streams = parse(tensors, layout)
+    dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
+    result: list[Tensor] = []
+    with on(dq.device):
+        for i, asked, seen in _places(streams):
+            s, found = streams[i], launch.Gradients.empty(streams[i])
+            if s.asks and s.q is not None and found.q is not None:
+                dweight = launch.prepare_backward(dq[:, asked], s.q, found.q, s.q_weight, s, eps)
+                if dweight is not None:
+                    found.weights["q"] = dweight
+            dweight = launch.prepare_backward(dk[:, seen], s.k, found.k, s.k_weight, s, eps)
+            if dweight is not None:
+                found.weights["k"] = dweight
+            found.v.copy_(dv[:, seen])
+            result += found.all(s)
+    return result
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, *ctx.settings = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, call: Any, *grads: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    found = iter(call(list(grads), tensors, *ctx.settings))
+    wanted = [t for s in parse(tensors, ctx.settings[0]) for t in s.differentiable()]
+    return [None if t is None else next(found) for t in wanted], None, None
+
+
+def _fake_backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
+    wanted = [t for s in parse(tensors, layout) for t in s.differentiable()]
+    return [t.new_empty(t.shape) for t in wanted if t is not None]
+
+
+_layout = Operator(
+    "joint_layout",
+    forward_schema="(Tensor[] tensors, str layout, float eps) -> Tensor[]",
+    backward_schema="(Tensor[] grads, Tensor[] tensors, str layout, float eps) -> Tensor[]",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=lambda tensors, layout, eps: _empty_joint(parse(tensors, layout)),
+    fake_backward=_fake_backward,
+    save=_save,
+    differentiate=_differentiate,
+    after_list=2,
+)
+
+
+# --- The library's attention ------------------------------------------------------------------------------------------
+
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        return sdpa(q, k, v, seen, scale)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash4(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    return out[0] if isinstance(out, tuple) else out
+
+
+NEVER = 1 << 62
+CORES: dict[str, Core] = {"sdpa": sdpa, "cudnn": cudnn, "flash3": flash3, "flash4": flash4}
+
+
+@torch.compiler.assume_constant_result
+def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int]:
+    """(core, tokens from which this path is the fastest) by the launch table of a GPU, where head dimension 64 is
+    {"joint_attention": {"64": {"core": "cudnn", "library_from": 4096}}}; ("sdpa", never) where nothing was measured."""
+    name = device_name(torch.device(device_type) if index is None else torch.device(device_type, index))
+    entry = table(name).get("joint_attention", {}).get(str(dim), {}) if name else {}
+    return entry.get("core", "sdpa"), entry.get("library_from", NEVER)
+
+
+def core(q: Tensor, seen: Tensor | None) -> Core:
+    """The fastest measured on this GPU; SDPA as PyTorch chooses where nothing was measured, and with lengths, which the
+    others do not take as a mask."""
+    return CORES[measured(q.device.type, q.device.index, q.shape[-1])[0]] if seen is None else sdpa
+
+
+def faster(streams: tuple[Stream, ...]) -> str | None:
+    """Why this path is faster than the kernels on this GPU, or None."""
+    like, tokens = streams[0].k, sum(s.k.shape[1] for s in streams)
+    _, first = measured(like.device.type, like.device.index, like.shape[-1])
+    return None if tokens < first else f"measured on this GPU: a library is faster from {first} tokens"

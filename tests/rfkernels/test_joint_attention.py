@@ -107,3 +107,74 @@ def test_packed_projection_and_scale(backend):
         (packed,) = rfkernels.joint_attention([Stream.packed(qkv)], scale=0.3)
         (scaled,) = rfkernels.joint_attention([Stream(q * 0.3 * 8**0.5, k, v)])
     torch.testing.assert_close(packed, scaled)
+
+
+def test_keys_and_values_may_come_packed_alone():
+    kv, q = torch.randn(2, 5, 2, 2, 8, dtype=torch.float64), tensors(2, 4, 2, 8)
+    text = Stream.packed(kv, queries=False)
+    _, got = rfkernels.joint_attention([text, Stream(*q)])
+    _, want = rfkernels.joint_attention([Stream(None, *kv.unbind(2), queries=False), Stream(*q)])
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=r"shape \[2, 5, 2, 2, 8\]; expected \[B, S, 3, H, D\]"):
+        Stream.packed(kv)
+
+
+def test_compiles_whole_on_the_library():
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    with rfkernels.backend("library"):
+        attend = lambda x: rfkernels.joint_attention([Stream.packed(x)])[0]  # noqa: E731
+        torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(qkv), attend(qkv))
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def scores_of(streams):
+    """All scores [B, H, queries, keys] and the keys that exist, by definition."""
+    q, k = (
+        torch.cat([F.rms_norm(x, x.shape[-1:], w, 1e-6) for x, w in pairs], 1)
+        for pairs in ([(s.q, s.q_weight) for s in streams], [(s.k, s.k_weight) for s in streams])
+    )
+    return torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+
+
+def test_statistics_of_all_rows_are_those_of_the_definition():
+    make = lambda *shape, count=3: tensors(*shape, count=count, dtype=torch.float32)  # noqa: E731
+    streams = [Stream(*make(2, n, 3, 8), *make(8, count=2)) for n in (5, 9)]
+    found = rfkernels.attention_statistics(streams, rows=9)
+    scores = scores_of(streams)
+    p = scores.softmax(-1)
+    torch.testing.assert_close(found.max_logit, scores.max().detach())
+    torch.testing.assert_close(found.entropy, -(p * p.log()).sum(-1).mean().detach())
+    assert found.bound >= found.max_logit
+
+
+def test_statistics_leave_padding_out():
+    lengths = torch.tensor([3, 0])
+    q, k, v = tensors(2, 6, 2, 8, dtype=torch.float32)
+    long = rfkernels.attention_statistics([Stream(q * 1e3, k * 1e3, v, lengths=lengths), Stream(q, k, v)])
+    cut = [Stream(q[:1, :3] * 1e3, k[:1, :3] * 1e3, v[:1, :3]), Stream(q[:1], k[:1], v[:1])]
+    assert long.max_logit == rfkernels.attention_statistics(cut).max_logit
+    nothing = rfkernels.attention_statistics([Stream(q, k, v, lengths=lengths * 0)])
+    assert nothing.entropy.isnan() and nothing.max_logit == -torch.inf
+
+
+def test_uniform_attention_has_the_largest_entropy_and_a_sharp_one_none():
+    q, k, v = tensors(1, 16, 1, 8, dtype=torch.float32)
+    flat = rfkernels.attention_statistics([Stream(q * 0, k, v)])
+    torch.testing.assert_close(flat.entropy, torch.tensor(16.0).log())
+    assert rfkernels.attention_statistics([Stream(k * 100, k, v)]).entropy < 1e-3
+
+
+def test_observing_a_model_gives_one_entry_a_layer():
+    from mmdit import MMDiT, presets
+
+    config = presets.by_depth(3, heads=1, qk_norm=True)
+    model = MMDiT(config)
+    model.init_weights()
+    latent = torch.randn(1, config.in_channels, 4, 4)
+    inputs = (latent, torch.rand(1), torch.randn(1, 3, config.context_dim), torch.randn(1, config.pooled_dim))
+    with torch.no_grad(), rfkernels.observe_attention(rows=4) as layers:
+        model(*inputs)
+    model(*inputs)
+    assert len(layers) == 3 and all(layer.max_logit <= layer.bound * 1.001 for layer in layers)

@@ -1,5 +1,6 @@
 """The Triton kernels of joint attention: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import rfkernels
 from rfkernels import Rope, Stream
-from rfkernels.joint_attention import launch
+from rfkernels.joint_attention import launch, library
 from rfkernels.joint_attention.layout import flatten
 from rfkernels.joint_attention.reference import rotate
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
@@ -262,6 +263,29 @@ def test_the_gradient_of_a_packed_projection_is_one_tensor_written_in_place():
     assert dqkv.is_contiguous() and dqkv.shape == leaves[0].shape
 
 
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case((13, 70)),
+        Case((13, 70), silent=(0,), lengths=((5,), (66,)), packed=False),
+        Case((13, 70), rope=("i", "h"), q_norm=(True, False)),
+        Case((70,)),
+        Case((13, 70), q_norm=False, k_norm=False),
+    ),
+    ids=("normed", "silent-lengths", "rope", "one-stream", "plain"),
+)
+def test_the_library_path_writes_the_joint_layout_in_kernels(case):
+    """Forced to "triton" the kernels may be interpreted; the library path then writes q, k and v with them."""
+    def fused(streams, scale):
+        with rfkernels.backend("triton"):
+            assert library.refuses_fused(streams) is None
+            return library.joint_attention(streams, streams[0].k.shape[-1] ** -0.5, 1e-6)
+
+    got, plain = run(case, torch.float32, fused), run(case, torch.float32, on("library"))
+    for a, b in zip(got, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
 # --- As an operator ---------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +307,7 @@ def flat(case, dtype=torch.float32):
 def test_the_operator_passes_opcheck(case):
     tensors, layout, _ = flat(case)
     torch.library.opcheck(torch.ops.rfkernels.joint_attention.default, (tensors, layout, 0.2, 1e-6))
+    torch.library.opcheck(torch.ops.rfkernels.joint_layout.default, (tensors, layout, 1e-6))
 
 
 @pytest.mark.parametrize("case", (Case((3, 7)), Case((3, 7), rope=("i", "i"), silent=(0,))), ids=("normed", "rope"))
@@ -383,3 +408,15 @@ def test_dispatch_takes_the_kernels_on_a_gpu_and_says_why_not_elsewhere():
     learned, _ = Case((3, 7), rope=("i", "i")).streams(torch.float32)
     learned[0].rope.cos.requires_grad_()
     assert "no gradient of rotary tables" in rfkernels.explain(rfkernels.joint_attention, learned)
+
+
+def test_a_gpus_table_says_where_a_library_is_faster_and_forcing_overrules_it(monkeypatch):
+    monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("cudnn", 10))
+    monkeypatch.setattr(sys.modules["rfkernels.joint_attention.op"], "refuses_triton", lambda *args: None)
+    short, long = (Case(sizes).streams(torch.float32)[0] for sizes in ((3, 6), (3, 7)))
+    assert rfkernels.explain(rfkernels.joint_attention, short).startswith("joint_attention: triton")
+    told = rfkernels.explain(rfkernels.joint_attention, long)
+    assert told.startswith("joint_attention: library") and "faster from 10 tokens" in told
+    assert library.core(long[0].k, None) is library.cudnn and library.core(long[0].k, torch.ones(1)) is library.sdpa
+    with rfkernels.backend("triton"):
+        assert rfkernels.explain(rfkernels.joint_attention, long).startswith("joint_attention: triton")

@@ -7,13 +7,16 @@ Triton rows run in Triton's interpreter and want TRITON_INTERPRET=1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+import rfkernels
 from mmdit import presets
 from mmdit.blocks import JointBlock
 from rfkernels import dispatch
+from rfkernels.testing import mend_interpreter
 from rfkernels.triton_support import INSTALLED, INTERPRETED
 
 
@@ -42,18 +45,15 @@ def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: i
         torch.nn.init.normal_(parameter, std=0.02)
     xs = [torch.randn(batch, n, config.width, dtype=torch.bfloat16, requires_grad=True) for n in (text, image)]
     c = torch.randn(batch, config.width, dtype=torch.bfloat16, requires_grad=True)
-    registry = dict(dispatch._registry)
-    for op, backend in choose.items():
-        kept = [i for i in registry[op] if i.backend == backend]
-        dispatch._registry[op] = tuple(dispatch.Implementation(i.backend, i.what, i.run) for i in kept)
-    try:
+    with ExitStack() as forced:
+        for op, backend in choose.items():
+            forced.enter_context(rfkernels.backend(backend, op))
         total = saved(lambda: block(xs, c, [None, None]), list(block.parameters()))
-    finally:
-        dispatch._registry.update(registry)
     return total / (batch * (text + image) * config.width)
 
 
 def main() -> None:
+    mend_interpreter()
     torch.manual_seed(0)
     family = ("adaln", "gated_adaln", "gated_residual")
     rows = {
@@ -63,6 +63,7 @@ def main() -> None:
     }
     if INSTALLED and INTERPRETED:
         rows["attention on SDPA, adaLN in Triton"] = dict.fromkeys(family, "triton")
+        rows["attention and adaLN in Triton"] = dict.fromkeys((*family, "joint_attention"), "triton")
     print(f"joint block, bf16, width 128, 77 + 128 tokens, batch 2; torch {torch.__version__}")
     print("bytes kept for backward per token and channel, weights left out")
     for name, choose in rows.items():

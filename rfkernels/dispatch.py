@@ -27,7 +27,7 @@ class Implementation:
     refuses: Callable[..., str | None] = lambda *args: None
     """Why it cannot run on these arguments, or None if it can."""
     slower: Callable[..., str | None] | None = None
-    """Why a later one is faster on these arguments, by measurement, or None; not asked where this one is forced."""
+    """Why a later one is better on these arguments although this one can run, or None; not asked if this is forced."""
 
     def passed_over(self, forced: str | None, *args: Any) -> str | None:
         """Why it is not taken, or None."""
@@ -48,7 +48,7 @@ def _from_environment() -> str | None:
     return name
 
 
-_forced: str | None = _from_environment()
+_forced: dict[str | None, str] = {None: name} if (name := _from_environment()) else {}      # by op; None: every op
 
 
 def register(op: str, check: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
@@ -66,25 +66,32 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Forces one backend for every op called inside: "reference", "triton" or "library".
+def backend(name: str, *only: str) -> Iterator[None]:
+    """Forces one backend for every op called inside, or for those named in `only`: "reference", "triton", "library".
 
     Raises: ValueError for an unknown name; RuntimeError from an op that has no such implementation or whose
     implementation cannot run on the inputs. Not thread-safe: it sets a process-wide switch.
     """
     global _forced
+    unknown = [op for op in only if op not in _registry]
+    if unknown:
+        raise ValueError(f"backend: only has {', '.join(map(repr, unknown))}; expected ops: {', '.join(_registry)}")
     if name not in BACKENDS:
         raise ValueError(f"backend: name is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    before, _forced = _forced, name
+    before, _forced = _forced, {**_forced, **dict.fromkeys(only, name)} if only else {None: name}
     try:
         yield
     finally:
         _forced = before
 
 
+def forced_backend(op: str) -> str | None:
+    return _forced.get(op) or _forced.get(None) if _forced else None
+
+
 def choose(op: str, *args: Any) -> Implementation:
     """The implementation that runs `op` on these checked arguments."""
-    forced, refusals = _forced, []
+    forced, refusals = forced_backend(op), []
     for implementation in _registry[op]:
         if forced is not None and implementation.backend != forced:
             continue
@@ -115,11 +122,12 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"explain: unknown op {name!r}; expected one of {', '.join(_registry)}")
     checked = _checked[name](*args, **kwargs)
     taken = choose(name, *checked)
-    how = f"forced to {_forced!r}" if _forced else "first that can run"
+    forced = forced_backend(name)
+    how = f"forced to {forced!r}" if forced else "first that can run"
     lines = [f"{name}: {taken.backend} ({how}): {taken.what}"]
     for other in _registry[name]:
         if other is taken:
             continue
-        reason = other.passed_over(_forced, *checked) or (f"not {_forced!r}" if _forced else "less preferred")
+        reason = other.passed_over(forced, *checked) or (f"not {forced!r}" if forced else "less preferred")
         lines.append(f"  not {other.backend}: {reason}")
     return "\n".join(lines)

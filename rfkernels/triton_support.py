@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels import dispatch
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,7 +19,7 @@ INTERPRETED_MULTIPROCESSORS = 3          # so that the interpreter runs the spli
 
 
 def refuses_triton(*args: Any) -> str | None:
-    """Why a Triton implementation cannot run on these arguments, or None. The interpreter is only taken when forced."""
+    """Why a Triton implementation cannot run on these arguments, or None."""
     if not INSTALLED:
         return "Triton is not installed"
     for tensor in args:
@@ -33,8 +31,13 @@ def refuses_triton(*args: Any) -> str | None:
             continue
         if tensor.device.type != "cpu" or not INTERPRETED:
             return f"tensors are on {tensor.device}; Triton kernels need a GPU"
-        if dispatch._forced != "triton":
-            return "tensors are on the CPU; the interpreter runs only when forced"
+    return None
+
+
+def interpreted(*args: Any) -> str | None:
+    """Why a Triton implementation that could run should not, unless forced: it would be interpreted."""
+    if INTERPRETED and any(isinstance(t, Tensor) and not t.is_cuda for t in args):
+        return "tensors are on the CPU; the interpreter runs only when forced"
     return None
 
 

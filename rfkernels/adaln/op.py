@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rfkernels import checks, dispatch
 from rfkernels.adaln import operators, reference
-from rfkernels.triton_support import refuses_triton
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 Norm = Literal["layer", "rms"]
 NORMS = ("layer", "rms")
@@ -97,7 +97,7 @@ def _refuses(x, *args):
 
 
 def _triton(what, run):
-    return dispatch.Implementation("triton", what, run, _refuses)
+    return dispatch.Implementation("triton", what, run, _refuses, interpreted if INTERPRETED else None)
 
 
 def _reference(run):

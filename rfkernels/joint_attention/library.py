@@ -19,7 +19,7 @@ from rfkernels.joint_attention.reference import key_mask, prepared
 from rfkernels.joint_attention.stream import Stream
 from rfkernels.launch_tables import table
 from rfkernels.registration import Operator
-from rfkernels.triton_support import device_name, on, refuses_triton
+from rfkernels.triton_support import device_name, interpreted, on, refuses_triton
 
 
 def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tuple[Tensor | None, ...]:
@@ -66,7 +66,8 @@ def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
             return "the kernels have no gradient of rotary tables"
     if streams[0].k.shape[-1] % 2:
         return "the kernels take even head dimensions"
-    return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
+    tensors = [t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)]
+    return interpreted(first.k) or refuses_triton(*tensors)
 
 
 def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rfkernels import checks, dispatch
 from rfkernels.joint_attention import diagnostics, library, operators, reference
 from rfkernels.joint_attention.stream import Stream
-from rfkernels.triton_support import refuses_triton
+from rfkernels.triton_support import interpreted, refuses_triton
 
 MAX_STREAMS = 4
 MAX_HEAD_DIM = 128
@@ -71,12 +71,16 @@ def _refuses(streams, scale, eps):
     return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
 
 
+def _slower(streams, scale, eps):
+    return interpreted(streams[0].k) or library.faster(streams)
+
+
 dispatch.register(
     "joint_attention",
     _check,
     dispatch.Implementation(
         "triton", "nothing concatenated, norm inside; 2 kernels forward, 3 backward", operators.triton_joint_attention,
-        _refuses, lambda streams, scale, eps: library.faster(streams),
+        _refuses, _slower,
     ),
     dispatch.Implementation(
         "library", "a joint copy of q, k and v, then SDPA or what was measured faster", library.joint_attention

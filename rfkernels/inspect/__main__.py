@@ -93,17 +93,22 @@ def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TA
     if INTERPRETED:
         sys.exit("error: TRITON_INTERPRET is set; inspection needs the compiler")
     reports = inspect(targets, only)
-    print(f"Triton {triton.__version__}; shared memory in bytes; occupancy: share of resident warps")
-    columns = f"{'regs':>5s} {'spill':>6s} {'shared':>7s} {'warps':>5s} {'occ':>5s}  ld16/ld  st16/st  mma  moved/least"
+    print(
+        f"Triton {triton.__version__}; shared memory in bytes; occ: share of a multiprocessor's warps resident; "
+        "loops: instructions of those that multiply matrices"
+    )
+    columns = f"{'regs':>5s} {'spill':>6s} {'shared':>7s} {'warps':>5s} {'occ':>5s}"
+    columns += "  ld16/ld  st16/st  mma  moved/least  loops"
     print(f"{'case':58s} {columns}")
     for key, r in reports.items():
         loads, stores = f"{r.counts['ld16']}/{r.counts['ld']}", f"{r.counts['st16']}/{r.counts['st']}"
         print(
             f"{key:58s} {r.registers:5d} {r.spills:6d} {r.shared:7d} {r.warps:5d} {r.occupancy:5.2f}  "
-            f"{loads:>7s}  {stores:>7s}  {r.counts['mma']:3d}  {r.moved:.3f}"
+            f"{loads:>7s}  {stores:>7s}  {r.counts['mma']:3d}  {r.moved:.3f}  {' '.join(map(str, r.loops))}"
         )
     if write:
-        TABLE.write_text(json.dumps({key: asdict(r) for key, r in reports.items()}, indent=1) + "\n")
+        kept = json.loads(TABLE.read_text()) if only else {}
+        TABLE.write_text(json.dumps({**kept, **{key: asdict(r) for key, r in reports.items()}}, indent=1) + "\n")
         print(f"wrote {TABLE}")
     wrong = defects(reports)
     if check:

@@ -41,6 +41,8 @@ class Compiled:
     """Share of a multiprocessor's warps that can be resident; 0 where unknown."""
     counts: dict[str, int] = field(default_factory=dict)
     """Global loads and stores, of them 16 bytes wide; matrix instructions, of them wgmma."""
+    loops: list[int] = field(default_factory=list)
+    """Instructions of each innermost loop with matrix products, smallest first."""
     moved: float = 0.0
     """Bytes of all the case's kernels' tensor arguments over the least that must move, each counted once a kernel."""
     excess: float = 1.05
@@ -128,7 +130,27 @@ def read_cuda(name: str, kernel: Any, arch: int) -> Compiled:
     counts = {key: len(re.findall(pattern, code)) for key, pattern in INSTRUCTIONS.items()}
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     occupancy = _occupancy(arch, registers, shared, warps)
-    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, occupancy, counts)
+    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, occupancy, counts, _loops(code))
+
+
+def _loops(code: str) -> list[int]:
+    """Lengths of the loops that multiply matrices and hold no other such loop; a loop ends in a branch to before it."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,6}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    multiplies = re.compile(INSTRUCTIONS["mma"])
+    spans = []
+    for end, text in enumerate(instructions):
+        target = re.search(r"BRA.*`\((\.L_\w+)\)", text)
+        start = labels.get(target[1], end + 1) if target else end + 1
+        if start <= end and any(multiplies.search(i) for i in instructions[start : end + 1]):
+            spans.append((start, end))
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    return sorted(b - a + 1 for a, b in inner)
 
 
 def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:

@@ -299,7 +299,8 @@ def _core_backward(
     douts = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)
     delta = torch.empty_like(lse)
     folds = [torch.empty((len(ks), *q.shape), dtype=q.dtype, device=q.device) for q in qs] if core.norm else []
-    queries = tuple(f[0] for f in folds) if core.norm else qs             # as the second kernel reads them
+    queries = tuple(folds) if core.norm else qs                           # as the second kernel reads them
+    strides_q = _strides([f[0] for f in folds] if core.norm else qs)
     block_q, _, settings_q = _settings("attention_bwd_q", like)
     _, block_k, settings_k = _settings("attention_bwd_kv", like)
     q_rows = [-(-s // block_q) * heads * batch for s in core.query_sizes]
@@ -318,7 +319,7 @@ def _core_backward(
     )  # fmt: skip
     kernels.attention_bwd_kv[(_tiles(core.sizes, block_k), heads, batch)](
         queries, ks, vs, douts, tuple(dks), tuple(dvs), q_lengths, k_lengths,
-        _strides(queries), strides_k, strides_v, strides_o, _strides(dks), _strides(dvs),
+        strides_q, strides_k, strides_v, strides_o, _strides(dks), _strides(dvs),
         lse, delta, scale * LOG2_E, eps, lse.shape[2], *sizes, **flags, **settings_k,
     )  # fmt: skip
     if not core.norm:

@@ -238,10 +238,38 @@ def test_a_zero_in_a_norm_weight_has_a_gradient():
     assert dk_weight[3] != 0
 
 
-def test_expanded_gradients():
+@pytest.mark.parametrize("use", (lambda o: o.sum(), lambda o: o.mT.sin().flatten().cumsum(0).mean()), ids=("sum", "mT"))
+def test_expanded_and_transposed_gradients(use):
+    def gradients(backend):
+        streams, leaves = Case((13, 70)).streams(torch.float32)
+        with rfkernels.backend(backend), nan_filled():
+            return torch.autograd.grad(sum(use(o) for o in rfkernels.joint_attention(streams)), leaves)
+
+    for a, b in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_queries_of_a_silent_packed_stream_get_zeros():
     case = Case((13, 70))
-    case.grads = [torch.ones((), dtype=torch.float64, device=DEVICE).expand(g.shape) for g in case.grads]
-    check(case)
+    (text, image), leaves = case.streams(torch.float32)
+    silent = Stream.packed(text.packed_tensor, text.q_weight, text.k_weight, queries=False)
+    with rfkernels.backend("triton"), nan_filled():
+        _, out = rfkernels.joint_attention([silent, image])
+        dqkv, dq_weight, dk_weight, *_ = torch.autograd.grad(out.sum(), leaves)
+    assert not dqkv[:, :, 0].any() and not dq_weight.any() and dqkv[:, :, 1:].any() and dk_weight.any()
+
+
+def test_weights_and_lengths_of_different_dtypes_mix():
+    case = Case((13, 70), batch=2, lengths=((13, 5), (70, 66)))
+    def mixed(streams, scale):
+        text, image = streams
+        image.q_weight, image.k_weight = image.q_weight.double().float(), image.k_weight.double().float()
+        image.lengths = image.lengths.int()
+        with rfkernels.backend("triton"):
+            return rfkernels.joint_attention([text, image], scale=scale)
+
+    for a, b in zip(run(case, torch.bfloat16, mixed), run(case, torch.bfloat16, on("triton")), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_empty_streams():

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 # Per multiprocessor: registers, shared memory in bytes, warps, programs (CUDA C++ programming guide, capabilities).
-LIMITS = {80: (65536, 166912, 64, 32), 90: (65536, 233472, 64, 32), 100: (65536, 233472, 64, 32)}
+LIMITS = {
+    80: (65536, 166912, 64, 32),
+    86: (65536, 102400, 48, 16),
+    90: (65536, 233472, 64, 32),
+    100: (65536, 233472, 64, 32),
+}
 INSTRUCTIONS = {
     "ld16": r"\bLDG\.E\.(?:\w+\.)*128\b",
     "ld": r"\bLDG\b",

@@ -69,12 +69,15 @@ def _query_gradient(
     if MASKED:
         p = tl.where((first + tl.arange(0, BLOCK_N) < stop)[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
-    if NORM:
+    if NORM and k.dtype == tl.float16:               # ds * rstd would leave fp16's range; k * rstd is near 1
+        own = _row(rstd_ptr, first, stop, 0.0, MASKED, BLOCK_N)[:, None]
+        k = (k.to(tl.float32) * own).to(k.dtype)
+    elif NORM:
         ds = ds * rstd
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
+@triton.jit(do_not_specialize=["queries", "keys", "Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
 def attention_bwd_q(
     qs, ks, vs, outs, douts, dqs, folds, q_weights, k_weights, q_lengths, k_lengths,
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
@@ -161,7 +164,7 @@ def _key_gradient(
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
-@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
+@triton.jit(do_not_specialize=["queries", "Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
 def attention_bwd_kv(
     queries_of, ks, vs, douts, dks, dvs, q_lengths, k_lengths,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,

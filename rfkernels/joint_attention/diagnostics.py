@@ -43,15 +43,17 @@ def attention_statistics(
     k = torch.cat([prepared(s.k.float(), s.k_weight, s.rope, eps) for s in streams], 1)
     seen = key_mask(tuple(streams))
     lengths = k.norm(dim=-1)
-    longest_key = (lengths if seen is None else lengths.masked_fill(~seen[:, 0, 0, :, None], 0)).max()
+    if seen is not None:
+        lengths = lengths.masked_fill(~seen[:, 0, 0, :, None], 0)
+    longest_key = lengths.max() if k.numel() else lengths.new_zeros(())
     highest, bound = k.new_full((), -torch.inf), k.new_zeros(())
     total, count = k.new_zeros(()), k.new_zeros(())
     for s in streams:
-        if s.q is None or not s.queries or not s.q.shape[1]:
+        if s.q is None or not s.queries or not s.q.numel():
             continue
         q, valid = prepared(s.q.float(), s.q_weight, s.rope, eps), s.valid()
-        norms = q.norm(dim=-1)
-        bound = torch.maximum(bound, (norms if valid is None else norms * valid[..., None]).max() * longest_key * scale)
+        norms = q.norm(dim=-1) if valid is None else q.norm(dim=-1).masked_fill(~valid[..., None], 0)
+        bound = torch.maximum(bound, norms.max() * longest_key * scale)
         sample = torch.linspace(0, q.shape[1] - 1, min(rows, q.shape[1]), device=q.device).round().long()
         scores = torch.einsum("bqhd,bkhd->bhqk", q[:, sample], k) * scale
         if seen is not None:

@@ -84,7 +84,7 @@ def _rstd(x, eps, D: tl.constexpr):
     return tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
 
 
-@triton.jit(do_not_specialize=["S0", "S1", "S2", "S3"])
+@triton.jit(do_not_specialize=["total", "S0", "S1", "S2", "S3"])
 def key_rstd(
     ks, k_strides, rstd_ptr, eps, total, S0, S1, S2, S3,
     D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -186,7 +186,7 @@ def _over_keys(
     return acc, total, shift
 
 
-@triton.jit(do_not_specialize=["Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
+@triton.jit(do_not_specialize=["queries", "keys", "Q0", "Q1", "Q2", "Q3", "S0", "S1", "S2", "S3"])
 def attention_fwd(
     qs, ks, vs, outs, q_weights, k_weights, q_lengths, k_lengths, q_strides, k_strides, v_strides,
     rstd_ptr, lse_ptr, scale, eps, queries, keys, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
@@ -236,7 +236,7 @@ def attention_fwd(
             True, NORM, LENGTHS, PRECISION, D, N, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     token, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    seen = (token < valid) & (total > 0.0)                                # padding, and rows without keys, give zeros
+    seen = (token < valid) & (total != 0.0)                               # padding, and rows without keys, give zeros
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / total[:, None], 0.0)
     lse = tl.where(seen, shift + tl.log2(total), float("inf"))            # so that the backward's exp2(s - lse) is 0

@@ -17,10 +17,18 @@ from rfkernels.triton_support import capability, device_name, on
 
 LOG2_E = log2(2.718281828459045)
 # By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are
-# within +- limit has exponents from centre - 2 limit to centre. bf16 is normal from 2^-126, and 2^64 leaves sums
-# room. fp16 is normal from 2^-14 to 2^15. fp32 stays near 0: an exponent near 64 has six bits fewer behind its point.
-EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 62.0)}
+# within +- limit has exponents from centre - 2 limit to centre. bf16 is normal from 2^-126, and 2^64 leaves sums room.
+# fp16 is normal from 2^-14 to 2^15. fp32 stays near 0, where an exponent has more bits behind its point, and above
+# 2^-100, so that the remainders its three products are made of are normal too.
+EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 50.0)}
+MAX_GRID = 65535             # of a CUDA grid's second and third dimension: heads and samples
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
+
+
+def beyond_grid(like: Tensor) -> str | None:
+    """Why there are too many samples or heads in [B, S, H, D] for a launch, or None."""
+    most = max(like.shape[0], like.shape[2])
+    return f"a launch takes at most {MAX_GRID} samples and heads, not {most}" if most > MAX_GRID else None
 
 
 @lru_cache
@@ -40,7 +48,7 @@ class Core:
     norm: bool
     """q and k are as projected, and every stream normalises both: the kernels do it."""
     bounded: bool
-    """Keys are known to have length sqrt(D) before their weight."""
+    """Keys are known to have length sqrt(D) before their weight; a rotation may stretch them, so not with one."""
 
     @property
     def sizes(self) -> list[int]:
@@ -73,6 +81,11 @@ def _alike(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(widest) for t in tensors)
 
 
+def _query_weights(core: Core) -> tuple[Tensor | None, ...]:
+    """For the kernels' own norm only: where not all streams have one, what they have is in the queries already."""
+    return _alike([s.q_weight for s in core.asking]) if core.norm else (None,) * len(core.asking)
+
+
 def _lengths(streams: Sequence[Parts], all_: Sequence[Parts]) -> tuple[Tensor | None, ...]:
     if all(s.lengths is None for s in all_):
         return (None,) * len(streams)
@@ -93,7 +106,8 @@ def _settings(kernel: str, like: Tensor) -> tuple[int, int, dict[str, Any]]:
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     if launch.registers:
         options["maxnreg"] = launch.registers
-    precision = "tf32x3" if like.dtype == torch.float32 else "tf32"               # of fp32 products only
+    # Three tf32 products for one of fp32; AMD has none. It says nothing about the products of 16-bit numbers.
+    precision = "tf32x3" if like.dtype == torch.float32 and capability(device) else "ieee"
     return launch.block_m, launch.block_n, {**constants, **options, "PRECISION": precision}
 
 
@@ -112,8 +126,8 @@ def prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float, out: Tensor 
     settings = _prepare_settings(x, weight, s)
     if out.numel():
         _modules()[2].prepare_fwd[(-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])](
-            x, out, weight, s.cos, s.sin, x.stride()[:3], out.stride()[:3], _angle_strides(s), x.shape[1], eps,
-            **settings,
+            x, out, weight, s.cos, s.sin, s.lengths, x.stride()[:3], out.stride()[:3], _angle_strides(s), x.shape[1],
+            eps, **settings,
         )  # fmt: skip
     return out
 
@@ -129,15 +143,16 @@ def prepare_backward(
     partials = None if weight is None else torch.empty(rows, x.shape[3], dtype=torch.float32, device=x.device)
     strides = (dout.stride()[:3], x.stride()[:3], dx.stride()[:3], _angle_strides(s))
     _modules()[2].prepare_bwd[grid](
-        dout, x, dx, weight, s.cos, s.sin, partials, *strides, x.shape[1], eps, **_prepare_settings(x, weight, s)
-    )
+        dout, x, dx, weight, s.cos, s.sin, s.lengths, partials, *strides, x.shape[1], eps,
+        **_prepare_settings(x, weight, s),
+    )  # fmt: skip
     return None if weight is None or partials is None else _sum_rows(partials, [weight], [rows])[0]
 
 
 def _prepare_settings(x: Tensor, weight: Tensor | None, s: Parts) -> dict[str, Any]:
     half = x.shape[3] // 2
-    flags = {"NORM": weight is not None, "ROPE": s.cos is not None, "INTERLEAVED": s.interleaved}
-    sizes = {"H": half, "BLOCK": TOKENS, "BLOCK_H": _block_d(half)}
+    flags = {"NORM": weight is not None, "ROPE": s.cos is not None, "LENGTHS": s.lengths is not None}
+    sizes = {"INTERLEAVED": s.interleaved, "H": half, "BLOCK": TOKENS, "BLOCK_H": _block_d(half)}
     return {**flags, **sizes, "num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -153,7 +168,7 @@ def core_of(streams: list[Parts], eps: float) -> Core:
     asking = [s for s in streams if s.asks]
     plain = all(s.cos is None for s in streams)
     norm = plain and all(s.k_weight is not None for s in streams) and all(s.q_weight is not None for s in asking)
-    bounded = all(s.k_weight is not None for s in streams)
+    bounded = plain and all(s.k_weight is not None for s in streams)
     if not norm:
         def seen(s: Parts) -> Parts:
             q, k = s.q, s.k
@@ -200,7 +215,7 @@ def _forward(core: Core, scale: float, eps: float) -> list[Tensor]:
     centre, limit = EXPONENTS[like.dtype]
     lengths = _lengths(core.streams, core.streams)
     kernels.attention_fwd[(_tiles(core.query_sizes, block), heads, batch)](
-        qs, ks, vs, tuple(outs), _alike([s.q_weight for s in core.asking]), _alike([s.k_weight for s in core.streams]),
+        qs, ks, vs, tuple(outs), _query_weights(core), _alike([s.k_weight for s in core.streams]),
         _lengths(core.asking, core.streams), lengths, _strides(qs), _strides(ks), _strides(vs),
         rstd, lse, scale * LOG2_E, eps, queries, keys, *_four(core.query_sizes), *_four(core.sizes),
         NORM=core.norm, BOUNDED=core.bounded, LENGTHS=lengths[0] is not None, CENTRE=centre, LIMIT=limit,
@@ -306,7 +321,7 @@ def _core_backward(
     q_rows = [-(-s // block_q) * heads * batch for s in core.query_sizes]
     sections = (1 + len(ks)) if core.norm else 0
     partials = torch.empty(sections * sum(q_rows), dim, dtype=torch.float32, device=like.device)
-    q_weights, k_weights = _alike([s.q_weight for s in core.asking]), _alike([s.k_weight for s in core.streams])
+    q_weights, k_weights = _query_weights(core), _alike([s.k_weight for s in core.streams])
     q_lengths, k_lengths = _lengths(core.asking, core.streams), _lengths(core.streams, core.streams)
     sizes = (*_four(core.query_sizes), *_four(core.sizes))
     flags = {"NORM": core.norm, "LENGTHS": k_lengths[0] is not None, "NQ": len(qs), "N": len(ks)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rfkernels.joint_attention.stream import Stream
@@ -59,6 +60,13 @@ def flatten(streams: Sequence[Stream]) -> tuple[list[Tensor], str]:
     return tensors, ",".join(codes)
 
 
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables as the kernels read them: of one shape, contiguous. They may be parts of complex numbers, and one
+    may be per sample where the other is shared."""
+    cos, sin = torch.broadcast_tensors(cos, sin)
+    return cos.contiguous(), sin.contiguous()
+
+
 def parse(tensors: Sequence[Tensor], layout: str) -> list[Parts]:
     rest: Iterator[Tensor] = iter(tensors)
     streams = []
@@ -70,10 +78,10 @@ def parse(tensors: Sequence[Tensor], layout: str) -> list[Parts]:
             q = asked[0] if asked else None
         else:
             q, k, v = next(rest) if kind == "1" else None, next(rest), next(rest)
-        q_weight, k_weight = (next(rest) if letter in has else None for letter in "qk")
-        lengths = next(rest) if "l" in has else None
+        q_weight, k_weight = (next(rest).contiguous() if letter in has else None for letter in "qk")
+        lengths = next(rest).contiguous() if "l" in has else None
         rope = "i" in has or "h" in has
-        cos, sin = (next(rest), next(rest)) if rope else (None, None)
+        cos, sin = _tables(next(rest), next(rest)) if rope else (None, None)
         asks = q is not None and "x" not in has
         streams.append(Parts(q, k, v, packed, q_weight, k_weight, lengths, cos, sin, "i" in has, asks))
     return streams

@@ -67,7 +67,7 @@ def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
     if streams[0].k.shape[-1] % 2:
         return "the kernels take even head dimensions"
     tensors = [t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)]
-    return interpreted(first.k) or refuses_triton(*tensors)
+    return launch.beyond_grid(first.k) or interpreted(first.k) or refuses_triton(*tensors)
 
 
 def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:
@@ -195,9 +195,11 @@ def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int]:
 
 
 def core(q: Tensor, seen: Tensor | None) -> Core:
-    """The fastest measured on this GPU; SDPA as PyTorch chooses where nothing was measured, and with lengths, which the
-    others do not take as a mask."""
-    return CORES[measured(q.device.type, q.device.index, q.shape[-1])[0]] if seen is None else sdpa
+    """The fastest measured on this GPU; SDPA as PyTorch chooses where nothing was measured, and where others cannot:
+    with lengths, which they do not take as a mask, and in more than 16 bits."""
+    if seen is not None or q.dtype not in (torch.bfloat16, torch.float16):
+        return sdpa
+    return CORES[measured(q.device.type, q.device.index, q.shape[-1])[0]]
 
 
 def faster(streams: tuple[Stream, ...]) -> str | None:

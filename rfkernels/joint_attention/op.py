@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.joint_attention import diagnostics, library, operators, reference
+from rfkernels.joint_attention import diagnostics, launch, library, operators, reference
 from rfkernels.joint_attention.stream import Stream
 from rfkernels.triton_support import interpreted, refuses_triton
 
@@ -53,6 +53,8 @@ def _check(streams, *, scale=None, eps=1e-6):
             )
         checks.same_dtype(op, "streams[0]", first, **{f"streams[{i}].k": k})
         checks.same_device(op, "streams[0]", first, **{f"streams[{i}].k": k})
+    if not first.shape[-1]:
+        raise ValueError(f"{op}: streams[0] has k of shape {list(first.shape)}; expected at least one channel a head")
     if scale is None:
         scale = first.shape[-1] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -68,6 +70,8 @@ def _refuses(streams, scale, eps):
     dim = streams[0].k.shape[-1]
     if dim > MAX_HEAD_DIM or dim % 8:
         return f"the kernels take head dimensions in steps of 8 up to {MAX_HEAD_DIM}, not {dim}"
+    if too_many := launch.beyond_grid(streams[0].k):
+        return too_many
     return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
 
 

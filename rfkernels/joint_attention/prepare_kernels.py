@@ -8,7 +8,7 @@ lower and the upper: the pairs that a rotation turns.
 import triton
 import triton.language as tl
 
-from rfkernels.joint_attention.kernels import _base
+from rfkernels.joint_attention.kernels import _base, _valid
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def _scaled(low, high, eps, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S"])
 def prepare_fwd(
-    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, x_strides, out_strides, angle_strides, S, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, lengths_ptr, x_strides, out_strides, angle_strides, S, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, LENGTHS: tl.constexpr,
     H: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out = rotate(rmsnorm(x) * weight), [B, S, heads, 2 H]. Program: BLOCK tokens, a head, a sample."""
     token, h, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2)
-    live = token < S
+    live = token < _valid(b, S, lengths_ptr, LENGTHS)                       # padding is not read, and becomes zeros
     low, high = _halves(_base(x_ptr, b, h, x_strides), x_strides[1], token, live, INTERLEAVED, H, BLOCK_H)
     if NORM:
         rstd = _scaled(low, high, eps, H)
@@ -91,19 +91,19 @@ def prepare_fwd(
         cos, sin = _angles(cos_ptr, sin_ptr, b, token, live, angle_strides[0], angle_strides[1], H, BLOCK_H)
         low, high = low * cos - high * sin, high * cos + low * sin
     out = _base(out_ptr, b, h, out_strides)
-    _store_halves(out, out_strides[1], token, live, low, high, INTERLEAVED, H, BLOCK_H)
+    _store_halves(out, out_strides[1], token, token < S, low, high, INTERLEAVED, H, BLOCK_H)
 
 
 @triton.jit(do_not_specialize=["S"])
 def prepare_bwd(
-    dout_ptr, x_ptr, dx_ptr, weight_ptr, cos_ptr, sin_ptr, partials_ptr,
+    dout_ptr, x_ptr, dx_ptr, weight_ptr, cos_ptr, sin_ptr, lengths_ptr, partials_ptr,
     dout_strides, x_strides, dx_strides, angle_strides, S, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, LENGTHS: tl.constexpr,
     H: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dx, and a row of partials [tiles * heads * B, 2 H] of dweight."""
     token, h, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2)
-    live = token < S
+    live = token < _valid(b, S, lengths_ptr, LENGTHS)                       # padding is not read, and becomes zeros
     low, high = _halves(_base(dout_ptr, b, h, dout_strides), dout_strides[1], token, live, INTERLEAVED, H, BLOCK_H)
     if ROPE:
         cos, sin = _angles(cos_ptr, sin_ptr, b, token, live, angle_strides[0], angle_strides[1], H, BLOCK_H)
@@ -121,4 +121,4 @@ def prepare_bwd(
         mean = (tl.sum(low * n_low + high * n_high, 1) / (2 * H))[:, None]
         low, high = rstd * (low - n_low * mean), rstd * (high - n_high * mean)
     dx = _base(dx_ptr, b, h, dx_strides)
-    _store_halves(dx, dx_strides[1], token, live, low, high, INTERLEAVED, H, BLOCK_H)
+    _store_halves(dx, dx_strides[1], token, token < S, low, high, INTERLEAVED, H, BLOCK_H)

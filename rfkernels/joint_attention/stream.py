@@ -122,7 +122,8 @@ class Stream:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast q, k and v have one dtype, whatever came: a norm leaves fp32 where a projection leaves bf16."""
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    kind = "cpu" if first is None else first.device.type
+    if first is None or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

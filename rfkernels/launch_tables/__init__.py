@@ -87,6 +87,7 @@ class AttentionLaunch:
 ATTENTION = {
     "attention_fwd": {
         80: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(128, 32, 8, 2)},
+        86: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(64, 32, 8, 2)},
         90: {64: AttentionLaunch(64, 64, 4, 2, registers=168), 128: AttentionLaunch(64, 64, 8, 2)},
         100: {64: AttentionLaunch(64, 64, 4, 2, registers=168), 128: AttentionLaunch(128, 64, 8, 2)},
     },
@@ -106,12 +107,12 @@ ATTENTION_FP32 = AttentionLaunch(32, 32, 4, 1)          # three tensor-core prod
 
 def attention_launch(kernel: str, dim: int, itemsize: int, arch: int, device: str | None = None) -> AttentionLaunch:
     """Settings of an attention kernel at this head dimension, bytes per element and compute capability (90: sm_90): the
-    table of the GPU named `device` if it has them, otherwise those of the nearest older architecture. sm_120 has the
-    shared memory and the matrix instructions of sm_80."""
+    table of the GPU named `device` if it has them, otherwise those of the nearest older architecture. sm_86, 89 and
+    120 have the matrix instructions of sm_80 and 99 KiB of shared memory, for up to four streams' queries."""
     measured = table(device).get(kernel, {}).get(f"{dim}/{itemsize}") if device else None
     if measured:
         return AttentionLaunch(**measured)
     if itemsize > 2:
         return ATTENTION_FP32
-    known = 80 if arch >= 120 else max((a for a in ATTENTION[kernel] if a <= arch), default=80)
+    known = max((a for a in ATTENTION[kernel] if a <= (89 if arch >= 120 else arch)), default=80)
     return ATTENTION[kernel][known][64 if dim <= 64 else 128]

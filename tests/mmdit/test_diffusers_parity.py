@@ -26,7 +26,7 @@ def swapped(to, prefix, source, name):
         to[f"{prefix}.{part}"] = torch.cat([shift, scale])
 
 
-def carried_over(source, dual, qk_norm, most):
+def carried_over(source, dual, qk_norm, most, depth=DEPTH):
     to = {"patch_embed.weight": source["pos_embed.proj.weight"], "patch_embed.bias": source["pos_embed.proj.bias"]}
     to["patch_embed.positions"] = source["pos_embed.pos_embed"].view(most, most, -1)
     for ours, theirs in (("time_embed", "timestep_embedder"), ("pooled_embed", "text_embedder")):
@@ -35,8 +35,8 @@ def carried_over(source, dual, qk_norm, most):
     linear(to, "context_embed.0", source, "context_embedder")
     swapped(to, "final_layer.modulation", source, "norm_out.linear")
     linear(to, "final_layer.linear", source, "proj_out")
-    for i in range(DEPTH):
-        block, theirs, last = f"blocks.{i}", f"transformer_blocks.{i}", i == DEPTH - 1
+    for i in range(depth):
+        block, theirs, last = f"blocks.{i}", f"transformer_blocks.{i}", i == depth - 1
         fused(to, f"{block}.image.attn.qkv", source, [f"{theirs}.attn.to_{n}" for n in "qkv"])
         fused(to, f"{block}.context.attn.qkv", source, [f"{theirs}.attn.add_{n}_proj" for n in "qkv"])
         linear(to, f"{block}.image.attn.proj", source, f"{theirs}.attn.to_out.0")

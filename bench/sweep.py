@@ -1,0 +1,159 @@
+"""Measures launch settings on this GPU and writes its launch table: python -m bench.sweep --out FOLDER --minutes 8
+
+Bounded in time, most promising first, resumable: what was measured is in FOLDER/sweep.json and is not measured again.
+The table, FOLDER/<gpu>.json, goes to rfkernels/launch_tables. A setting that does not compile, spills out of shared
+memory or changes a result beyond rounding is passed over, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import environment
+from bench.measure import interleaved
+from mmdit.files import write_atomically
+from rfkernels import launch_tables
+from rfkernels.adaln import launch as adaln
+from rfkernels.joint_attention import launch as attention
+from rfkernels.launch_tables import AttentionLaunch, RowLaunch, attention_launch, row_launch
+from rfkernels.triton_support import capability
+
+TEXT = 154
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of a launch table, the settings to try and a call that uses it."""
+
+    kernel: str
+    key: str
+    now: RowLaunch | AttentionLaunch
+    candidates: tuple[RowLaunch | AttentionLaunch, ...]
+    call: Callable[[], list[Tensor]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}/{self.key}"
+
+
+def row_tasks(device: torch.device) -> Iterator[Task]:
+    """The adaLN family at the widths of d = 24 and 38, then the others, at 16k rows."""
+    lanes_and_warps = [RowLaunch(lanes, warps) for lanes in (16, 32, 64, 128) for warps in (2, 4, 8, 16)]
+    for width in (1536, 2432, 1152, 1920, 960, 3072):
+        batch, tokens = 64, 256
+        x, y, z, h = torch.randn(4, batch, tokens, width, device=device, dtype=torch.bfloat16).unbind()
+        v = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
+        statistics = adaln.adaln(x, v, v, "layer", 1e-6)[1]
+        calls: dict[str, Callable[[], Any]] = {
+            "adaln_fwd": lambda x=x, v=v: adaln.adaln(x, v, v, "layer", 1e-6),
+            "adaln_bwd": lambda x=x, y=y, v=v, s=statistics: adaln.adaln_backward(y, x, v, v, s, "layer"),
+            "gated_adaln_fwd": lambda x=x, y=y, v=v: adaln.gated_adaln(x, y, v, v, v, "layer", 1e-6),
+            "gated_adaln_bwd": lambda x=x, y=y, z=z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
+                z, h, x, y, v, v, v, s, "layer"
+            ),
+            "gated_residual_fwd": lambda x=x, y=y, v=v: [adaln.gated_residual(x, y, v)],
+            "gated_residual_bwd": lambda x=x, y=y, v=v: adaln.gated_residual_backward(x, y, v),
+        }
+        for kernel, call in calls.items():
+            most = launch_tables.CHANNELS_PER_THREAD[kernel]
+            fits = tuple(c for c in lanes_and_warps if c.lanes <= 32 * c.warps and width <= 2 * most * c.lanes)
+            yield Task(kernel, str(width), row_launch(kernel, width), fits, lambda call=call: list(call()))
+
+
+def attention_tasks(device: torch.device) -> Iterator[Task]:
+    """Forward and both backward kernels at head dimensions 64 and 128, at the paper's pretraining shape."""
+    arch = capability(device)
+    for dim in (64, 128):
+        batch, heads = 32, 24
+        qkvs = [torch.randn(batch, n, 3, heads, dim, device=device, dtype=torch.bfloat16) for n in (TEXT, 256)]
+        weight = torch.ones(dim, device=device)
+        tensors = [qkvs[0], weight, weight, qkvs[1], weight, weight]
+        settings = ("3qk,3qk", dim**-0.5, 1e-6)
+        outputs = attention.forward(tensors, *settings)
+        grads = [torch.randn_like(out) for out in outputs[:2]]
+        calls: dict[str, Callable[[], list[Tensor]]] = {
+            "attention_fwd": lambda t=tensors, s=settings: attention.forward(t, *s),
+            "attention_bwd_q": lambda g=grads, o=outputs, t=tensors, s=settings: attention.backward(g, o, t, *s),
+        }
+        calls["attention_bwd_kv"] = calls["attention_bwd_q"]
+        tiles = [(64, 64, 4), (128, 64, 8), (64, 128, 4), (64, 32, 4), (32, 64, 4), (128, 128, 8), (64, 64, 8),
+                 (64, 32, 8), (32, 64, 8), (128, 32, 8), (32, 32, 4)]  # fmt: skip
+        tried = [AttentionLaunch(m, n, w, s, r) for s in (2, 3, 4) for r in (0, 168, 128) for m, n, w in tiles]
+        for kernel, call in calls.items():
+            yield Task(kernel, f"{dim}/2", attention_launch(kernel, dim, 2, arch), tuple(tried), call)
+
+
+def using(task: Task, setting: RowLaunch | AttentionLaunch, table: dict[str, Any]) -> None:
+    table.setdefault(task.kernel, {})[task.key] = asdict(setting)
+    adaln._settings_at.cache_clear()
+
+
+def try_setting(task: Task, setting: Any, table: dict[str, Any], want: list[Tensor]) -> tuple[float | None, str]:
+    """(seconds, "") or (None, why not)."""
+    using(task, setting, table)
+    try:
+        got = task.call()
+        for a, b in zip(got, want, strict=True):
+            off = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-20)) if b.numel() else 0.0
+            if not off < 0.02:
+                return None, f"result off by {off:.1%}"
+        return interleaved({"it": lambda i: task.call()}, environment.device(), rounds=5)["it"].median, ""
+    except Exception as error:                    # does not compile, or does not fit: the next one
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+
+def main(out: Path, minutes: float = 8.0, only: str = "") -> None:
+    if not torch.cuda.is_available():
+        sys.exit("error: the sweep measures on a GPU, and there is none")
+    device, deadline = environment.device(), time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    log, name = out / "sweep.json", environment.device_name()
+    done: dict[str, dict[str, Any]] = json.loads(log.read_text())["measured"] if log.is_file() else {}
+    table = launch_tables.table(name)             # the one the launchers read, changed in place
+    kept = json.loads(json.dumps(table))
+    stopped = False
+    for tasks in (attention_tasks, row_tasks):
+        for task in tasks(device):
+            if only not in task.name or stopped:
+                continue
+            entries = done.setdefault(task.name, {})
+            using(task, task.now, table)
+            want = task.call()
+            for setting in tqdm(dict.fromkeys((task.now, *task.candidates)), desc=task.name, disable=None):
+                key = json.dumps(asdict(setting))
+                if key in entries:
+                    continue
+                if stopped := time.monotonic() > deadline:
+                    break
+                seconds, why = try_setting(task, setting, table, want)
+                entries[key] = {"us": None if seconds is None else round(seconds * 1e6, 2), "why": why}
+                write_atomically(log, json.dumps({"environment": environment.environment(), "measured": done}).encode())
+            timed = {k: e["us"] for k, e in entries.items() if e["us"] is not None}
+            if timed:
+                best = min(timed, key=lambda k: timed[k])
+                kept.setdefault(task.kernel, {})[task.key] = json.loads(best)
+                table.setdefault(task.kernel, {})[task.key] = json.loads(best)
+                before = timed.get(json.dumps(asdict(task.now)))
+                print(f"{task.name:28s} {before or 0:9.1f} us -> {timed[best]:9.1f} us  {best}", flush=True)
+    (out / f"{name.lower().replace(' ', '_')}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    if stopped:
+        print("stopped by the clock: run again to go on")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description="Sweep launch settings on this GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sweep.json and the launch table")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this long; the next run goes on (8)")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    main(**vars(parser.parse_args()))

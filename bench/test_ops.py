@@ -1,0 +1,123 @@
+"""Every op at SD3's shapes, forward and forward + backward, ours against eager, compilers and libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rfkernels
+from bench import environment
+from bench.cases import Case, Op, cases
+from bench.measure import Samples, copies_beyond_cache, interleaved
+
+DEVICE = environment.device()
+CASES = {case.name: case for case in cases(DEVICE)}
+DIRECTIONS = ("forward", "both")
+
+
+@cache
+def copy_speed() -> float:
+    return environment.copy_bandwidth()
+
+
+def gradients(op: Op, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(op(*inputs), inputs, grads))
+
+
+def leaves(case: Case) -> list[Tensor]:
+    return [t.requires_grad_() for t in case.make()]
+
+
+def agrees(case: Case, op: Op) -> str | None:
+    """None, or what is wrong: a contender that computes something else, or cannot run, is not timed."""
+    inputs = leaves(case)
+    with torch.no_grad():
+        grads = [torch.randn_like(out) for out in case.contenders["eager"](*inputs)]
+    try:
+        got = gradients(op, inputs, grads)
+    except Exception as error:                    # a library may refuse a shape or a GPU; said so, and left out
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    with rfkernels.backend("reference"):
+        exact = gradients(case.contenders["ours"], inputs, grads)
+    for a, b in zip(got, exact, strict=True):
+        off = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-20))
+        if not off < 0.05:
+            return f"a gradient is off by {off:.1%}"
+    return None
+
+
+@cache
+def measured(name: str, direction: str) -> tuple[dict[str, Samples], dict[str, str]]:
+    """(samples by contender, why the others were left out)."""
+    case = CASES[name]
+    wrong = {n: why for n, op in case.contenders.items() if (why := agrees(case, op))}
+    assert "ours" not in wrong and "eager" not in wrong, wrong
+    input_bytes = sum(t.numel() * t.element_size() for t in case.make())
+    sets = [leaves(case) for _ in range(copies_beyond_cache(DEVICE, input_bytes))]
+    with torch.no_grad():
+        grads = [torch.randn_like(out) for out in case.contenders["eager"](*sets[0])]
+
+    def calling(op: Op) -> Callable[[int], object]:
+        if direction == "both":
+            return lambda i: gradients(op, sets[i % len(sets)], grads)
+
+        def forward(i: int) -> object:
+            with torch.no_grad():
+                return op(*sets[i % len(sets)])
+
+        return forward
+
+    calls = {n: calling(op) for n, op in case.contenders.items() if n not in wrong}
+    return interleaved(calls, DEVICE), wrong
+
+
+def record(case: Case, direction: str, contender: str, samples: dict[str, Samples]) -> dict[str, Any]:
+    one = samples[contender]
+    moved = case.forward_bytes + (direction == "both") * case.backward_bytes
+    flops = case.forward_flops + (direction == "both") * case.backward_flops
+    found: dict[str, Any] = {
+        "contender": contender,
+        "spread": round(one.spread, 4),
+        "graph": one.graph,
+        "least_bytes": moved,
+        "GB/s": round(moved / one.median / 1e9, 1),
+        "of_copy": round(moved / one.median / copy_speed(), 3),
+        "peak_bytes": one.peak_bytes,
+    }
+    if flops:
+        found["TFLOP/s"] = round(flops / one.median / 1e12, 2)
+    if contender == "ours":
+        found["ratio"] = one.median / samples["eager"].median
+        others = {n: s.median for n, s in samples.items() if n != "ours"}
+        found["best_other"] = min(others, key=lambda n: others[n])
+        found["speedup_over_best"] = round(others[found["best_other"]] / one.median, 3)
+        inputs = leaves(case)
+        told = rfkernels.explain(case.name.split("-")[0], *explained(case, inputs))
+        found["runs"] = told.splitlines()[0]
+    return found
+
+
+def explained(case: Case, inputs: list[Tensor]) -> tuple[Any, ...]:
+    if not case.name.startswith("joint_attention"):
+        return tuple(inputs)
+    text, image, *weights = inputs
+    packed = rfkernels.Stream.packed
+    return ([packed(text, *weights[:2]), packed(image, *weights[2:])],)
+
+
+@pytest.mark.parametrize(
+    "name, direction, contender",
+    [(name, d, c) for name, case in CASES.items() for d in DIRECTIONS for c in case.contenders],
+)
+def test_op(name: str, direction: str, contender: str, report: Callable[..., None], request: Any) -> None:
+    if request.config.getoption("--ops") not in name:
+        pytest.skip("not asked for")
+    samples, wrong = measured(name, direction)
+    if contender in wrong:
+        pytest.skip(f"{contender}: {wrong[contender]}")
+    report(f"{name} {direction}", samples[contender].seconds, **record(CASES[name], direction, contender, samples))

@@ -1,0 +1,113 @@
+"""The bench itself: that it measures what it says, and that its gate catches a kernel that got slower."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import environment, gate
+from bench.cases import cases
+from bench.measure import Samples, copies_beyond_cache, interleaved
+from bench.test_ops import agrees
+
+CPU = torch.device("cpu")
+
+
+def busy(seconds):
+    """Takes that long, whatever the machine's speed."""
+    def call(i):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return call
+
+
+def ratio(samples):
+    return {"adaln forward": samples["ours"].median / samples["eager"].median, "only now": 1.0}
+
+
+def test_the_gate_catches_a_slowed_kernel_and_no_slower_clock():
+    before = interleaved({"ours": busy(1e-3), "eager": busy(2e-3)}, CPU, rounds=5)
+    slow_clock = interleaved({"ours": busy(2e-3), "eager": busy(4e-3)}, CPU, rounds=5)
+    slow_kernel = interleaved({"ours": busy(1.3e-3), "eager": busy(2e-3)}, CPU, rounds=5)
+    stored = ratio(before)
+    assert not gate.regressions(stored, ratio(slow_clock), 0.1)
+    (line,) = gate.regressions(stored, ratio(slow_kernel), 0.1)
+    assert line.startswith("adaln forward: 0.") and "of eager's time (+" in line
+    assert not gate.regressions(stored, ratio(slow_kernel), 0.6)
+
+
+def test_medians_are_those_of_what_ran():
+    samples = interleaved({"a": busy(1e-3), "b": busy(3e-3)}, CPU, rounds=5)
+    assert 0.9e-3 < samples["a"].median < 1.5e-3 and 2.9e-3 < samples["b"].median < 4.5e-3
+    assert len(samples["a"].seconds) == 5 and not samples["a"].graph
+    assert Samples([1.0, 1.0, 1.0, 1.0], False, 0).spread == 0
+
+
+@pytest.mark.parametrize("case", cases(CPU), ids=lambda c: c.name)
+def test_contenders_compute_the_same(case):
+    for name, op in case.contenders.items():
+        assert agrees(case, op) is None, name
+
+
+def test_a_contender_that_computes_something_else_is_left_out():
+    case = cases(CPU)[0]
+    assert "off by" in agrees(case, lambda x, shift, scale: (x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1),))
+
+    def refuses(*inputs):
+        raise RuntimeError("no such shape")
+
+    assert agrees(case, refuses) == "RuntimeError: no such shape"
+
+
+def test_bytes_and_flops_are_those_of_the_tensors():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    by_name = {c.name.split("-")[0]: c for c in cases(CPU)}
+    adaln, attention = by_name["adaln"], by_name["joint_attention"]
+    x, *_ = adaln.make()
+    assert adaln.forward_bytes == 2 * x.numel() * 4 and adaln.backward_bytes == 3 * x.numel() * 4
+    inputs = [t.requires_grad_() for t in attention.make()]
+    with FlopCounterMode(display=False) as counted:
+        attention.contenders["eager"](*inputs)
+    assert counted.get_total_flops() == attention.forward_flops
+
+
+def test_results_carry_what_they_ran_on():
+    found = environment.environment()
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert found["device"] == environment.device_name()
+    assert environment.peak_flops("Some GPU 9000") is None and environment.peak_flops("NVIDIA H200") == 989e12
+    assert copies_beyond_cache(CPU, 1 << 20) == 1
+
+
+def test_newest_stored_results(tmp_path):
+    for date, content in (("2026-01-02", {"benchmarks": []}), ("2026-01-03", {"benchmarks": []}), ("2026-01-04", {})):
+        (tmp_path / f"nvidia_h200-{date}.json").write_text(json.dumps(content))
+    assert gate.newest(tmp_path, "NVIDIA H200").name == "nvidia_h200-2026-01-03.json"
+    assert gate.newest(tmp_path, "NVIDIA B200") is None
+
+
+def test_the_suite_runs_and_its_gate_fails_it(tmp_path):
+    environment_ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    written, stored = tmp_path / "now.json", tmp_path / "before.json"
+    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--ops", "gated_residual", "-W", "ignore"]
+    command += ["--benchmark-json", str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_)
+    assert done.returncode == 0, done.stdout[-2000:]
+    found = json.loads(written.read_text())
+    ours = [b for b in found["benchmarks"] if b["extra_info"]["contender"] == "ours"]
+    assert len(ours) == 2 and all(b["extra_info"]["runs"].startswith("gated_residual") for b in ours)
+    eager = {b["group"]: b["stats"]["median"] for b in found["benchmarks"] if b["extra_info"]["contender"] == "eager"}
+    for b in ours:
+        assert b["stats"]["median"] / eager[b["group"]] == pytest.approx(b["extra_info"]["ratio"], rel=1e-6)
+        b["extra_info"]["ratio"] /= 100                                   # as if it had been much faster before
+    stored.write_text(json.dumps(found))
+    assert gate.ratios(found).keys() == {b["group"] for b in ours}
+    done = subprocess.run([*command, "--against", str(stored)], capture_output=True, text=True, env=environment_)
+    assert done.returncode == 1 and "slower:" in done.stdout, done.stdout[-2000:]

@@ -29,6 +29,10 @@ class Samples:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def over(self, other: Samples) -> float:
+        """Time over other's: the median of the rounds' ratios, so that a drift between rounds does not count."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
     @property
     def spread(self) -> float:
         """Interquartile range over the median."""

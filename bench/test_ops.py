@@ -92,10 +92,9 @@ def record(case: Case, direction: str, contender: str, samples: dict[str, Sample
     if flops:
         found["TFLOP/s"] = round(flops / one.median / 1e12, 2)
     if contender == "ours":
-        found["ratio"] = one.median / samples["eager"].median
-        others = {n: s.median for n, s in samples.items() if n != "ours"}
-        found["best_other"] = min(others, key=lambda n: others[n])
-        found["speedup_over_best"] = round(others[found["best_other"]] / one.median, 3)
+        found["ratio"] = one.over(samples["eager"])
+        best = min((n for n in samples if n != "ours"), key=lambda n: samples[n].median)
+        found["best_other"], found["speedup_over_best"] = best, round(samples[best].over(one), 3)
         inputs = leaves(case)
         told = rfkernels.explain(case.name.split("-")[0], *explained(case, inputs))
         found["runs"] = told.splitlines()[0]

@@ -1,22 +1,79 @@
 """What a call costs on the host before its kernel starts: python -m bench.host_overhead
 
-Runs anywhere. The Triton path is timed up to its launch: the kernel is replaced by one that does nothing, so checks,
-dispatch, autograd, registration, allocations and the launcher's own Python count, and Triton's launch does not.
+Runs anywhere. The Triton path is timed up to its launch: the kernels are replaced by ones that do nothing, so checks,
+dispatch, autograd, registration, allocations and the launchers' own Python count, and Triton's launch does not.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
 import rfkernels
-from rfkernels import dispatch
-from rfkernels.adaln import kernels, operators
-from rfkernels.triton_support import refuses_triton
+from rfkernels import Stream, dispatch
+from rfkernels.adaln import kernels as adaln_kernels
+from rfkernels.joint_attention import kernels as attention_kernels
+
+Calls = dict[str, tuple[Callable[[], object], Callable[[], object]]]
+
+
+class Nothing:
+    """A kernel that is launched like any other and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **settings: None
+
+
+REPLACED: tuple[tuple[ModuleType, str], ...] = (
+    (adaln_kernels, "adaln_fwd"),
+    (attention_kernels, "key_rstd"),
+    (attention_kernels, "attention_fwd"),
+)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, the Triton implementations run on any machine, up to their launches."""
+    kernels = [(module, name, getattr(module, name)) for module, name in REPLACED]
+    registry = dict(dispatch._registry)
+    for module, name, _ in kernels:
+        setattr(module, name, Nothing())
+    for op in ("adaln", "joint_attention"):
+        first = dispatch.implementations(op)[0]
+
+        def asked(*args: object, refuses: Callable[..., object] = first.refuses) -> None:
+            refuses(*args)                     # asked as on a GPU; the answer is for this machine and not heeded
+
+        dispatch._registry[op] = (replace(first, refuses=asked, slower=None), *registry[op])
+    try:
+        yield
+    finally:
+        dispatch._registry.update(registry)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def calls() -> Calls:
+    """Of each op: (rfkernels' call, the PyTorch call it is held against), recording gradients, inputs of one token."""
+    x, v = torch.randn(1, 1, 64, requires_grad=True), torch.randn(1, 64, requires_grad=True)
+    text, image = (torch.randn(1, 1, 3, 1, 64, requires_grad=True) for _ in range(2))
+    weight = torch.ones(64, requires_grad=True)
+    q, k, value = (t.transpose(1, 2) for t in torch.randn(3, 1, 2, 1, 64).requires_grad_())
+    packed = lambda t: Stream.packed(t, weight, weight)  # noqa: E731
+    return {
+        "adaln": (lambda: rfkernels.adaln(x, v, v), lambda: F.layer_norm(x, (64,), eps=1e-6)),
+        "joint_attention": (
+            lambda: rfkernels.joint_attention([packed(text), packed(image)]),
+            lambda: F.scaled_dot_product_attention(q, k, value),
+        ),
+    }
 
 
 def microseconds(call: Callable[[], object], repeats: int = 7, number: int = 2000) -> float:
@@ -30,36 +87,14 @@ def microseconds(call: Callable[[], object], repeats: int = 7, number: int = 200
     return sorted(times)[repeats // 2]
 
 
-class Nothing:
-    """A kernel that is launched like any other and does nothing."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **settings: None
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    x, v = torch.randn(1, 1, 64, requires_grad=True), torch.randn(1, 64, requires_grad=True)
-    kernels.adaln_fwd = Nothing()
-
-    def asked(*args: object) -> None:
-        refuses_triton(*args)                  # asked as on a GPU; the answer is for this machine and not heeded
-
-    stand_in = dispatch.Implementation("triton", "", operators.triton_adaln, asked)
-    dispatch._registry["adaln"] = (stand_in, *dispatch.implementations("adaln"))
-
-    layer_norm = lambda: F.layer_norm(x, (64,), eps=1e-6)  # noqa: E731
-    through_library = lambda: torch.ops.rfkernels.adaln.default(x, v, v, "layer", 1e-6)  # noqa: E731
-    rows = {
-        "F.layer_norm (with its CPU kernel)": layer_norm,
-        "rfkernels.adaln, up to the launch": lambda: rfkernels.adaln(x, v, v),
-        "its operator through torch.library": through_library,
-    }
     print(f"microseconds a call, recording gradients; torch {torch.__version__}, {platform.machine()}, 1 thread")
-    base = microseconds(layer_norm)
-    for name, call in rows.items():
-        took = microseconds(call)
-        print(f"  {name:36s} {took:6.1f}   ({took - base:+.1f} against F.layer_norm)")
+    print(f"{'op':18s} {'up to the launch':>17s} {'PyTorch, with its CPU kernel':>30s} {'above':>7s}")
+    with without_kernels():
+        for name, (ours, theirs) in calls().items():
+            took, base = microseconds(ours), microseconds(theirs)
+            print(f"{name:18s} {took:17.1f} {base:30.1f} {took - base:+7.1f}")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,8 @@ def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: i
     return total / (batch * (text + image) * config.width)
 
 
-def main() -> None:
-    mend_interpreter()
-    torch.manual_seed(0)
+def ways() -> dict[str, dict[str, str]]:
+    """Which backend of which op is forced, by the row's name."""
     family = ("adaln", "gated_adaln", "gated_residual")
     rows = {
         "all ops as defined, op by op": dict.fromkeys(dispatch.ops(), "reference"),
@@ -64,9 +63,15 @@ def main() -> None:
     if INSTALLED and INTERPRETED:
         rows["attention on SDPA, adaLN in Triton"] = dict.fromkeys(family, "triton")
         rows["attention and adaLN in Triton"] = dict.fromkeys((*family, "joint_attention"), "triton")
+    return rows
+
+
+def main() -> None:
+    mend_interpreter()
+    torch.manual_seed(0)
     print(f"joint block, bf16, width 128, 77 + 128 tokens, batch 2; torch {torch.__version__}")
     print("bytes kept for backward per token and channel, weights left out")
-    for name, choose in rows.items():
+    for name, choose in ways().items():
         print(f"  {name:46s} {block_bytes(choose):6.1f}")
 
 

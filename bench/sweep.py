@@ -97,6 +97,7 @@ def attention_tasks(device: torch.device) -> Iterator[Task]:
 def using(task: Task, setting: RowLaunch | AttentionLaunch, table: dict[str, Any]) -> None:
     table.setdefault(task.kernel, {})[task.key] = asdict(setting)
     adaln._settings_at.cache_clear()
+    attention._settings_at.cache_clear()
 
 
 def try_setting(task: Task, setting: Any, table: dict[str, Any], want: list[Tensor]) -> tuple[float | None, str]:

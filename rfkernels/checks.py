@@ -76,6 +76,14 @@ def fits(x: object, *vectors: object) -> bool:
     return True
 
 
+def fits_weight(weight: object, dim: int, like: Tensor) -> bool:
+    """Whether a norm's weight is [dim] and floating point on like's device. Asked first because it costs less than
+    asking one by one."""
+    if type(weight) is not Tensor and type(weight) is not torch.nn.Parameter:
+        return False
+    return weight.shape == (dim,) and weight.dtype in FLOATS and weight.device == like.device
+
+
 def tokens(op: str, **xs: Tensor) -> None:
     """x [B, S, C], floating point, at least one channel, channels contiguous."""
     is_float(op, **xs)

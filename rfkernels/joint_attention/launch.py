@@ -25,9 +25,9 @@ MAX_GRID = 65535             # of a CUDA grid's second and third dimension: head
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
 
 
-def beyond_grid(like: Tensor) -> str | None:
+def beyond_grid(shape: torch.Size) -> str | None:
     """Why there are too many samples or heads in [B, S, H, D] for a launch, or None."""
-    most = max(like.shape[0], like.shape[2])
+    most = max(shape[0], shape[2])
     return f"a launch takes at most {MAX_GRID} samples and heads, not {most}" if most > MAX_GRID else None
 
 
@@ -61,7 +61,7 @@ class Core:
 
 def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     """(batch, token, head), each a tuple over the streams."""
-    return tuple(tuple(t.stride(i) for t in tensors) for i in range(3))
+    return tuple(zip(*[t.stride()[:3] for t in tensors], strict=True))
 
 
 def _four(sizes: Sequence[int]) -> list[int]:
@@ -100,14 +100,20 @@ def _block_d(dim: int) -> int:
 
 def _settings(kernel: str, like: Tensor) -> tuple[int, int, dict[str, Any]]:
     """(queries, keys in a tile, compile-time and launch arguments)."""
-    dim, device = like.shape[-1], like.device
-    launch = attention_launch(kernel, dim, like.element_size(), capability(device), device_name(device))
+    return _settings_at(kernel, like.shape[-1], like.dtype, like.device, capability(like.device))
+
+
+@lru_cache(maxsize=4096)
+def _settings_at(
+    kernel: str, dim: int, dtype: torch.dtype, device: torch.device, arch: int
+) -> tuple[int, int, dict[str, Any]]:
+    launch = attention_launch(kernel, dim, dtype.itemsize, arch, device_name(device))
     constants = {"D": dim, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_D": _block_d(dim)}
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     if launch.registers:
         options["maxnreg"] = launch.registers
     # Three tf32 products for one of fp32; AMD has none. It says nothing about the products of 16-bit numbers.
-    precision = "tf32x3" if like.dtype == torch.float32 and capability(device) else "ieee"
+    precision = "tf32x3" if dtype == torch.float32 and arch else "ieee"
     return launch.block_m, launch.block_n, {**constants, **options, "PRECISION": precision}
 
 

@@ -47,7 +47,10 @@ def flatten(streams: Sequence[Stream]) -> tuple[list[Tensor], str]:
     for s in streams:
         parts = [s.packed_tensor] if s.packed_tensor is not None else [s.q, s.k, s.v]
         tensors += [t for t in parts if t is not None]
-        code = str(int(s.packed_tensor.shape[2])) if s.packed_tensor is not None else "0" if s.q is None else "1"
+        if s.packed_tensor is not None:
+            code = "3" if s.packed_tensor.shape[2] == 3 else "2"
+        else:
+            code = "0" if s.q is None else "1"
         cos, sin, interleaved = s.rope or (None, None, False)
         has = (("q", s.q_weight), ("k", s.k_weight), ("l", s.lengths), ("i" if interleaved else "h", cos))
         for letter, tensor in has:

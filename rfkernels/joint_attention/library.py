@@ -23,7 +23,7 @@ from rfkernels.triton_support import device_name, interpreted, on, refuses_trito
 
 
 def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tuple[Tensor | None, ...]:
-    asking = [s for s in streams if s.queries and s.q is not None]
+    asking = [s for s in streams if s.queries]
     if not asking:
         return (None,) * len(streams)
     q, k, v = joined(streams, asking, eps)
@@ -31,8 +31,8 @@ def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tu
     out = core(q, seen)(q, k, v, seen, scale)
     if seen is not None:
         out = out.masked_fill(~seen.any(-1).unsqueeze(-1), 0)         # no key: zeros, whatever the library does
-    parts = iter(out.split([s.k.shape[1] for s in asking], 1))
-    return tuple(cut(next(parts), s) if s.queries and s.q is not None else None for s in streams)
+    parts = iter(out.split([s.shape[1] for s in asking], 1))
+    return tuple(cut(next(parts), s) if s.queries else None for s in streams)
 
 
 def cut(out: Tensor, stream: Stream) -> Tensor:
@@ -64,10 +64,10 @@ def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
     for s in streams:
         if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
             return "the kernels have no gradient of rotary tables"
-    if streams[0].k.shape[-1] % 2:
+    if first.shape[3] % 2:
         return "the kernels take even head dimensions"
-    tensors = [t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)]
-    return launch.beyond_grid(first.k) or interpreted(first.k) or refuses_triton(*tensors)
+    tensors = [t for s in streams for t in (s.like, s.q_weight, s.k_weight)]
+    return launch.beyond_grid(first.shape) or interpreted(first.like) or refuses_triton(*tensors)
 
 
 def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:
@@ -204,6 +204,6 @@ def core(q: Tensor, seen: Tensor | None) -> Core:
 
 def faster(streams: tuple[Stream, ...]) -> str | None:
     """Why this path is faster than the kernels on this GPU, or None."""
-    like, tokens = streams[0].k, sum(s.k.shape[1] for s in streams)
-    _, first = measured(like.device.type, like.device.index, like.shape[-1])
+    device, tokens = streams[0].like.device, sum(s.shape[1] for s in streams)
+    _, first = measured(device.type, device.index, streams[0].shape[3])
     return None if tokens < first else f"measured on this GPU: a library is faster from {first} tokens"

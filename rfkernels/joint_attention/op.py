@@ -43,20 +43,21 @@ def _check(streams, *, scale=None, eps=1e-6):
             raise TypeError(f"{op}: streams[{i}] is {type(stream).__name__}; expected a Stream")
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"{op}: streams has {len(streams)} entries; expected 1 to {MAX_STREAMS}")
-    first = streams[0].k
-    for i, stream in enumerate(streams):
-        k = stream.k
-        if (k.shape[0], *k.shape[2:]) != (first.shape[0], *first.shape[2:]):
+    first = streams[0]
+    batch, _, heads, dim = first.shape
+    for i, stream in enumerate(streams[1:], 1):
+        if (stream.shape[0], stream.shape[2], stream.shape[3]) != (batch, heads, dim):
             raise ValueError(
-                f"{op}: streams[{i}] has k of shape {list(k.shape)}; expected batch {first.shape[0]}, "
-                f"{first.shape[2]} heads of {first.shape[3]}, as streams[0]"
+                f"{op}: streams[{i}] has k of shape {list(stream.shape)}; expected batch {batch}, "
+                f"{heads} heads of {dim}, as streams[0]"
             )
-        checks.same_dtype(op, "streams[0]", first, **{f"streams[{i}].k": k})
-        checks.same_device(op, "streams[0]", first, **{f"streams[{i}].k": k})
-    if not first.shape[-1]:
+        if stream.like.dtype != first.like.dtype or stream.like.device != first.like.device:
+            checks.same_dtype(op, "streams[0]", first.like, **{f"streams[{i}].k": stream.like})
+            checks.same_device(op, "streams[0]", first.like, **{f"streams[{i}].k": stream.like})
+    if not dim:
         raise ValueError(f"{op}: streams[0] has k of shape {list(first.shape)}; expected at least one channel a head")
     if scale is None:
-        scale = first.shape[-1] ** -0.5
+        scale = dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale is {type(scale).__name__}; expected a number or None")
     checks.positive(op, eps=eps)
@@ -67,16 +68,16 @@ def _refuses(streams, scale, eps):
     for i, s in enumerate(streams):
         if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
             return f"the kernels have no gradient of rotary tables, which streams[{i}] asks for"
-    dim = streams[0].k.shape[-1]
+    dim = streams[0].shape[3]
     if dim > MAX_HEAD_DIM or dim % 8:
         return f"the kernels take head dimensions in steps of 8 up to {MAX_HEAD_DIM}, not {dim}"
-    if too_many := launch.beyond_grid(streams[0].k):
+    if too_many := launch.beyond_grid(streams[0].shape):
         return too_many
-    return refuses_triton(*[t for s in streams for t in (s.q, s.k, s.v, s.q_weight, s.k_weight)])
+    return refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
 
 
 def _slower(streams, scale, eps):
-    return interpreted(streams[0].k) or library.faster(streams)
+    return interpreted(streams[0].like) or library.faster(streams)
 
 
 dispatch.register(

@@ -69,4 +69,4 @@ _triton = Operator(
 def triton_joint_attention(streams: Sequence[Stream], scale: float, eps: float) -> tuple[Tensor | None, ...]:
     tensors, layout = flatten(streams)
     outputs = iter(_triton(tensors, layout, scale, eps))
-    return tuple(next(outputs) if s.q is not None and s.queries else None for s in streams)
+    return tuple(next(outputs) if s.queries else None for s in streams)

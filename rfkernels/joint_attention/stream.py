@@ -32,6 +32,8 @@ class Stream:
         rope: rotary embedding, or None.
         queries: False for a stream that only gives keys and values; its output is None.
     Raises: ValueError or TypeError that names the argument.
+
+    `shape` is [B, S, H, D], `like` a tensor with the dtype and device of q, k and v.
     """
 
     def __init__(
@@ -57,18 +59,33 @@ class Stream:
         checks.same_dtype(op, "k", k, **given)
         checks.same_device(op, "k", k, **given)
         checks.unit_stride(op, k=k, **given)
-        batch, length, _, dim = k.shape
+        self._parts: tuple[Tensor | None, Tensor, Tensor] | None = (q, k, v)
+        self.packed_tensor: Tensor | None = None
+        self._finish(k.shape, k, q_weight, k_weight, lengths, rope, queries)
+
+    def _finish(
+        self,
+        shape: torch.Size,
+        like: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        lengths: Tensor | None,
+        rope: Rope | None,
+        queries: bool,
+    ) -> None:
+        op = "Stream"
+        batch, length, _, dim = shape
         for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            if weight is not None:
+            if weight is not None and not checks.fits_weight(weight, dim, like):
                 checks.is_float(op, **{name: weight})
                 checks.has_shape(op, (dim,), "to match the head dimension", **{name: weight})
-                checks.same_device(op, "k", k, **{name: weight})
+                checks.same_device(op, "k", like, **{name: weight})
         if lengths is not None:
             checks.is_tensor(op, lengths=lengths)
             if lengths.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; expected int32 or int64")
             checks.has_shape(op, (batch,), "one per sample", lengths=lengths)
-            checks.same_device(op, "k", k, lengths=lengths)
+            checks.same_device(op, "k", like, lengths=lengths)
         if rope is not None:
             for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
                 checks.is_float(op, **{name: table})
@@ -77,11 +94,30 @@ class Stream:
                         f"{op}: {name} has shape {list(table.shape)}; expected {[length, dim // 2]} "
                         f"or {[batch, length, dim // 2]}"
                     )
-                checks.same_device(op, "k", k, **{name: table})
-        self.q, self.k, self.v = q, k, v
+                checks.same_device(op, "k", like, **{name: table})
+        self.shape, self.like = shape, like
         self.q_weight, self.k_weight = q_weight, k_weight
         self.lengths, self.rope, self.queries = lengths, rope, queries
-        self.packed_tensor: Tensor | None = None
+
+    def _views(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """q, k, v. Of a packed stream they are made when asked for: the kernels never ask."""
+        if self._parts is None:
+            assert self.packed_tensor is not None
+            *q, k, v = self.packed_tensor.unbind(2)
+            self._parts = (q[0] if q else None, k, v)
+        return self._parts
+
+    @property
+    def q(self) -> Tensor | None:
+        return self._views()[0]
+
+    @property
+    def k(self) -> Tensor:
+        return self._views()[1]
+
+    @property
+    def v(self) -> Tensor:
+        return self._views()[2]
 
     @classmethod
     def packed(
@@ -107,16 +143,16 @@ class Stream:
             raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected {wanted}")
         checks.unit_stride(op, qkv=qkv)
         (qkv,) = _autocast(qkv)
-        *q, k, v = qkv.unbind(2)
-        stream = cls(q[0] if q else None, k, v, q_weight, k_weight, lengths, rope, queries)
-        stream.packed_tensor = qkv
+        stream = cls.__new__(cls)
+        stream._parts, stream.packed_tensor = None, qkv
+        stream._finish(qkv.shape[:2] + qkv.shape[3:], qkv, q_weight, k_weight, lengths, rope, queries)
         return stream
 
     def valid(self) -> Tensor | None:
         """[B, S] bool, True where a token is not padding; None if none is."""
         if self.lengths is None:
             return None
-        return torch.arange(self.k.shape[1], device=self.k.device) < self.lengths.unsqueeze(1)
+        return torch.arange(self.shape[1], device=self.like.device) < self.lengths.unsqueeze(1)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -47,9 +47,16 @@ def joined(streams: tuple[Stream, ...], asking: list[Stream], eps: float) -> tup
     """q of all asking streams and k, v of all, [B, tokens, H, D], normalised and rotated."""
     if refuses_fused(streams) is None:
         return tuple(_layout(*flatten(streams), eps))
-    q = together([prepared(s.q, s.q_weight, s.rope, eps) for s in asking if s.q is not None])
-    k = together([prepared(s.k, s.k_weight, s.rope, eps) for s in streams])
+    q = together([ready(s.q, s.q_weight, s, eps) for s in asking if s.q is not None])
+    k = together([ready(s.k, s.k_weight, s, eps) for s in streams])
     return q, k, together([s.v for s in streams])
+
+
+def ready(x: Tensor, weight: Tensor | None, stream: Stream, eps: float) -> Tensor:
+    """q or k normalised and rotated, by PyTorch's own RMSNorm where it takes the weight's dtype."""
+    if weight is not None and weight.dtype == x.dtype:
+        x, weight = F.rms_norm(x, x.shape[-1:], weight, eps), None
+    return prepared(x, weight, stream.rope, eps)
 
 
 def together(tensors: list[Tensor]) -> Tensor:

@@ -1,36 +1,46 @@
-"""The ops at SD3's shapes, and every way to compute them that they are held against."""
+"""The ops and the block at SD3's shapes, and every way to compute them that they are held against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import rfkernels
+from bench import eager
+from bench.counting import rms_norm_as_on_a_gpu
 from bench.environment import importable
+from mmdit import presets
+from mmdit.blocks import JointBlock
+from mmdit.flops import TEXT_TOKENS
 from rfkernels import Stream
 
 Op = Callable[..., tuple[Tensor, ...]]
-TEXT = 154
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `make` gives fresh inputs, which all take gradients; contenders take them in that order."""
+    """One op at one shape. `make` gives fresh inputs, which all take gradients; contenders take them in that order. A
+    contender with `weights` takes gradients for those as well, and makes them when it first runs."""
 
     name: str
     make: Callable[[], list[Tensor]]
     contenders: dict[str, Op]
     """"ours" and "eager", which a careful user writes, among them."""
-    forward_bytes: int
-    """The least to move: each activation once."""
-    backward_bytes: int
+    forward_bytes: int = 0
+    """The least to move: each activation once; 0 if the case is more than one kernel's work."""
+    backward_bytes: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
+    counted: dict[str, Op] = field(default_factory=dict)
+    """What stands for a contender when kernels are counted by shapes, where PyTorch would show it otherwise."""
 
 
 def compiled(op: Op) -> dict[str, Op]:
@@ -45,18 +55,55 @@ def compiled(op: Op) -> dict[str, Op]:
 
 
 def eager_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
-    return (F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1),)
+    return (eager.adaln(x, shift, scale),)
 
 
 def eager_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor]:
-    return (residual + gate.unsqueeze(1) * branch,)
+    return (eager.gated_residual(residual, branch, gate),)
 
 
 def eager_gated_adaln(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    (h,) = eager_gated_residual(residual, branch, gate)
-    return h, *eager_adaln(h, shift, scale)
+    h = eager.gated_residual(residual, branch, gate)
+    return h, eager.adaln(h, shift, scale)
+
+
+def modulated(norm: Callable[[Tensor], Tensor]) -> dict[str, Op]:
+    """The family around a library's layer norm, which knows nothing of modulation."""
+
+    def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
+        return (norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1),)
+
+    def gated_adaln(residual: Tensor, branch: Tensor, gate: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        h = eager.gated_residual(residual, branch, gate)
+        return h, *adaln(h, *vectors)
+
+    return {"adaln": adaln, "gated_adaln": gated_adaln}
+
+
+def affine(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight of ones and a bias of zeros: some libraries have no layer norm without them."""
+    return x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+
+
+def liger(x: Tensor) -> Tensor:
+    out: Tensor = import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction.apply(x, *affine(x), 1e-6)
+    return out
+
+
+def apex(x: Tensor) -> Tensor:
+    """NVIDIA's; the package of that name on PyPI is another."""
+    module = import_module("apex.normalization.fused_layer_norm")
+    out: Tensor = module.fused_layer_norm(x, (x.shape[-1],), 1e-6, True)
+    return out
+
+
+def norms() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Layer norms of libraries that are here and run on a GPU."""
+    found = {"liger": ("liger_kernel.ops", liger), "apex": ("apex.normalization.fused_layer_norm", apex)}
+    usable = torch.cuda.is_available()
+    return {name: norm for name, (module, norm) in found.items() if usable and importable(module)}
 
 
 FAMILY: dict[str, tuple[int, int, Op, Op, int, int]] = {
@@ -68,13 +115,14 @@ FAMILY: dict[str, tuple[int, int, Op, Op, int, int]] = {
 
 
 def modulation_cases(batch: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    for op, (activations, vectors, ours, eager, forward, backward) in FAMILY.items():
+    for op, (activations, vectors, ours, plain, forward, backward) in FAMILY.items():
         def make(activations: int = activations, vectors: int = vectors) -> list[Tensor]:
             shapes = [(batch, tokens, width)] * activations + [(batch, width)] * vectors
             return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
 
         one = batch * tokens * width * dtype.itemsize
-        contenders = {"ours": ours, "eager": eager, **compiled(eager)}
+        contenders = {"ours": ours, "eager": plain, **compiled(plain)}
+        contenders |= {name: ways[op] for name, norm in norms().items() if op in (ways := modulated(norm))}
         yield Case(f"{op}-{width}-B{batch}-S{tokens}", make, contenders, forward * one, backward * one)
 
 
@@ -86,23 +134,11 @@ def ours_attention(text: Tensor, image: Tensor, *weights: Tensor) -> tuple[Tenso
     return tuple(out for out in rfkernels.joint_attention(streams) if out is not None)
 
 
-def around(core: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Op:
-    """A library's attention with what it needs around it: norms, concatenation, split. core takes [B, S, H, D]."""
-
+def around(core: Callable[[Tensor, Tensor, Tensor], Tensor], norm: eager.Norm = F.rms_norm) -> Op:
     def attention(text: Tensor, image: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        parts = []
-        for qkv, (q_weight, k_weight) in ((text, weights[:2]), (image, weights[2:])):
-            q, k, v = qkv.unbind(2)
-            normed = (F.rms_norm(x, x.shape[-1:], w, 1e-6) for x, w in ((q, q_weight), (k, k_weight)))
-            parts.append((*normed, v))
-        out = core(*(torch.cat(both, 1) for both in zip(*parts, strict=True)))
-        return out.split([text.shape[1], image.shape[1]], 1)
+        return tuple(eager.joint(core, [text, image], [weights[:2], weights[2:]], norm))    # type: ignore[list-item]
 
     return attention
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def sdpa_by(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -110,14 +146,12 @@ def sdpa_by(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return sdpa(q, k, v)
+            return eager.sdpa(q, k, v)
 
     return attend
 
 
 def flash(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from importlib import import_module
-
     function = import_module(module).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,12 +161,14 @@ def flash(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend
 
 
+LIBRARIES = {"flash-attn": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+
+
 def attention_contenders() -> dict[str, Op]:
-    found: dict[str, Op] = {"ours": ours_attention, "eager": around(sdpa)}
+    found: dict[str, Op] = {"ours": ours_attention, "eager": around(eager.sdpa)}
     if torch.cuda.is_available():
         found |= {"flash2": around(sdpa_by("FLASH_ATTENTION")), "cudnn": around(sdpa_by("CUDNN_ATTENTION"))}
-        modules = {"flash-attn": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
-        found |= {name: around(flash(module)) for name, module in modules.items() if importable(module)}
+        found |= {name: around(flash(module)) for name, module in LIBRARIES.items() if importable(module)}
         found |= {f"{name}+cudnn": op for name, op in compiled(found["cudnn"]).items() if name == "compile"}
         found |= compiled(found["eager"])
     return found
@@ -140,27 +176,123 @@ def attention_contenders() -> dict[str, Op]:
 
 def attention_case(batch: int, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Case:
     def make() -> list[Tensor]:
-        qkvs = [torch.randn(batch, n, 3, heads, HEAD_DIM, device=device, dtype=dtype) for n in (TEXT, tokens)]
+        qkvs = [torch.randn(batch, n, 3, heads, HEAD_DIM, device=device, dtype=dtype) for n in (TEXT_TOKENS, tokens)]
         return [*qkvs, *torch.ones(4, HEAD_DIM, device=device, dtype=dtype).unbind()]
 
-    length = TEXT + tokens
+    length = TEXT_TOKENS + tokens
     one = batch * length * heads * HEAD_DIM * dtype.itemsize
     flops = 4 * batch * heads * length**2 * HEAD_DIM
-    name = f"joint_attention-H{heads}-B{batch}-S{TEXT}+{tokens}"
-    return Case(name, make, attention_contenders(), 4 * one, 8 * one, flops, 5 * flops // 2)
+    return Case(
+        f"joint_attention-H{heads}-B{batch}-S{TEXT_TOKENS}+{tokens}", make, attention_contenders(), 4 * one, 8 * one,
+        flops, 5 * flops // 2, {"eager": around(eager.sdpa, rms_norm_as_on_a_gpu)},
+    )  # fmt: skip
+
+
+# --- the block --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Weights:
+    """A joint block of the paper's series whose weights are made when they are first asked for."""
+
+    depth: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def block(self) -> JointBlock:
+        with self.device, eager.made_in(self.dtype):
+            made = JointBlock(presets.by_depth(self.depth), 0)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, std=0.03)
+        return made
+
+
+@dataclass
+class BlockOp:
+    """One way to run a block, (text, image, c) -> (text, image); all ways of a case share their weights."""
+
+    shared: _Weights
+    build: Callable[[JointBlock], nn.Module] = lambda block: block
+    compile: dict[str, Any] | None = None
+
+    @cached_property
+    def module(self) -> nn.Module:
+        made = self.build(self.shared.block)
+        if self.compile is not None:
+            made.compile(fullgraph=True, dynamic=False, **self.compile)
+        return made
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return list(self.shared.block.parameters())
+
+    def __call__(self, text: Tensor, image: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.module([text, image], c, [None, None]))
+
+    def free(self) -> None:
+        """Lets go of the weights until the next call."""
+        self.__dict__.pop("module", None)
+        self.shared.__dict__.pop("block", None)
+
+
+def block_case(batch: int, tokens: int, depth: int, device: torch.device, dtype: torch.dtype) -> Case:
+    config, shared = presets.by_depth(depth), _Weights(depth, device, dtype)
+
+    def make() -> list[Tensor]:
+        shapes = [(batch, TEXT_TOKENS, config.width), (batch, tokens, config.width), (batch, config.width)]
+        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
+
+    found: dict[str, Op] = {"ours": BlockOp(shared), "eager": BlockOp(shared, eager.Block)}
+    if torch.cuda.is_available():
+        found["ours, compiled"] = BlockOp(shared, eager.twin, {})
+        found["compile"] = BlockOp(shared, eager.Block, {})
+        found["max-autotune"] = BlockOp(shared, eager.Block, {"mode": "max-autotune-no-cudagraphs"})
+    forward = 2 * 12 * config.width**2 * batch * (TEXT_TOKENS + tokens)              # qkv, proj, fc1, fc2
+    forward += 2 * 12 * config.width**2 * batch                                      # modulations of both streams
+    forward += 4 * batch * config.width * (TEXT_TOKENS + tokens) ** 2
+    counted = {"eager": BlockOp(shared, partial(eager.Block, norm=rms_norm_as_on_a_gpu))}
+    return Case(
+        f"block-{config.width}-B{batch}-S{TEXT_TOKENS}+{tokens}", make, found,
+        forward_flops=forward, backward_flops=2 * forward, counted=counted,
+    )  # fmt: skip
 
 
 # --- Shapes -----------------------------------------------------------------------------------------------------------
 
 
+SHAPES = ((256, 64), (1024, 16), (4096, 4), (256, 1))
+"""Image tokens of 256, 512 and 1024 pixels, at batches that fill a GPU, and the first at 1."""
+
+
 def cases(device: torch.device) -> list[Case]:
-    """On a GPU d = 24 and 38 at 256, 512 and 1024 pixels, at batches that fill it and at 1; on a CPU d = 6, once."""
+    """On a GPU d = 24 and 38 at every shape; on a CPU d = 6, once."""
     if device.type != "cuda":
-        small = [*modulation_cases(2, 256, 384, device, torch.float32)]
-        return [*small, attention_case(2, 256, 6, device, torch.float32)]
-    found = []
+        setting = (device, torch.float32)
+        return [
+            *modulation_cases(2, 256, 384, *setting), attention_case(2, 256, 6, *setting),
+            block_case(2, 256, 6, *setting),
+        ]  # fmt: skip
+    found: list[Case] = []
     for depth in (24, 38):
-        for tokens, batch in ((256, 64), (1024, 16), (4096, 4), (256, 1)):
-            found += [*modulation_cases(batch, tokens, 64 * depth, device, torch.bfloat16)]
+        for tokens, batch in SHAPES:
+            found += modulation_cases(batch, tokens, 64 * depth, device, torch.bfloat16)
             found.append(attention_case(batch, tokens, depth, device, torch.bfloat16))
+            found.append(block_case(batch, tokens, depth, device, torch.bfloat16))
+    return found
+
+
+def left_out(device: torch.device) -> dict[str, str]:
+    """What this machine cannot run, and why."""
+    found = {}
+    if device.type != "cuda":
+        found["d = 24 and 38 at 256, 512 and 1024 pixels, in bf16"] = "no GPU"
+        found["torch.compile, max-autotune, SDPA by backend"] = "no GPU to compile and run for"
+        found["times of the Triton kernels, device bandwidth, memory peaks, MFU"] = "no GPU"
+    wanted = {**LIBRARIES, "liger": "liger_kernel.ops", "apex": "apex.normalization.fused_layer_norm"}
+    for name, module in {**wanted, "diffusers": "diffusers"}.items():
+        if not importable(module):
+            found[name] = f"{module} is not installed"
+        elif device.type != "cuda" and name in wanted:
+            found[name] = "installed, but there is no GPU"
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, gate
+from bench import environment, gate, tables
+from bench.cases import left_out
 
 RESULTS = Path(__file__).with_name("results")
-RATIOS = pytest.StashKey[dict[str, float]]()             # ours over eager (or over diffusers), by group, of this run
+ROWS = pytest.StashKey[tables.Rows]()                    # of this run
+NOTES = pytest.StashKey[list[str]]()                     # lines for the end of it
 VERDICT = pytest.StashKey[str]()
 
 
@@ -44,15 +45,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ops", default="", help="only cases whose name contains this")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
-    config.stash[RATIOS] = {}
+    config.option.benchmark_quiet = True          # one table at the end says it shorter; -v brings pytest-benchmark's
+    config.stash[ROWS], config.stash[NOTES] = {}, []
     if not torch.cuda.is_available():
         torch.set_num_threads(1)                  # two threads on a busy machine measure the other process
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["rfkernels"] = environment.environment()
+    machine_info.pop("node", None)                # results are published; whose machine it was is nobody's business
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["machine_info"]["rfkernels"]["ceilings"] = environment.ceilings().record()
+    output_json["notes"] = config.stash[NOTES]
 
 
 @pytest.fixture
@@ -63,27 +72,48 @@ def report(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
         benchmark.group, benchmark.extra_info = group, record
         benchmark._timer, replay.coming, replay._started = replay, list(seconds), False
         benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
-        if "ratio" in record:
-            request.config.stash[RATIOS][group] = record["ratio"]
+        if "contender" in record:
+            row = {"us": tables.median(seconds) * 1e6, **record}
+            request.config.stash[ROWS].setdefault(group, {})[record["contender"]] = row
 
     return show
 
 
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """note(line): says something at the end of the run, and keeps it in the results."""
+    return request.config.stash[NOTES].append
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    against, now = config.getoption("--against"), config.stash[RATIOS]
+    against = config.getoption("--against")
+    now = {case: row["ours"]["ratio"] for case, row in config.stash[ROWS].items() if "ratio" in row.get("ours", {})}
     if not against or not now:
         return
-    before = gate.newest(RESULTS, environment.device_name()) if against == "newest" else Path(against)
-    if before is None:
-        config.stash[VERDICT] = f"no results of {environment.device_name()} in {RESULTS}: nothing to compare with"
-        return
-    worse = gate.regressions(gate.ratios(json.loads(before.read_text())), now, config.getoption("--slower"))
-    config.stash[VERDICT] = "\n  ".join([f"against {before}: {'slower:' if worse else 'nothing slower'}", *worse])
+    files = [Path(against)]
+    if against == "newest":
+        run = gate.newest(RESULTS, environment.device_name())
+        if run is None:
+            config.stash[VERDICT] = f"no results of {environment.device_name()} in {RESULTS}: nothing to compare with"
+            return
+        against, files = run, gate.runs(RESULTS)[run]
+    worse = gate.regressions(gate.ratios(gate.read(files)), now, config.getoption("--slower"))
+    config.stash[VERDICT] = "\n  ".join([f"against {against}: {'slower:' if worse else 'nothing slower'}", *worse])
     if worse:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    say = terminalreporter.write_line
+    if rows := config.stash[ROWS]:
+        terminalreporter.section("ours, and what it is held against")
+        for line in tables.summary(rows):
+            say(line)
+        for line in config.stash[NOTES]:
+            say(line)
+        say("")
+        for what, why in left_out(environment.device()).items():
+            say(f"left out: {what} ({why})")
     if verdict := config.stash.get(VERDICT, ""):
-        terminalreporter.write_line(verdict)
+        say(verdict)

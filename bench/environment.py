@@ -1,17 +1,62 @@
-"""What a measurement ran on. A figure without this is not a figure."""
+"""What a measurement ran on, and what that machine can do at most. A figure without this is not a figure."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-# Dense bf16 FLOP/s by data sheet, for the share of them that a training step reaches. Unknown GPUs get none.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12}
+
+@dataclass(frozen=True)
+class Gpu:
+    """By its data sheet."""
+
+    flops: float
+    """Dense bf16 FLOP/s."""
+    bandwidth: float
+    """Bytes per second of device memory."""
+    memory: float
+    """Bytes."""
+
+
+GPUS = {
+    "A100-SXM4-80GB": Gpu(312e12, 2.04e12, 80e9),
+    "H100 80GB HBM3": Gpu(989e12, 3.35e12, 80e9),
+    "H100 PCIe": Gpu(756e12, 2.0e12, 80e9),
+    "H200": Gpu(989e12, 4.8e12, 141e9),
+    "B200": Gpu(2250e12, 8.0e12, 180e9),
+}
+"""By a part of the name that the driver gives. Others have no MFU rather than a wrong one."""
+
+
+def gpu(name: str) -> Gpu | None:
+    return next((known for part, known in GPUS.items() if part.lower() in name.lower()), None)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches on the pieces that a model is made of."""
+
+    copy: float
+    """Bytes per second of a copy, read plus written."""
+    matmul: float
+    """FLOP/s of a matrix product of the size of a block's."""
+    attention: float
+    """FLOP/s of PyTorch's attention, head dimension 64."""
+    launch: float
+    """Seconds that the shortest kernel takes."""
+    source: str = "measured"
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def device() -> torch.device:
@@ -20,10 +65,6 @@ def device() -> torch.device:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{platform.machine()}"
-
-
-def peak_flops(name: str) -> float | None:
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def version(package: str) -> str | None:
@@ -41,10 +82,20 @@ def driver() -> str | None:
         return None
 
 
+def processor() -> str | None:
+    """The CPU's name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    except OSError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     packages = ("torch", "triton", "diffusers", "liger-kernel", "flash-attn", "flash-attn-4", "quack-kernels")
     return {
         "device": device_name(),
+        "processor": processor(),
         "driver": driver(),
         "cuda": torch.version.cuda,
         "cores": torch.get_num_threads(),
@@ -59,12 +110,47 @@ def importable(module: str) -> bool:
         return False
 
 
-def copy_bandwidth(size: int = 1 << 28) -> float:
-    """Bytes per second of a device copy, read plus written: the ceiling that bandwidths are held against."""
+def sdpa_backend(batch: int, tokens: int, heads: int) -> str:
+    """The kernel that PyTorch's attention really runs, as the profiler names it, head dimension 64."""
+    where = device()
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    q, k, v = torch.randn(3, batch, heads, tokens, 64, device=where, dtype=dtype)
+    by = "self_device_time_total" if where.type == "cuda" else "self_cpu_time_total"
+    with torch.profiler.profile() as profiled:
+        F.scaled_dot_product_attention(q, k, v)
+    return str(max(profiled.key_averages(), key=lambda event: getattr(event, by)).key)[:80]
+
+
+@cache
+def ceilings() -> Ceilings:
+    """Of this machine, measured now: copies of 256 MiB (on a CPU 64); products and attention of a d = 24 block on
+    16,384 tokens in bf16, on a CPU of a d = 6 block on 820 tokens in fp32."""
     from bench.measure import interleaved
 
     where = device()
-    size = size if where.type == "cuda" else 1 << 26
-    source = torch.empty(size, dtype=torch.uint8, device=where).random_()
+    on_gpu = where.type == "cuda"
+    tokens, width, dtype = (16384, 1536, torch.bfloat16) if on_gpu else (820, 384, torch.float32)
+    source = torch.empty(1 << (28 if on_gpu else 26), dtype=torch.uint8, device=where).random_()
     target = torch.empty_like(source)
-    return 2 * size / interleaved({"copy": lambda i: target.copy_(source)}, where)["copy"].median
+    x, w = (torch.randn(s, device=where, dtype=dtype) for s in ((tokens, width), (4 * width, width)))
+    batch, length, heads = tokens // 410, 410, width // 64
+    q, k, v = torch.randn(3, batch, heads, length, 64, device=where, dtype=dtype)
+    small = torch.ones(1, device=where)
+    calls: dict[str, Callable[[int], object]] = {
+        "copy": lambda i: target.copy_(source),
+        "matmul": lambda i: F.linear(x, w),
+        "attention": lambda i: F.scaled_dot_product_attention(q, k, v),
+        "launch": lambda i: small + small,
+    }
+    took = {name: samples.median for name, samples in interleaved(calls, where).items()}
+    return Ceilings(
+        copy=2 * source.numel() / took["copy"],
+        matmul=2 * tokens * width * 4 * width / took["matmul"],
+        attention=4 * batch * heads * length**2 * 64 / took["attention"],
+        launch=took["launch"],
+    )
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device copy, read plus written: the ceiling that bandwidths are held against."""
+    return ceilings().copy

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:
@@ -21,8 +25,33 @@ def regressions(before: dict[str, float], after: dict[str, float], slower: float
     ]
 
 
-def newest(folder: Path, device: str) -> Path | None:
-    """The newest stored results of this device; files are named DEVICE-DATE.json."""
-    name = device.lower().replace(" ", "_")
-    found = sorted(folder.glob(f"{name}-*.json"))
-    return next((p for p in reversed(found) if "benchmarks" in json.loads(p.read_text())), None)
+def slug(device: str) -> str:
+    """A device's name in the names of its files."""
+    return device.lower().replace(" ", "_")
+
+
+def read(files: Sequence[Path]) -> dict[str, Any]:
+    """Files that pytest-benchmark wrote as one result: their cases, and what else the first says."""
+    parts = [json.loads(file.read_text()) for file in files]
+    notes = [line for part in parts for line in part.get("notes", [])]
+    return {**parts[0], "benchmarks": [b for part in parts for b in part["benchmarks"]], "notes": notes}
+
+
+def runs(folder: Path) -> dict[str, list[Path]]:
+    """Results of the suite in a folder by run, "DEVICE-DATE", newest first. A run's parts, DEVICE-DATE-PART.json,
+    belong together; what else lies there is passed over."""
+    found: dict[str, list[Path]] = {}
+    dated = [(match, p) for p in sorted(folder.glob("*.json")) if (match := DATE.search(p.stem))]
+    for match, path in sorted(dated, key=lambda pair: pair[0].group(), reverse=True):
+        if "benchmarks" in json.loads(path.read_text()):
+            found.setdefault(path.stem[: match.end()], []).append(path)
+    return found
+
+
+def device_of(run: str) -> str:
+    return DATE.split(run)[0].removesuffix("-")
+
+
+def newest(folder: Path, device: str) -> str | None:
+    """The newest run of this device."""
+    return next((run for run in runs(folder) if device_of(run) == slug(device)), None)

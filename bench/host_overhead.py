@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -42,20 +41,12 @@ REPLACED: tuple[tuple[ModuleType, str], ...] = (
 def without_kernels() -> Iterator[None]:
     """Inside, the Triton implementations run on any machine, up to their launches."""
     kernels = [(module, name, getattr(module, name)) for module, name in REPLACED]
-    registry = dict(dispatch._registry)
     for module, name, _ in kernels:
         setattr(module, name, Nothing())
-    for op in ("adaln", "joint_attention"):
-        first = dispatch.implementations(op)[0]
-
-        def asked(*args: object, refuses: Callable[..., object] = first.refuses) -> None:
-            refuses(*args)                     # asked as on a GPU; the answer is for this machine and not heeded
-
-        dispatch._registry[op] = (replace(first, refuses=asked, slower=None), *registry[op])
     try:
-        yield
+        with dispatch.as_on_a_gpu("adaln", "joint_attention"):
+            yield
     finally:
-        dispatch._registry.update(registry)
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
 

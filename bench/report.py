@@ -1,93 +1,103 @@
-"""A results file as a Markdown table and a picture: python -m bench.report bench/results/FILE.json --out docs
+"""Results as tables and pictures, and the README's section from the newest of each device: python -m bench report
 
-What --benchmark-json wrote becomes FILE.md and FILE.png: for every case the time of each contender and how many times
-faster than eager it is. Losses stay in.
+What --benchmark-json wrote becomes FILE.md and four pictures beside it. Losses stay in.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
-Rows = dict[str, dict[str, dict[str, Any]]]
-"""By case, by contender: {"us": median, "spread": ..., and the record of the run}."""
+from tqdm import tqdm
+
+from bench import gate, pictures, tables
+
+BEGIN = "<!-- bench: what follows is written by `python -m bench report`; edits are lost -->"
+END = "<!-- bench: end -->"
 
 
-def rows(results: dict[str, Any]) -> Rows:
-    found: Rows = {}
-    for b in results["benchmarks"]:
-        record = b.get("extra_info", {})
-        if "contender" in record:
-            found.setdefault(b["group"], {})[record["contender"]] = {"us": b["stats"]["median"] * 1e6, **record}
-    return found
+def ceilings(results: dict[str, Any]) -> str:
+    c = results["machine_info"]["rfkernels"].get("ceilings")
+    if not c:
+        return ""
+    return (
+        f"Ceilings measured in the same run: copy {c['copy'] / 1e9:.1f} GB/s, matrix products "
+        f"{c['matmul'] / 1e12:.3g} TFLOP/s, attention {c['attention'] / 1e12:.3g} TFLOP/s."
+    )
 
 
-def where(results: dict[str, Any]) -> str:
-    """The line without which no figure stands."""
-    machine = results["machine_info"]["rfkernels"]
-    parts = [f"{name} {machine[name]}" for name in ("driver", "torch", "triton") if machine.get(name)]
-    return ", ".join([machine["device"], *parts, results["datetime"][:10]])
+def ratio_to_diffusers(results: dict[str, Any]) -> str:
+    found = [
+        f"{1 / row['ours']['ratio_diffusers']:.2f} times as fast in the {case}"
+        for case, row in tables.rows(results).items()
+        if "ratio_diffusers" in row.get("ours", {})
+    ]
+    return f"Against diffusers with the same weights: {'; '.join(found)}." if found else ""
 
 
-def markdown(results: dict[str, Any]) -> str:
-    found = rows(results)
-    names = list(dict.fromkeys(n for contenders in found.values() for n in contenders))
-    lines = [f"Medians in microseconds (times as fast as the baseline); {where(results)}.", ""]
-    lines += ["| case | " + " | ".join(names) + " | GB/s | of copy | runs |", "|---" * (len(names) + 4) + "|"]
-    for case, contenders in found.items():
-        base = baseline(contenders)
-        cells = [f"{c['us']:.1f} ({base / c['us']:.2f})" if (c := contenders.get(n)) else "" for n in names]
-        ours = contenders.get("ours", {})
-        copied = f"{ours['of_copy']:.0%}" if "of_copy" in ours else ""
-        runs = ours.get("runs", "").partition(": ")[2].split(" (")[0]
-        lines.append(f"| {case} | {' | '.join(cells)} | {ours.get('GB/s', '')} | {copied} | {runs} |")
-    return "\n".join(lines) + "\n"
+def behind(results: dict[str, Any]) -> str:
+    """Losses, counted."""
+    mine = [row["ours"] for row in tables.rows(results).values() if "ratio" in row.get("ours", {})]
+    slower = sum(m["ratio"] > 1 for m in mine)
+    return f"Ours is slower than eager PyTorch in {slower} of {len(mine)} cases."
 
 
-def baseline(contenders: dict[str, dict[str, Any]]) -> float:
-    """Eager's time, or that of the model compared with."""
-    return next(c["us"] for n, c in contenders.items() if n in ("eager", "diffusers"))
+def page(results: dict[str, Any], stem: str) -> str:
+    """The whole of one file."""
+    found = tables.rows(results)
+    notes = "\n".join(results.get("notes", []))
+    parts = [
+        f"# {tables.where(results)}",
+        " ".join(filter(None, (ceilings(results), behind(results), ratio_to_diffusers(results)))),
+        "Medians; in brackets how many times as fast as eager.",
+        tables.full(found),
+        tables.EXPLAINED,
+        tables.short(found),
+        "\n".join(f"![{title}]({stem}-{name}.png)" for name, title in pictures.TITLES.items()),
+        f"```\n{notes}\n```" if notes else "",
+    ]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def picture(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    found = rows(results)
-    names = list(dict.fromkeys(n for contenders in found.values() for n in contenders))
-    height = 0.8 / len(names)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names) * len(found)), layout="constrained")
-    for j, name in enumerate(names):
-        at = [i + j * height for i, c in enumerate(found.values()) if name in c]
-        speed = [baseline(c) / c[name]["us"] for c in found.values() if name in c]
-        axes.barh(at, speed, height, label=name)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(found))], list(found), fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as the baseline (eager PyTorch, or diffusers)")
-    behind = sum(baseline(c) < c["ours"]["us"] for c in found.values() if "ours" in c)
-    axes.set_title(f"ours is behind the baseline in {behind} of {len(found)} cases\n{where(results)}", fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def section(runs: dict[str, dict[str, Any]]) -> str:
+    """The README's: of each run the short table."""
+    parts = [BEGIN]
+    for run, results in runs.items():
+        said = " ".join(filter(None, (behind(results), ratio_to_diffusers(results))))
+        head = f"**{tables.where(results)}** ([all of it](bench/results/{run}.md))"
+        parts += [head, tables.short(tables.rows(results)), said]
+    return "\n\n".join(part.rstrip() for part in [*parts, tables.EXPLAINED, END])
 
 
-def main(file: Path, out: Path) -> None:
-    results = json.loads(file.read_text())
-    if not rows(results):
-        raise SystemExit(f"error: {file} has no cases of this suite; expected what pytest bench --benchmark-json wrote")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{file.stem}.md").write_text(markdown(results))
-    picture(results, out / f"{file.stem}.png")
-    print(f"wrote {out / file.stem}.md and .png")
+def replaced(text: str, new: str, where: Path) -> str:
+    """The text with its section replaced. Raises: ValueError if it has none."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{where} has no section between '{BEGIN}' and '{END}'")
+    return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the table and the picture")
-    main(**vars(parser.parse_args()))
+def newest_of_each(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest run of each device."""
+    runs = gate.runs(folder)
+    newest = {gate.device_of(run): run for run in reversed(runs)}
+    return {run: gate.read(runs[run]) for run in sorted(newest.values())}
+
+
+def main(files: list[Path], out: Path, readme: Path | None, check: bool) -> None:
+    runs = {file.stem: gate.read([file]) for file in files} or newest_of_each(out)
+    empty = [run for run, results in runs.items() if not tables.rows(results)]
+    if empty or not runs:
+        found = ", ".join(empty) or f"{out} without results"
+        raise ValueError(f"report: found {found}; expected what pytest bench --benchmark-json wrote")
+    if check and readme is not None:
+        text = readme.read_text()
+        if replaced(text, section(runs), readme) != text:
+            sys.exit(f"error: the bench section of {readme} is not that of {out}; run python -m bench report")
+        return
+    for run, results in tqdm(runs.items(), desc="report", disable=None):
+        (out / f"{run}.md").write_text(page(results, run))
+        pictures.draw(results, out / run)
+    if readme is not None:
+        readme.write_text(replaced(readme.read_text(), section(runs), readme))
+        print(f"refreshed {readme}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rfkernels
+from bench.counting import keeping
 from mmdit import presets
 from mmdit.blocks import JointBlock
 from rfkernels import dispatch
@@ -22,18 +23,9 @@ from rfkernels.triton_support import INSTALLED, INTERPRETED
 
 def saved(run: Callable[[], object], weights: list[Tensor]) -> int:
     """Bytes of distinct storages that autograd keeps while `run` builds its graph."""
-    left_out = {w.untyped_storage().data_ptr() for w in weights}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        held.append(run())                     # kept alive, or a freed storage's address is used again
+    with keeping(weights) as kept:
+        held = run()                           # kept alive, or a freed storage's address is used again
+    del held
     return sum(kept.values())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed: its launchers can
 
 
 @pytest.mark.parametrize("op", calls())
-def test_host_overhead(op: str, report: Callable[..., None]) -> None:
+def test_host_overhead(op: str, report: Callable[..., None], note: Callable[[str], None]) -> None:
     """Of a call up to its launch, on the CPU even where there is a GPU."""
     with without_kernels():
         ours, theirs = calls()[op]
@@ -23,12 +26,23 @@ def test_host_overhead(op: str, report: Callable[..., None]) -> None:
         samples = interleaved(contenders, torch.device("cpu"))
     above = samples["ours"].median - samples["PyTorch"].median
     report(f"host overhead of {op}, up to the launch", samples["ours"].seconds, above_us=round(above * 1e6, 1))
+    took, base = samples["ours"].median * 1e6, samples["PyTorch"].median * 1e6
+    note(f"host time of {op} up to its launch: {took:.1f} us; a PyTorch call of its kind {base:.1f} us")
 
 
 @pytest.mark.parametrize("way", [w for w in ways() if "Triton" not in w])
-def test_saved_bytes(way: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes that a joint block keeps, per token and channel. Its Triton rows: TRITON_INTERPRET=1 bench.saved_bytes."""
+def test_saved_bytes(way: str, note: Callable[[str], None]) -> None:
+    """Bytes that a joint block keeps on this machine. Its Triton rows: TRITON_INTERPRET=1 bench.saved_bytes."""
     kept = block_bytes(ways()[way])
     assert kept > 0
-    with capsys.disabled():
-        print(f"\n  bytes kept for backward, {way}: {kept:.1f}", end="")
+    note(f"bytes a block keeps per token and channel, bf16, {way}: {kept:.1f}")
+
+
+def test_compiled_kernels(note: Callable[[str], None]) -> None:
+    """What the compiler makes of the kernels for an H100, which need not be here; fails as `--check` does."""
+    command = [sys.executable, "-m", "rfkernels.inspect", "--check", "--targets", "sm_90"]
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=without)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        note(line)

@@ -1,7 +1,5 @@
-"""The whole model against diffusers' with the same weights, in one run: a training step and a sampling step.
-
-On a CPU at d = 6, which is what it can do; on a GPU at d = 24 in bf16.
-"""
+"""The whole model, a training step and a sampling step: ours against the same weights in eager PyTorch, diffusers and,
+on a GPU, compilers. On a CPU at d = 6, which is what it can do; on a GPU at d = 24 and 38 in bf16."""
 
 from __future__ import annotations
 
@@ -13,82 +11,100 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import environment
-from bench.measure import Samples, interleaved
-from mmdit import MMDiT, presets
-from mmdit.flops import training_flops
+from bench import environment, models
+from bench.breakdown import breakdown
+from bench.measure import Call, Samples, interleaved
+from bench.models import STEPS
 
 DEVICE = environment.device()
-DEPTH, BATCH, DTYPE = (24, 32, torch.bfloat16) if DEVICE.type == "cuda" else (6, 2, torch.float32)
-LATENT, TEXT, MOST = 32, 154, 64                # 256 pixels
-STEPS = ("training", "sampling")
-CONTENDERS = ("ours", "diffusers")
+CASES = [(size, step) for size in (models.GPU if DEVICE.type == "cuda" else models.CPU) for step in STEPS]
+SIZES = {size.name(step): (size, step) for size, step in CASES}
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+Breakdown = tuple[dict[str, float], int | None]
 
 
-def models() -> tuple[nn.Module, nn.Module]:
-    """(ours, diffusers'), the same function."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to compare with")
-    from tests.mmdit.test_diffusers_parity import carried_over
-
-    theirs = diffusers.SD3Transformer2DModel(
-        sample_size=LATENT, num_layers=DEPTH, attention_head_dim=64, num_attention_heads=DEPTH,
-        joint_attention_dim=4096, caption_projection_dim=64 * DEPTH, pooled_projection_dim=2048,
-        pos_embed_max_size=MOST, qk_norm="rms_norm",
-    )  # fmt: skip
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.03)
-    ours = MMDiT(presets.by_depth(DEPTH, qk_norm=True, max_height=16 * MOST, max_width=16 * MOST))
-    ours.load_state_dict(carried_over(theirs.state_dict(), (), True, MOST, DEPTH))
-    return ours.to(DEVICE, DTYPE), theirs.to(DEVICE, DTYPE)
+def training(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    model(*inputs).square().mean().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
-def batch() -> list[Tensor]:
-    shapes = [(BATCH, 16, LATENT, LATENT), (BATCH, TEXT, 4096), (BATCH, 2048)]
-    latent, context, pooled = (torch.randn(s, device=DEVICE, dtype=DTYPE) for s in shapes)
-    return [latent, torch.rand(BATCH, device=DEVICE), context, pooled]
+def sampling(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        model(*inputs)
+
+
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...], step: str) -> list[Tensor]:
+    """What has to agree: the velocity, and in training the text's gradient, which passes through every block."""
+    latent, t, context, pooled = inputs
+    context = context.detach().requires_grad_(step == "training")
+    with torch.set_grad_enabled(step == "training"):
+        out = model(latent, t, context, pooled)
+        return [out, *(torch.autograd.grad(out.square().mean(), context) if step == "training" else ())]
 
 
 @cache
-def measured(step: str) -> dict[str, Samples]:
-    ours, theirs = models()
-    latent, t, context, pooled = batch()
-    forwards: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: ours(latent, t, context, pooled),
-        "diffusers": lambda: theirs(latent, context, pooled, 1000 * t, return_dict=False)[0],
-    }
-    with torch.no_grad():
-        a, b = forwards["ours"](), forwards["diffusers"]()
-    off = float((a - b).norm() / b.norm())
-    assert off < (0.05 if DEVICE.type == "cuda" else 1e-4), f"not the same function: off by {off:.1e}"
+def measured(name: str) -> tuple[dict[str, Samples], dict[str, str], dict[str, Breakdown]]:
+    """(samples by contender, why the others were left out, where their time goes)."""
+    size, step = SIZES[name]
+    ways = models.contenders(size, DEVICE, DTYPE)
+    inputs = models.inputs(size, DEVICE, DTYPE)
+    run = training if step == "training" else sampling
+    exact, wrong = outputs(ways["eager"], inputs, step), {}
+    for way, model in ways.items():
+        try:
+            got = outputs(model, inputs, step)
+        except Exception as error:                # a compiler may fail, memory may end; said so, and left out
+            wrong[way] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            continue
+        off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, exact, strict=True))
+        if not off < (0.05 if DTYPE is torch.bfloat16 else 1e-3):
+            wrong[way] = f"not the same function: off by {off:.1%}"
+    assert "ours" not in wrong and "eager" not in wrong, wrong
+    del exact, got
 
-    def training(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[int], None]:
-        def step(i: int) -> None:
-            forward().square().mean().backward()
-            for parameter in model.parameters():
-                parameter.grad = None
+    def calling(model: nn.Module) -> Call:
+        return lambda i: run(model, inputs)
 
-        return step
-
-    def sampling(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[int], None]:
-        def step(i: int) -> None:
-            with torch.no_grad():
-                forward()
-
-        return step
-
-    make = sampling if step == "sampling" else training
-    return interleaved({n: make(forwards[n], m) for n, m in (("ours", ours), ("diffusers", theirs))}, DEVICE)
+    calls = {way: calling(model) for way, model in ways.items() if way not in wrong}
+    samples = interleaved(calls, DEVICE)
+    return samples, wrong, {way: breakdown(lambda call=call: call(0)) for way, call in calls.items()}
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("step", STEPS)
-def test_model(step: str, contender: str, report: Callable[..., None]) -> None:
-    samples = measured(step)
-    one = samples[contender]
-    record: dict[str, Any] = {"contender": contender, "spread": round(one.spread, 4), "img/s": BATCH / one.median}
-    if contender == "ours":
-        record["ratio"] = one.over(samples["diffusers"])
-        peak = environment.peak_flops(environment.device_name())
-        if peak and step == "training":
-            record["MFU"] = BATCH * training_flops(presets.by_depth(DEPTH), 256, TEXT).total / one.median / peak
-    report(f"d = {DEPTH}, 256 pixels, batch {BATCH}, {step} step", one.seconds, **record)
+def record(name: str, way: str) -> dict[str, Any]:
+    size, step = SIZES[name]
+    samples, _, broken_down = measured(name)
+    one, flops, base = samples[way], size.flops(step), models.names()
+    found: dict[str, Any] = {
+        "contender": way, "step": step, **size.record(), "dtype": str(DTYPE).removeprefix("torch."),
+        "spread": round(one.spread, 4), "graph": one.graph, "peak_bytes": one.peak_bytes,
+        "img/s": round(size.batch / one.median, 3), "flops": flops, "TFLOP/s": round(flops / one.median / 1e12, 3),
+    }  # fmt: skip
+    seconds, kernels = broken_down[way]
+    total = sum(seconds.values())                 # the profiler slows what it watches: shares of the time, not times
+    found["breakdown"] = {kind: round(one.median * s / total, 6) for kind, s in seconds.items()}
+    if kernels is not None:
+        found["launches_profiled"] = kernels
+    if known := environment.gpu(environment.device_name()):
+        found["MFU"] = round(flops / one.median / known.flops, 4)
+    if way in ("ours", "eager"):
+        count = models.counted(size, step, way, DTYPE)
+        found |= {"launches": count.launches, "moved_bytes": count.bytes, "kept_bytes": count.kept}
+    if way == "ours":
+        found["ratio"] = one.over(samples["eager"])
+        if "diffusers" in base and "diffusers" in samples:
+            found["ratio_diffusers"] = one.over(samples["diffusers"])
+        best = min((n for n in samples if not n.startswith("ours")), key=lambda n: samples[n].median)
+        found["best_other"], found["speedup_over_best"] = best, round(samples[best].over(one), 3)
+    return found
+
+
+@pytest.mark.parametrize("way", models.names())
+@pytest.mark.parametrize("name", SIZES)
+def test_model(name: str, way: str, report: Callable[..., None], request: Any) -> None:
+    if request.config.getoption("--ops") not in name:
+        pytest.skip("not asked for")
+    samples, wrong, _ = measured(name)
+    if way in wrong:
+        pytest.skip(f"{way}: {wrong[way]}")
+    report(name, samples[way].seconds, **record(name, way))

@@ -1,4 +1,4 @@
-"""Every op at SD3's shapes, forward and forward + backward, ours against eager, compilers and libraries."""
+"""Every op and the block at SD3's shapes, forward and forward + backward, ours against eager, compilers, libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 import rfkernels
 from bench import environment
-from bench.cases import Case, Op, cases
+from bench.breakdown import breakdown
+from bench.cases import HEAD_DIM, BlockOp, Case, Op, cases
+from bench.counting import Made, Trace, trace
 from bench.measure import Samples, copies_beyond_cache, interleaved
 
 DEVICE = environment.device()
@@ -20,13 +22,9 @@ CASES = {case.name: case for case in cases(DEVICE)}
 DIRECTIONS = ("forward", "both")
 
 
-@cache
-def copy_speed() -> float:
-    return environment.copy_bandwidth()
-
-
 def gradients(op: Op, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(op(*inputs), inputs, grads))
+    wanted = [*inputs, *getattr(op, "weights", [])]
+    return list(torch.autograd.grad(op(*inputs), wanted, grads))
 
 
 def leaves(case: Case) -> list[Tensor]:
@@ -52,8 +50,8 @@ def agrees(case: Case, op: Op) -> str | None:
 
 
 @cache
-def measured(name: str, direction: str) -> tuple[dict[str, Samples], dict[str, str]]:
-    """(samples by contender, why the others were left out)."""
+def measured(name: str, direction: str) -> tuple[dict[str, Samples], dict[str, str], dict[str, int | None]]:
+    """(samples by contender, why the others were left out, kernels launched as the profiler counts them)."""
     case = CASES[name]
     wrong = {n: why for n, op in case.contenders.items() if (why := agrees(case, op))}
     assert "ours" not in wrong and "eager" not in wrong, wrong
@@ -73,10 +71,34 @@ def measured(name: str, direction: str) -> tuple[dict[str, Samples], dict[str, s
         return forward
 
     calls = {n: calling(op) for n, op in case.contenders.items() if n not in wrong}
-    return interleaved(calls, DEVICE), wrong
+    samples = interleaved(calls, DEVICE)
+    on_gpu = DEVICE.type == "cuda"
+    profiled = {n: breakdown(lambda call=call: call(0))[1] for n, call in calls.items()} if on_gpu else {}
+    free(case)
+    return samples, wrong, profiled
 
 
-def record(case: Case, direction: str, contender: str, samples: dict[str, Samples]) -> dict[str, Any]:
+def counted(case: Case, contender: str, direction: str) -> Trace:
+    """What the case launches and keeps on a GPU, by shapes."""
+
+    def make() -> Made:
+        op = case.counted.get(contender, case.contenders[contender])
+        inputs = [t.requires_grad_() for t in case.make()]
+        return op, inputs, getattr(op, "weights", [])
+
+    found = trace(make, backward=direction == "both")
+    free(case)                                                       # its weights were fake
+    return found
+
+
+def free(case: Case) -> None:
+    for op in (*case.contenders.values(), *case.counted.values()):
+        if isinstance(op, BlockOp):
+            op.free()
+
+
+def record(case: Case, direction: str, contender: str) -> dict[str, Any]:
+    samples, _, profiled = measured(case.name, direction)
     one = samples[contender]
     moved = case.forward_bytes + (direction == "both") * case.backward_bytes
     flops = case.forward_flops + (direction == "both") * case.backward_flops
@@ -84,20 +106,34 @@ def record(case: Case, direction: str, contender: str, samples: dict[str, Sample
         "contender": contender,
         "spread": round(one.spread, 4),
         "graph": one.graph,
-        "least_bytes": moved,
-        "GB/s": round(moved / one.median / 1e9, 1),
-        "of_copy": round(moved / one.median / copy_speed(), 3),
         "peak_bytes": one.peak_bytes,
+        "least_bytes": moved,
+        "flops": flops,
     }
+    if moved:
+        found["GB/s"] = round(moved / one.median / 1e9, 1)
+        found["of_copy"] = round(moved / one.median / environment.copy_bandwidth(), 3)
     if flops:
-        found["TFLOP/s"] = round(flops / one.median / 1e12, 2)
+        found["TFLOP/s"] = round(flops / one.median / 1e12, 3)
+        if known := environment.gpu(environment.device_name()):
+            found["MFU"] = round(flops / one.median / known.flops, 4)
+    if contender in ("ours", "eager"):
+        count = counted(case, contender, direction)
+        found |= {"launches": count.launches, "moved_bytes": count.bytes, "kept_bytes": count.kept}
+    if contender in profiled:
+        found["launches_profiled"] = profiled[contender]
+    if contender == "eager" and case.forward_flops:
+        inputs = case.make()
+        length, batch = inputs[0].shape[1] + inputs[1].shape[1], inputs[0].shape[0]
+        heads = inputs[0].shape[3] if inputs[0].ndim == 5 else inputs[0].shape[2] // HEAD_DIM
+        found["sdpa"] = environment.sdpa_backend(batch, length, heads)
     if contender == "ours":
         found["ratio"] = one.over(samples["eager"])
         best = min((n for n in samples if n != "ours"), key=lambda n: samples[n].median)
         found["best_other"], found["speedup_over_best"] = best, round(samples[best].over(one), 3)
-        inputs = leaves(case)
-        told = rfkernels.explain(case.name.split("-")[0], *explained(case, inputs))
-        found["runs"] = told.splitlines()[0]
+        if not case.name.startswith("block"):
+            told = rfkernels.explain(case.name.split("-")[0], *explained(case, leaves(case)))
+            found["runs"] = told.splitlines()[0]
     return found
 
 
@@ -116,7 +152,7 @@ def explained(case: Case, inputs: list[Tensor]) -> tuple[Any, ...]:
 def test_op(name: str, direction: str, contender: str, report: Callable[..., None], request: Any) -> None:
     if request.config.getoption("--ops") not in name:
         pytest.skip("not asked for")
-    samples, wrong = measured(name, direction)
+    samples, wrong, _ = measured(name, direction)
     if contender in wrong:
         pytest.skip(f"{contender}: {wrong[contender]}")
-    report(f"{name} {direction}", samples[contender].seconds, **record(CASES[name], direction, contender, samples))
+    report(f"{name} {direction}", samples[contender].seconds, **record(CASES[name], direction, contender))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BACKENDS = ("reference", "triton", "library")
@@ -63,6 +63,26 @@ def ops() -> tuple[str, ...]:
 
 def implementations(op: str) -> tuple[Implementation, ...]:
     return _registry[op]
+
+
+@contextmanager
+def as_on_a_gpu(*only: str) -> Iterator[None]:
+    """Inside, every op (or those named) takes its most preferred implementation wherever its tensors are: for counting
+    what would run by shapes alone (fake tensors), or with kernels replaced. On real CPU tensors kernels cannot run."""
+
+    def willing(first: Implementation) -> Implementation:
+        def asked(*args: Any) -> None:
+            first.refuses(*args)               # asked, for what asking costs; the answer is for this machine
+
+        return replace(first, refuses=asked, slower=None)
+
+    before = dict(_registry)
+    for op in only or before:
+        _registry[op] = (willing(before[op][0]), *before[op])
+    try:
+        yield
+    finally:
+        _registry.update(before)
 
 
 @contextmanager

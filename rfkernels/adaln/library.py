@@ -11,6 +11,10 @@ from torch import Tensor
 
 from rfkernels.adaln.reference import accumulation, per_token
 
+SAMPLE_PAYS = 1 << 16
+"""Elements of a sample from which a kernel for each is faster on a CPU: 0.16 against 0.23 ms at [2, 256, 384], 6
+against 21 at [4, 1024, 1152]; smaller ones lose (0.34 against 0.16 at [16, 64, 128]; one core of an EPYC, fp32)."""
+
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     dtype = accumulation(x)
@@ -32,7 +36,11 @@ def adaln_backward(
     dtype = accumulation(x)
     dy, wide = dy.to(dtype), x.to(dtype)
     mean, rstd = statistics.unsqueeze(-1)
-    x_hat = (wide - mean) * rstd
+    per_sample = shift.ndim == 2 and scale.ndim == 2 and len(x) > 0
+    if norm == "layer" and x.device.type == "cpu" and per_sample and x[0].numel() >= SAMPLE_PAYS:
+        dx, dshift, dscale = _backward_by_sample(dy, wide, shift, scale, mean, rstd)
+        return dx.to(x.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype)
+    x_hat = torch.addcmul(-mean * rstd, wide, rstd)
     g = dy * (1 + per_token(scale, dtype))                                # gradient of x_hat
     if norm == "layer":
         dx = torch.ops.aten.native_layer_norm_backward(
@@ -41,6 +49,20 @@ def adaln_backward(
     else:
         dx = (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd
     return dx.to(x.dtype).contiguous(), reduced(dy, shift), reduced(dy * x_hat, scale)
+
+
+def _backward_by_sample(
+    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In one sample a modulated norm is an affine norm, whose backward PyTorch has as one kernel."""
+    parts = [
+        torch.ops.aten.native_layer_norm_backward(
+            dy[b], x[b], [x.shape[-1]], mean[b], rstd[b], 1 + scale[b].to(x.dtype), shift[b].to(x.dtype), [True] * 3
+        )
+        for b in range(len(x))
+    ]
+    dx, dscale, dshift = (torch.stack(part) for part in zip(*parts, strict=True))
+    return dx, dshift, dscale
 
 
 def reduced(grad: Tensor, vector: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> Ten
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     dtype = accumulation(residual)
-    return torch.addcmul(residual.to(dtype), per_token(gate, dtype), branch.to(dtype)).to(residual.dtype)
+    return (residual.to(dtype) + per_token(gate, dtype) * branch.to(dtype)).to(residual.dtype)
 
 
 def gated_adaln(

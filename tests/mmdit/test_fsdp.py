@@ -75,4 +75,5 @@ def test_gradients_of_two_processes_are_those_of_one():
     assert found.keys() == want.keys() and any(name.endswith("q_norm") for name in found)
     for name, grad in want.items():
         difference = (torch.from_numpy(found[name]) - grad).abs().max()
-        assert difference <= 1e-5 * grad.abs().max(), f"{name}: {difference} of {grad.abs().max()}"
+        # fp32 sums in another order: up to 1.2e-5 seen (an EPYC); a wrong reduction is off by a factor of 2
+        assert difference <= 1e-4 * grad.abs().max(), f"{name}: {difference} of {grad.abs().max()}"

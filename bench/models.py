@@ -1,0 +1,143 @@
+"""The model and its blocks at the sizes of the paper, and the ways to run them that are held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import counting, eager
+from bench.counting import Trace
+from bench.environment import importable
+from mmdit import MMDiT, presets
+from mmdit.flops import TEXT_TOKENS, training_flops
+
+PIXELS_PER_TOKEN = 16
+STEPS = ("training", "sampling")
+"""Forward and backward; forward alone. No optimizer."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model of the paper's series on square images."""
+
+    depth: int
+    pixels: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.pixels // PIXELS_PER_TOKEN) ** 2
+
+    def flops(self, step: str) -> float:
+        """Model FLOPs of a step."""
+        one = training_flops(presets.by_depth(self.depth), self.tokens, TEXT_TOKENS).total
+        return self.batch * one / (1 if step == "training" else 3)
+
+    def name(self, step: str) -> str:
+        return f"d{self.depth}-{self.pixels}px-B{self.batch} {step} step"
+
+    def record(self) -> dict[str, int]:
+        return asdict(self)
+
+
+# Batches that fill an H200 (139 GiB) in training with what eager PyTorch keeps, and 1.
+GPU = (Size(24, 256, 32), Size(24, 512, 8), Size(24, 1024, 2), Size(24, 256, 1), Size(38, 256, 8), Size(38, 1024, 1))
+CPU = (Size(6, 256, 2),)
+
+
+def ours(size: Size) -> MMDiT:
+    """With weights that are not zero anywhere, on torch's default device."""
+    made = MMDiT(presets.by_depth(size.depth, resolution=size.pixels))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    return made
+
+
+def parameters(depth: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in MMDiT(presets.by_depth(depth)).parameters())
+
+
+def inputs(size: Size, device: Any = None, dtype: Any = None) -> tuple[Tensor, ...]:
+    """(latent, timestep, context, pooled)"""
+    config, side = presets.by_depth(size.depth), size.pixels // 8
+    shapes = [(config.in_channels, side, side), (TEXT_TOKENS, config.context_dim), (config.pooled_dim,)]
+    latent, context, pooled = (torch.randn(size.batch, *s, device=device, dtype=dtype) for s in shapes)
+    return latent, torch.rand(size.batch, device=device), context, pooled
+
+
+class Diffusers(nn.Module):
+    """diffusers' model, called like ours."""
+
+    def __init__(self, size: Size) -> None:
+        from diffusers import SD3Transformer2DModel
+
+        super().__init__()
+        c = presets.by_depth(size.depth, resolution=size.pixels)
+        self.most = c.max_tokens[0]
+        self.theirs = SD3Transformer2DModel(
+            sample_size=size.pixels // 8, num_layers=c.depth, attention_head_dim=c.head_dim,
+            num_attention_heads=c.heads, joint_attention_dim=c.context_dim, caption_projection_dim=c.width,
+            pooled_projection_dim=c.pooled_dim, pos_embed_max_size=self.most, qk_norm="rms_norm",
+        )  # fmt: skip
+
+    def give_weights_to(self, ours: MMDiT) -> None:
+        from tests.mmdit.test_diffusers_parity import carried_over
+
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.03)
+        ours.load_state_dict(carried_over(self.theirs.state_dict(), (), True, self.most, ours.config.depth))
+
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        out: Tensor = self.theirs(latent, context, pooled, 1000 * timestep, return_dict=False)[0]
+        return out
+
+
+COMPILED: dict[str, tuple[Callable[[MMDiT], Any], str | None]] = {
+    "ours, compiled": (eager.twin, None),
+    "compile": (eager.model, None),
+    "max-autotune": (eager.model, "max-autotune-no-cudagraphs"),
+}
+
+
+def names() -> list[str]:
+    """The ways to run a model that this machine has."""
+    found = ["ours", "eager"] + ["diffusers"] * importable("diffusers")
+    return [*found, *COMPILED] if torch.cuda.is_available() else found
+
+
+def contenders(
+    size: Size, device: torch.device, dtype: torch.dtype, only: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Those (or `only` these), as one function on the same weights; memory is shared by all but diffusers'."""
+    wanted = names() if only is None else list(only)
+    with device, eager.made_in(dtype):
+        source = ours(size)
+        found: dict[str, nn.Module] = {"ours": source, "eager": eager.model(source)}
+        if "diffusers" in wanted:
+            theirs = Diffusers(size)
+            theirs.give_weights_to(source)
+            found["diffusers"] = theirs
+    for name in wanted:
+        if name in COMPILED:
+            build, mode = COMPILED[name]
+            found[name] = build(source)
+            found[name].compile(dynamic=False, mode=mode)
+    return found
+
+
+def counted(size: Size, step: str, way: str, dtype: torch.dtype = torch.bfloat16) -> Trace:
+    """What a step of "ours" or "eager" launches on a GPU."""
+
+    def make() -> counting.Made:
+        with eager.made_in(dtype):
+            made: nn.Module = MMDiT(presets.by_depth(size.depth, resolution=size.pixels))
+        if way == "eager":
+            made = eager.model(made, counting.rms_norm_as_on_a_gpu)
+        return made, list(inputs(size, dtype=dtype)), list(made.parameters())
+
+    return counting.trace(make, backward=step == "training")

@@ -1,0 +1,117 @@
+"""Results as pictures: speed-ups, the roofline, where a step's time goes, and memory against batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import models, tables
+from bench.environment import Ceilings
+from bench.models import Size
+
+TITLES = {
+    "speedups": "Times as fast as eager PyTorch, by case",
+    "roofline": "FLOP/s against FLOPs per byte, with the ceilings measured in the same run",
+    "breakdown": "Where the time of a step goes",
+    "memory": "Bytes kept for backward against batch",
+}
+
+
+def speedups(results: dict[str, Any], axes: Any) -> None:
+    found = {case: c for case, c in tables.rows(results).items() if tables.baseline(c)}
+    names = [n for n in dict.fromkeys(n for c in found.values() for n in c) if n != "eager"]
+    height = 0.8 / max(1, len(names))
+    for j, name in enumerate(names):
+        at = [i + j * height for i, c in enumerate(found.values()) if name in c]
+        speed = [(tables.baseline(c) or 0) / c[name]["us"] for c in found.values() if name in c]
+        axes.barh(at, speed, height, label=name)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(found))], list(found), fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast as eager PyTorch")
+    behind = sum((tables.baseline(c) or 0) < c["ours"]["us"] for c in found.values() if "ours" in c)
+    axes.set_title(f"Ours is behind eager in {behind} of {len(found)} cases")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def roofline(results: dict[str, Any], axes: Any) -> None:
+    ceiling = Ceilings(**results["machine_info"]["rfkernels"]["ceilings"])
+    low, high = 1.0, 1.0
+    for marker, name in (("o", "ours"), ("x", "eager")):
+        points = []
+        for c in tables.rows(results).values():
+            record = c.get(name, {})
+            if record.get("flops") and record.get("moved_bytes"):
+                points.append((record["flops"] / record["moved_bytes"], record["flops"] / record["us"] * 1e6))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, label=name, markersize=5)
+            low, high = min(low, *(x for x, _ in points)), max(high, *(x for x, _ in points))
+    xs = [low / 2 * (4 * high / low) ** (i / 100) for i in range(101)]
+    axes.plot(xs, [min(ceiling.matmul, x * ceiling.copy) for x in xs], "k-", linewidth=0.9, label="copy, then products")
+    axes.axhline(ceiling.attention, color="gray", linestyle="--", linewidth=0.9, label="PyTorch's attention")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that the kernels move", ylabel="FLOP/s")
+    axes.set_title("Attention, blocks and steps under the measured ceilings")
+    axes.legend(fontsize=8)
+
+
+def breakdown(results: dict[str, Any], axes: Any) -> None:
+    bars = {
+        f"{case}\n{name}": record["breakdown"]
+        for case, c in tables.rows(results).items()
+        for name, record in c.items()
+        if "breakdown" in record
+    }
+    for j, kind in enumerate(dict.fromkeys(k for b in bars.values() for k in sorted(b))):
+        before = [sum(s for k, s in b.items() if k < kind) for b in bars.values()]
+        axes.barh(range(len(bars)), [b.get(kind, 0) * 1e3 for b in bars.values()], 0.7,
+                  [1e3 * x for x in before], label=kind, color=f"C{j}")  # fmt: skip
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds")
+    axes.set_title("Time of a step by kind of kernel (torch.profiler's shares of the median)")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def memory(results: dict[str, Any], axes: Any) -> None:
+    """Counted by shapes, which holds on any machine; peaks where a GPU measured them."""
+    records = (c.get("ours", {}) for c in tables.rows(results).values())
+    sizes = dict.fromkeys((r["depth"], r["pixels"], r["dtype"]) for r in records if r.get("step") == "training")
+    for j, (depth, pixels, dtype) in enumerate(sizes):
+        batches = (1, 2, 4, 8)
+        for way, style in (("ours", "-"), ("eager", "--")):
+            one = models.counted(Size(depth, pixels, 2), "training", way, getattr(torch, dtype)).kept / 2
+            axes.plot(batches, [b * one / 1e9 for b in batches], style, color=f"C{j}",
+                      label=f"d = {depth}, {pixels} px, {way}: {tables.size(one)} a sample")  # fmt: skip
+    for c in tables.rows(results).values():
+        for name, marker in (("ours", "o"), ("eager", "x")):
+            record = c.get(name, {})
+            if record.get("step") == "training" and record.get("peak_bytes"):
+                axes.plot([record["batch"]], [record["peak_bytes"] / 1e9], marker, color="black")
+    axes.set(xlabel="batch", ylabel="GB kept between forward and backward")
+    axes.set_title("Kept for backward, counted by shapes as on a GPU (points: measured peaks)")
+    axes.legend(fontsize=8)
+
+
+def draw(results: dict[str, Any], stem: Path) -> None:
+    """STEM-speedups.png and so on: those of TITLES."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = tables.rows(results)
+    lines = sum(len(c) for c in found.values())
+    steps = sum("breakdown" in r for c in found.values() for r in c.values())
+    heights = {"speedups": 1.2 + 0.22 * lines, "roofline": 5.0, "breakdown": 1.4 + 0.42 * steps, "memory": 4.5}
+    painters: dict[str, Callable[[dict[str, Any], Any], None]] = {
+        "speedups": speedups, "roofline": roofline, "breakdown": breakdown, "memory": memory,
+    }  # fmt: skip
+    for name, paint in painters.items():
+        figure, axes = plt.subplots(figsize=(9, heights[name]), layout="constrained")
+        paint(results, axes)
+        axes.set_title(f"{axes.get_title()}\n{tables.where(results)}", fontsize=9)
+        figure.savefig(f"{stem}-{name}.png", dpi=110)
+        plt.close(figure)

@@ -1,0 +1,100 @@
+"""Results on disk, and what is written of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench import gate, pictures, report, roofline
+from bench.__main__ import RESULTS, arguments
+from tests.bench.results import synthetic
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A folder with one run of a GPU in two parts, an older one, and something else."""
+    whole = synthetic()
+    for part, cases in (("ops", whole["benchmarks"][:5]), ("model", whole["benchmarks"][5:])):
+        (tmp_path / f"synthetic_gpu-2026-01-02-{part}.json").write_text(json.dumps({**whole, "benchmarks": cases}))
+    (tmp_path / "synthetic_gpu-2026-01-01.json").write_text(json.dumps({**whole, "benchmarks": []}))
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / "synthetic_gpu-2026-01-03-sweep.json").write_text("{}")
+    return tmp_path
+
+
+def test_parts_of_a_run_belong_together_and_the_newest_is_found(stored):
+    assert list(gate.runs(stored)) == ["synthetic_gpu-2026-01-02", "synthetic_gpu-2026-01-01"]
+    assert gate.newest(stored, "Synthetic GPU") == "synthetic_gpu-2026-01-02"
+    assert gate.newest(stored, "Synthetic") is None and gate.newest(stored, "NVIDIA B200") is None
+    together = gate.read(gate.runs(stored)["synthetic_gpu-2026-01-02"])
+    assert len(together["benchmarks"]) == 9
+    assert gate.ratios(together) == {"adaln forward": 0.5, "attention both": 4 / 3, "d2-64px-B2 training step": 0.8}
+
+
+def test_the_report_shows_times_losses_and_where(stored):
+    readme = stored / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    report.main([], stored, readme, check=False)
+    text = (stored / "synthetic_gpu-2026-01-02.md").read_text()
+    assert "# Synthetic GPU, driver 1.2, torch 3.4, triton 5.6, 2026-01-02" in text and "host" not in text
+    assert "| adaln forward | 1.0 us (2.00) | 2.0 us (1.00) |  |  | 100.0 | 50% |  |  | triton |" in text
+    assert "| attention both | 4.0 us (0.75) | 3.0 us (1.00) |  | 2.0 us (1.50) |" in text
+    assert "slower than eager PyTorch in 1 of 3" in text and "a line that the run said" in text
+    assert "2.00 times as fast in the d2-64px-B2 training step" in text
+    assert "| adaln forward | 1.0 us | 2.0 us | 2.00 | eager 2.0 us | 2.00 | 1 / 4 | 8.0 MB / 16.0 MB |" in text
+    for name in pictures.TITLES:
+        with Image.open(stored / f"synthetic_gpu-2026-01-02-{name}.png") as picture:
+            assert min(picture.size) > 200 and len(set(picture.convert("L").get_flattened_data())) > 20, name
+    section = readme.read_text()
+    assert section.startswith("before\n") and section.endswith("after\n") and "stale" not in section
+    assert "| attention both | 4.0 us | 3.0 us | 0.75 | cudnn 2.0 us | 0.50 |" in section
+    report.main([], stored, readme, check=True)
+    readme.write_text(section.replace("0.75", "1.75"))
+    with pytest.raises(SystemExit, match="is not that of"):
+        report.main([], stored, readme, check=True)
+
+
+def test_a_report_of_nothing_says_what_was_wanted(tmp_path):
+    with pytest.raises(ValueError, match=r"without results; expected what pytest bench"):
+        report.main([], tmp_path, None, check=False)
+    (tmp_path / "x.json").write_text(json.dumps({**synthetic(), "benchmarks": []}))
+    with pytest.raises(ValueError, match="found x; expected"):
+        report.main([tmp_path / "x.json"], tmp_path, None, check=False)
+    with pytest.raises(ValueError, match="has no section"):
+        report.replaced("nothing here", "new", README)
+
+
+def test_the_readme_says_what_was_measured():
+    """Its section is what the newest results of each device give: no figure in it is typed by hand."""
+    report.main([], RESULTS, README, check=True)
+
+
+def test_prediction_stands_beside_measurement(stored):
+    from bench.models import Size
+
+    size, bf16 = Size(2, 64, 2), roofline.torch.bfloat16
+    text = roofline.report(size, "training", "Synthetic GPU", stored, bf16)
+    assert "measured, synthetic_gpu-2026-01-02" in text
+    predicted = roofline.predict(size, "training", roofline.ceilings("Synthetic GPU", stored)[0])
+    fused = next(line for line in text.splitlines() if line.startswith("fused"))
+    assert "4.00 ms" in fused and fused.endswith(f"{4e-3 / predicted['fused'].seconds:.2f}")
+    assert "5.00 ms" in text and "4.40 ms" in text
+    cpu = json.dumps(synthetic("cpu-x86_64", driver=None))
+    (stored / "cpu-x86_64-2026-01-02.json").write_text(cpu)
+    assert roofline.measurements(size, "training", "cpu-x86_64", stored).keys() == {"eager"}
+
+
+def test_command_lines():
+    parsed = arguments().parse_args(["roofline", "--gpu", "h100", "--pixels", "512"])
+    assert parsed.pixels == 512 and parsed.step == "training"
+    for wrong in (["roofline", "--pixels", "500"], ["roofline", "--batch", "0"], ["nothing"]):
+        with pytest.raises(SystemExit):
+            arguments().parse_args(wrong)
+    command = [sys.executable, "-m", "bench", "roofline", "--gpu", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: roofline: gpu is 'abacus'; expected one of A100" in done.stderr

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from bench import tables
 from bench.host_overhead import calls, without_kernels
 from bench.measure import interleaved
 from bench.saved_bytes import block_bytes, ways
+from rfkernels.inspect.__main__ import TABLE
 
 pytest.importorskip("triton", reason="Triton is not installed: its launchers cannot be timed")
 
@@ -44,5 +48,27 @@ def test_compiled_kernels(note: Callable[[str], None]) -> None:
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=without)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for line in done.stdout.splitlines():
+    for line in compiled_kernels(json.loads(TABLE.read_text()), "sm_90"):
         note(line)
+
+
+def compiled_kernels(table: dict[str, dict[str, Any]], target: str) -> list[str]:
+    """A line for every kernel, over the widths or head dimensions that it is compiled for."""
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for report in table.values():
+        if report["target"] == target:
+            reports.setdefault(report["kernel"], []).append(report)
+    head = ["compiled for an H100", "settings", "registers", "spills", "residency", "products", "moved / least"]
+    rows = []
+    for kernel, found in reports.items():
+        span = lambda key, show="{}", found=found: ranged([r[key] for r in found], show)  # noqa: E731
+        products = ranged([r["counts"]["wgmma"] for r in found], "{} wgmma") if found[0]["counts"]["mma"] else ""
+        cells = [span("registers"), span("spills"), span("occupancy", "{:.0%}"), products, span("moved", "{:.2f}")]
+        rows.append([kernel, str(len(found)), *cells])
+    lines = tables.aligned([head, *rows]).split("\n")
+    return ["", *lines, "all of it: python -m rfkernels.inspect --targets sm_90"]
+
+
+def ranged(values: list[float], show: str) -> str:
+    low, high = show.format(min(values)), show.format(max(values))
+    return low if low == high else f"{low} to {high}"

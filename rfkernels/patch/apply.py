@@ -1,0 +1,198 @@
+"""apply, revert and report."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rfkernels.patch import modules, processors
+from rfkernels.patch.swap import Fused, Options, exchange, fused_class, own_class
+
+NORMALIZATION, ATTENTION = "diffusers.models.normalization", "diffusers.models.attention"
+TRANSFORMERS = "diffusers.models.transformers.transformer_"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A class of diffusers and what stands for it."""
+
+    where: str
+    """Module and name."""
+    mixin: type
+    option: str
+    """Of `apply`: which one asks for it."""
+    norms: tuple[str, ...] = ()
+    """Submodules that have to be layer norms without weight."""
+
+    def own(self) -> Any:
+        """The class, or None where this diffusers has none of the name."""
+        path, _, name = self.where.rpartition(".")
+        try:
+            return getattr(importlib.import_module(path), name, None)
+        except ImportError:
+            return None
+
+
+BLOCK_NORMS, QWEN_NORMS = ("norm2", "norm2_context"), ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+MODULES = (
+    Known(f"{NORMALIZATION}.AdaLayerNormZero", modules.AdaLayerNormZero, "adaln", ("norm",)),
+    Known(f"{NORMALIZATION}.SD35AdaLayerNormZeroX", modules.AdaLayerNormZeroX, "adaln", ("norm",)),
+    Known(f"{NORMALIZATION}.AdaLayerNormZeroSingle", modules.AdaLayerNormZeroSingle, "adaln", ("norm",)),
+    Known(f"{NORMALIZATION}.AdaLayerNormContinuous", modules.AdaLayerNormContinuous, "adaln", ("norm",)),
+    Known(f"{ATTENTION}.JointTransformerBlock", modules.JointTransformerBlock, "adaln", BLOCK_NORMS),
+    Known(f"{TRANSFORMERS}sd3.SD3SingleTransformerBlock", modules.SD3SingleTransformerBlock, "adaln", ("norm2",)),
+    Known(f"{TRANSFORMERS}flux.FluxTransformerBlock", modules.FluxTransformerBlock, "adaln", BLOCK_NORMS),
+    Known(f"{TRANSFORMERS}flux.FluxSingleTransformerBlock", modules.FluxSingleTransformerBlock, "adaln"),
+    Known(f"{TRANSFORMERS}qwenimage.QwenImageTransformerBlock", modules.QwenImageTransformerBlock, "adaln", QWEN_NORMS),
+    Known(f"{ATTENTION}.FeedForward", modules.FeedForward, "mlp"),
+)
+PROCESSORS = (
+    Known("diffusers.models.attention_processor.JointAttnProcessor2_0", processors.JointAttnProcessor2_0, "attention"),
+    Known(f"{TRANSFORMERS}flux.FluxAttnProcessor", processors.FluxAttnProcessor, "attention"),
+    Known(
+        f"{TRANSFORMERS}qwenimage.QwenDoubleStreamAttnProcessor2_0", processors.QwenDoubleStreamAttnProcessor2_0,
+        "attention",
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What was replaced and what was left, and why."""
+
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Modules by class."""
+    left: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Modules by (class, why)."""
+
+    def count(self, name: str, why: str | None) -> bool:
+        """One more module, replaced or left; whether it is replaced."""
+        if why is None:
+            self.replaced[name] = self.replaced.get(name, 0) + 1
+        else:
+            self.left[name, why] = self.left.get((name, why), 0) + 1
+        return why is None
+
+    def __str__(self) -> str:
+        lines = [f"{count:4d} {name}: fused" for name, count in sorted(self.replaced.items())]
+        lines += [f"{count:4d} {name}: left, {why}" for (name, why), count in sorted(self.left.items())]
+        return "\n".join(lines)
+
+
+def _parameters(call: Any) -> list[str]:
+    return list(inspect.signature(call).parameters)
+
+
+def _fits_version(known: Known, own: Any, call: str) -> str | None:
+    """Why a class of this diffusers is not the one that is known here, or None: its arguments have to be the same."""
+    have, want = _parameters(getattr(own, call)), _parameters(getattr(known.mixin, call))
+    if have == want:
+        return None
+    import diffusers
+
+    return f"diffusers {diffusers.__version__} has {call}({', '.join(have)}), known is ({', '.join(want)})"
+
+
+def _refuses(module: nn.Module, known: Known) -> str | None:
+    for name in known.norms:
+        norm = getattr(module, name, None)
+        if norm is not None and (why := modules.plain_norm(norm)):
+            return why
+    if known.mixin is modules.FeedForward:
+        return _refuses_mlp(module)
+    return None
+
+
+def _refuses_mlp(module: Any) -> str | None:
+    first = module.net[0]
+    if type(first).__name__ != "GELU" or first.approximate != "tanh":
+        return f"its activation is {type(first).__name__}"
+    return "it has a final dropout" if len(module.net) > 3 else None
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, Known]]:
+    own = {cls: known for known in MODULES if (cls := known.own()) is not None}
+    for module in model.modules():
+        if (known := own.get(own_class(module))) is not None:
+            yield module, known
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[Any, Known | None]]:
+    own = {cls: known for known in PROCESSORS if (cls := known.own()) is not None}
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            original = processor.original if isinstance(processor, processors.Processor) else processor
+            yield module, own.get(type(original))
+
+
+def apply(
+    model: nn.Module, *, adaln: bool = True, attention: bool = True, qk_norm: bool = True, mlp: bool = True
+) -> Report:
+    """Makes a live model of diffusers use the fused ops, forward and backward.
+
+    Its parameters, their names, its submodules and its hooks stay; `revert` restores it exactly. Applied again, the new
+    options hold.
+
+    Args:
+        model: SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel, an SD3ControlNetModel, or
+            anything that holds one, before `fully_shard`.
+        adaln: modulated norms, and gates with residuals.
+        attention: joint attention without concatenation.
+        qk_norm: the norm of q and k inside the attention; without it their modules run as before. Needs `attention`.
+        mlp: the two linears around GELU. Adapters and hooks on them are respected: such an MLP runs as before.
+    Returns: what was replaced and what was left, and why; printed, it is a table.
+    Raises: ValueError if there is nothing in the model that is known; TypeError if it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch.apply: model is {type(model).__name__}; expected a module: pipeline.transformer")
+    options = Options(adaln=adaln, attention=attention, qk_norm=qk_norm, mlp=mlp)
+    revert(model)
+    found = Report()
+
+    for module, known in list(_modules(model)):
+        own: Any = type(module)
+        why = None if getattr(options, known.option) else f"{known.option}=False"
+        if found.count(own.__name__, why or _fits_version(known, own, "forward") or _refuses(module, known)):
+            exchange(module, fused_class(known.mixin, own, options))
+    for module, processor in list(_attentions(model)):
+        own = type(module.processor)
+        if processor is None:
+            found.count(own.__name__, "not one that is known")
+            continue
+        why = None if options.attention else "attention=False"
+        if found.count(own.__name__, why or _fits_version(processor, own, "__call__")):
+            module.processor = processor.mixin(module.processor, options)
+    if not found.replaced and not found.left:
+        raise ValueError(
+            f"patch.apply: model is {type(model).__name__} without any part that is known; expected "
+            "SD3Transformer2DModel, FluxTransformer2DModel or QwenImageTransformer2DModel"
+        )
+    return found
+
+
+def revert(model: nn.Module) -> None:
+    """Takes back what `apply` did; a model that was not patched stays as it is."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            exchange(module, own_class(module))
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, processors.Processor):
+            module.processor = processor.original
+
+
+def report(model: nn.Module) -> Report:
+    """What is fused in a model now, and which parts that are known are not."""
+    found = Report()
+    for module, _ in _modules(model):
+        found.count(own_class(module).__name__, None if isinstance(module, Fused) else "not patched")
+    for module, _ in _attentions(model):
+        fused = isinstance(module.processor, processors.Processor)
+        original = module.processor.original if fused else module.processor
+        found.count(type(original).__name__, None if fused else "not patched")
+    return found

@@ -1,0 +1,207 @@
+"""The forwards that diffusers' modules are given: the same submodules, called in the same order, fused ops between.
+
+Submodules are called, never read around, so LoRA layers, hooks and quantised linears keep working; where a fused op
+needs the weights themselves (`gelu_mlp`) and they are not plain, the module's own forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rfkernels
+from rfkernels.patch.swap import Fused
+
+
+def one_dtype(x: Tensor, *others: Tensor) -> bool:
+    """Whether PyTorch would leave the result in x's dtype; if it promotes, the fused op would not do the same."""
+    return all(torch.promote_types(x.dtype, other.dtype) == x.dtype for other in others)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its channels next to each other: a patch embedding may leave them apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if one_dtype(x, shift, scale):
+        return rfkernels.adaln(rows(x), shift, scale, eps=norm.eps)
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def add_gated(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    if residual.dtype == branch.dtype and one_dtype(residual, gate):
+        return rfkernels.gated_residual(rows(residual), rows(branch), gate)
+    return residual + gate[:, None] * branch
+
+
+def add_gated_and_modulate(
+    residual: Tensor, branch: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    if residual.dtype == branch.dtype and one_dtype(residual, gate, shift, scale):
+        return rfkernels.gated_adaln(rows(residual), rows(branch), gate, shift, scale, eps=norm.eps)
+    h = add_gated(residual, branch, gate)
+    return h, modulate(norm, h, shift, scale)
+
+
+def plain_norm(norm: nn.Module) -> str | None:
+    """Why a layer norm is not the one inside adaln, or None."""
+    if type(norm) is not nn.LayerNorm:
+        return f"its norm is a {type(norm).__name__}"
+    return "its norm has a weight" if norm.elementwise_affine else None
+
+
+# --- norms with their modulation --------------------------------------------------------------------------------------
+
+
+class AdaLayerNormZero(Fused):
+    def forward(self: Any, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = rfkernels.chunk_modulation(self.linear(self.silu(emb)), 6)
+        return modulate(self.norm, x, shift, scale), *rest
+
+
+class AdaLayerNormZeroX(Fused):
+    def forward(self: Any, hidden_states, emb=None):
+        parts = rfkernels.chunk_modulation(self.linear(self.silu(emb)), 9)
+        y = modulate(self.norm, hidden_states, parts[0], parts[1])
+        return y, *parts[2:6], modulate(self.norm, hidden_states, parts[6], parts[7]), parts[8]
+
+
+class AdaLayerNormZeroSingle(Fused):
+    def forward(self: Any, x, emb=None):
+        shift, scale, gate = rfkernels.chunk_modulation(self.linear(self.silu(emb)), 3)
+        return modulate(self.norm, x, shift, scale), gate
+
+
+class AdaLayerNormContinuous(Fused):
+    def forward(self: Any, x, conditioning_embedding):
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        scale, shift = rfkernels.chunk_modulation(emb, 2)                    # in this order
+        return modulate(self.norm, x, shift, scale)
+
+
+# --- blocks: residual, gate and the next norm in one ------------------------------------------------------------------
+
+
+def second_half(
+    x: Tensor, branch: Tensor, m: tuple[Tensor, ...], norm: Any, mlp: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x after attention's branch and the MLP. m: gate; shift, scale, gate of the MLP."""
+    gate, shift, scale, gate_mlp = m
+    h, y = add_gated_and_modulate(x, branch, gate, norm, shift, scale)
+    return add_gated(h, mlp(y), gate_mlp)
+
+
+def clip(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class JointTransformerBlock(Fused):
+    """SD3 and SD3.5."""
+
+    def forward(self: Any, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
+        kwargs = joint_attention_kwargs or {}
+        y, *m = self.norm1(hidden_states, emb=temb)
+        if self.context_pre_only:
+            context = self.norm1_context(encoder_hidden_states, temb)
+        else:
+            context, *c = self.norm1_context(encoder_hidden_states, emb=temb)
+        branch, context_branch = self.attn(hidden_states=y, encoder_hidden_states=context, **kwargs)
+        if self.use_dual_attention:
+            hidden_states = add_gated(hidden_states, branch, m[0])
+            branch, m[0] = self.attn2(hidden_states=m[4], **kwargs), m[5]
+        hidden_states = second_half(hidden_states, branch, tuple(m[:4]), self.norm2, self._chunked(self.ff))
+        if self.context_pre_only:
+            return None, hidden_states
+        mlp = self._chunked(self.ff_context)
+        return second_half(encoder_hidden_states, context_branch, tuple(c), self.norm2_context, mlp), hidden_states
+
+    def _chunked(self: Any, ff: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The MLP in pieces, if set_chunk_feed_forward asked for them."""
+        if self._chunk_size is None:
+            return ff
+        from diffusers.models.attention import _chunked_feed_forward
+
+        return lambda y: _chunked_feed_forward(ff, y, self._chunk_dim, self._chunk_size)
+
+
+class SD3SingleTransformerBlock(Fused):
+    def forward(self: Any, hidden_states, temb):
+        y, *m = self.norm1(hidden_states, emb=temb)
+        branch = self.attn(hidden_states=y, encoder_hidden_states=None)
+        return second_half(hidden_states, branch, tuple(m), self.norm2, self.ff)
+
+
+class FluxTransformerBlock(Fused):
+    def forward(
+        self: Any, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        y, *m = self.norm1(hidden_states, emb=temb)
+        context, *c = self.norm1_context(encoder_hidden_states, emb=temb)
+        branch, context_branch, *adapter = self.attn(
+            hidden_states=y, encoder_hidden_states=context, image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )  # fmt: skip
+        hidden_states = second_half(hidden_states, branch, tuple(m), self.norm2, self.ff)
+        if adapter:
+            hidden_states = hidden_states + adapter[0]
+        context = second_half(encoder_hidden_states, context_branch, tuple(c), self.norm2_context, self.ff_context)
+        return clip(context), hidden_states
+
+
+class FluxSingleTransformerBlock(Fused):
+    def forward(
+        self: Any, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        text = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        y, gate = self.norm(x, emb=temb)
+        hidden = self.act_mlp(self.proj_mlp(y))
+        attended = self.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        x = clip(add_gated(x, self.proj_out(torch.cat([attended, hidden], dim=2)), gate))
+        return x[:, :text], x[:, text:]
+
+
+class QwenImageTransformerBlock(Fused):
+    def forward(
+        self: Any, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb=None,
+        joint_attention_kwargs=None, modulate_index=None,
+    ):  # fmt: skip
+        if self.zero_cond_t or modulate_index is not None:                   # two modulations by token: its own forward
+            return super().forward(                                          # type: ignore[misc]
+                hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb,
+                joint_attention_kwargs, modulate_index,
+            )  # fmt: skip
+        image, text = (rfkernels.chunk_modulation(module(temb), 6) for module in (self.img_mod, self.txt_mod))
+        branch, text_branch = self.attn(
+            hidden_states=modulate(self.img_norm1, hidden_states, image[0], image[1]),
+            encoder_hidden_states=modulate(self.txt_norm1, encoder_hidden_states, text[0], text[1]),
+            encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )  # fmt: skip
+        hidden_states = second_half(hidden_states, branch, image[2:], self.img_norm2, self.img_mlp)
+        context = second_half(encoder_hidden_states, text_branch, text[2:], self.txt_norm2, self.txt_mlp)
+        return clip(context), clip(hidden_states)
+
+
+# --- the MLP ----------------------------------------------------------------------------------------------------------
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether calling a linear is the same as multiplying by its weight: no adapter, no hook, no other class."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not hooked and "forward" not in module.__dict__
+
+
+class FeedForward(Fused):
+    def forward(self: Any, hidden_states, *args, **kwargs):
+        first, dropout, last = self.net[:3]
+        dropped = self.training and dropout.p > 0
+        if args or kwargs or dropped or not (plain_linear(first.proj) and plain_linear(last)):
+            return super().forward(hidden_states, *args, **kwargs)           # type: ignore[misc]
+        return rfkernels.gelu_mlp(hidden_states, first.proj.weight, first.proj.bias, last.weight, last.bias)

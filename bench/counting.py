@@ -22,7 +22,8 @@ from rfkernels import dispatch
 
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution", "aten.convolution_backward")
 NOTHING_RUNS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh")
-LAUNCHES = {"rfkernels.adaln_backward": 2, "rfkernels.gated_adaln_backward": 2, "rfkernels.gated_residual_backward": 2}
+TWO = ("adaln_backward", "gated_adaln_backward", "gated_residual_backward", "gelu_backward")
+LAUNCHES = {f"rfkernels.{op}": 2 for op in TWO}
 """Of operators that launch more than one kernel; joint attention's depend on its arguments."""
 
 

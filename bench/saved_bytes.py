@@ -55,6 +55,7 @@ def ways() -> dict[str, dict[str, str]]:
     if INSTALLED and INTERPRETED:
         rows["attention on SDPA, adaLN in Triton"] = dict.fromkeys(family, "triton")
         rows["attention and adaLN in Triton"] = dict.fromkeys((*family, "joint_attention"), "triton")
+        rows["attention, adaLN and MLP in Triton"] = dict.fromkeys((*family, "joint_attention", "gelu_mlp"), "triton")
     return rows
 
 

@@ -34,6 +34,18 @@ def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(inner for arg in args for inner in (arg if isinstance(arg, list) else (arg,)))
 
 
+def operator(name: str, schema: str, code: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator without a derivative, for use inside a backward; called directly where nobody watches.
+
+    Args: name, schema, code, fake: as of an `Operator`'s forward.
+    """
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, code, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rfkernels::{name}", fake, lib=_library)
+    registered = getattr(torch.ops.rfkernels, name).default
+    return lambda *args: registered(*args) if watched(args) else code(*args)
+
+
 class Operator:
     """A differentiable operator, called like a function.
 

@@ -137,6 +137,16 @@ class Sums:
         return self.grads
 
 
+def column_sums(partials: Tensor, out: Tensor) -> Tensor:
+    """Fills out [C] with the sums of partials [rows, C] fp32 over its rows, in a fixed order."""
+    rows, channels = partials.shape
+    _kernels().sum_partials[(1, -(-channels // 128), 1)](
+        partials, out, out, out, rows, rows, rows, rows, 0, 0, 0, C=channels, ROWS=8, CHUNK=128, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
 def _per_token(*vectors: Tensor) -> list[bool]:
     return [v.ndim == 3 for v in vectors]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rfkernels.adaln import launch
 from rfkernels.joint_attention import launch as attention
+from rfkernels.mlp import launch as mlp
 
 WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
 BATCH, LENGTH = 32, 256
@@ -48,6 +49,8 @@ def cases() -> Iterator[Case]:
         }
         for name, (least, call) in calls.items():
             yield Case(f"{name}/{width}", call, least * x.numel())
+        h = _tensor(BATCH * LENGTH, 4 * width)
+        yield Case(f"gelu_bwd/{4 * width}", partial(mlp.gelu_backward, h, h, True, True), 8 * h.numel())
     for dim in HEAD_DIMS:
         # Two streams, packed, both normalised. Excess of the forward: keys are read for their rstd first. Backward: its
         # second kernel reads k, v and dout again; the queries folded for each of the two streams are written and read.

@@ -68,6 +68,23 @@ def table(device: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class TileLaunch:
+    """How an elementwise kernel with sums over rows covers [rows, channels]."""
+
+    rows: int
+    """In a program at a time."""
+    chunk: int
+    """Channels of a program, a multiple of 8."""
+    warps: int
+
+
+def tile_launch(kernel: str, channels: int, device: str | None = None) -> TileLaunch:
+    """Settings of such a kernel: the table of the GPU named `device` if it has them, otherwise 16 elements a thread."""
+    measured = table(device).get(kernel, {}).get(str(channels)) if device else None
+    return TileLaunch(**measured) if measured else TileLaunch(rows=8, chunk=256, warps=4)
+
+
+@dataclass(frozen=True)
 class AttentionLaunch:
     """Tiles of an attention kernel."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.mlp import reference
+from rfkernels.mlp import fused, reference
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -37,4 +39,19 @@ def _check(x, w1, b1, w2, b2):
     return x, w1, b1, w2, b2
 
 
-dispatch.register("gelu_mlp", _check, dispatch.Implementation("reference", "two linears", reference.gelu_mlp))
+def _refuses(x, w1, b1, w2, b2):
+    one = all(t is None or t.dtype == x.dtype for t in (w1, b1, w2, b2))
+    if not one and not torch.is_autocast_enabled(x.device.type):
+        return "x, w1, b1, w2 and b2 have several dtypes"
+    return refuses_triton(x, w1, b1, w2, b2)
+
+
+dispatch.register(
+    "gelu_mlp",
+    _check,
+    dispatch.Implementation(
+        "triton", "PyTorch's products, pre-activation kept, one kernel between them in the backward", fused.gelu_mlp,
+        _refuses, interpreted if INTERPRETED else None,
+    ),
+    dispatch.Implementation("reference", "two linears", reference.gelu_mlp),
+)

@@ -1,0 +1,66 @@
+"""gelu_mlp that keeps its pre-activation only: the products are PyTorch's, what stands between them is one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfkernels.mlp import launch
+from rfkernels.registration import operator
+
+_gelu_backward = operator(
+    "gelu_backward",
+    "(Tensor h, Tensor da, bool value, bool bias) -> (Tensor, Tensor, Tensor)",
+    launch.gelu_backward,
+    lambda h, da, value, bias: (
+        torch.empty_like(h) if value else h.new_empty(0),
+        torch.empty_like(h),
+        h.new_empty(h.shape[1] if bias else 0),
+    ),
+)
+
+
+class _GeluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        h = F.linear(x, w1, b1)
+        ctx.save_for_backward(x, w1, h, w2)
+        return F.linear(F.gelu(h, approximate="tanh"), w2, b2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, h, w2 = ctx.saved_tensors
+        dx, dw1, db1, dw2, db2 = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        gradients: list[Tensor | None] = [None] * 5
+        if dx or dw1 or db1 or dw2:
+            a, dh, bias = _gelu_backward(h.view(-1, h.shape[-1]), rows @ w2, dw2, db1)
+            gradients[0] = (dh @ w1).view(x.shape) if dx else None
+            gradients[1] = dh.t() @ x.reshape(-1, x.shape[-1]) if dw1 else None
+            gradients[2] = bias if db1 else None
+            gradients[3] = rows.t() @ a if dw2 else None
+        gradients[4] = rows.sum(0) if db2 else None
+        return tuple(gradients)
+
+
+def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    given = (x, w1, b1, w2, b2)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+        return without_gradient(*given)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        given = tuple(t if t is None else t.to(dtype) for t in given)               # type: ignore[assignment]
+    out: Tensor = _GeluMlp.apply(*given)
+    return out
+
+
+def without_gradient(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """On CUDA bias and GELU are an epilogue of the first product (cuBLASLt), which then never writes its result."""
+    if x.is_cuda and b1 is not None and x.numel() and x.dtype == w1.dtype == b1.dtype != torch.float32:
+        a = torch._addmm_activation(b1, x.reshape(-1, x.shape[-1]), w1.t(), use_gelu=True)
+        return F.linear(a.view(*x.shape[:-1], -1), w2, b2)
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)

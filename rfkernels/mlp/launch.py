@@ -1,0 +1,44 @@
+"""Launch of the MLP's kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfkernels.adaln.launch import column_sums
+from rfkernels.launch_tables import tile_launch
+from rfkernels.triton_support import device_name, multiprocessors, on
+
+PROGRAMS_PER_SM = 4
+
+
+@lru_cache
+def _kernels() -> Any:
+    from rfkernels.mlp import kernels
+
+    return kernels
+
+
+def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(gelu(h), dh, sum of dh over all rows) of h and da, the gradient of gelu(h), [N, C] contiguous; the first [0] if
+    not `value`, the last [0] if not `bias`."""
+    dh = torch.empty_like(h)
+    a, db = torch.empty_like(h) if value else h.new_empty(0), h.new_empty(h.shape[1] if bias else 0)
+    if not h.numel():
+        return a, dh, db.zero_()
+    rows, channels = h.shape
+    launch = tile_launch("gelu_bwd", channels, device_name(h.device))
+    columns = -(-channels // launch.chunk)
+    splits = max(1, min(-(-rows // launch.rows), -(-PROGRAMS_PER_SM * multiprocessors(h.device) // columns)))
+    span = -(-rows // (splits * launch.rows)) * launch.rows
+    splits = -(-rows // span)
+    with on(h.device):
+        partials = torch.empty(splits if bias else 0, channels, dtype=torch.float32, device=h.device)
+        _kernels().gelu_bwd[(columns, splits)](
+            h, da, a, dh, partials, rows, span, C=channels, VALUE=value, BIAS=bias, ROWS=launch.rows,
+            CHUNK=launch.chunk, num_warps=launch.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        return a, dh, column_sums(partials, db) if bias else db

@@ -12,6 +12,7 @@ from torch import Tensor
 from rfkernels.adaln import launch
 from rfkernels.joint_attention import launch as attention
 from rfkernels.mlp import launch as mlp
+from rfkernels.qk_norm import launch as qk
 
 WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
 BATCH, LENGTH = 32, 256
@@ -57,6 +58,10 @@ def cases() -> Iterator[Case]:
         qkvs = [_tensor(BATCH, n, 3, HEADS, dim) for n in (TEXT, LENGTH)]
         weight = _tensor(dim, dtype=torch.float32)
         tensors = [qkvs[0], weight, weight, qkvs[1], weight, weight]
+        q, k, _ = qkvs[1].unbind(2)
+        norms, dy = (q, k, weight, weight), _tensor(BATCH, LENGTH, HEADS, dim)
+        yield Case(f"qk_norm_fwd/{dim}", partial(qk.qk_norm, *norms, 1e-6), 8 * dy.numel())
+        yield Case(f"qk_norm_bwd/{dim}", partial(qk.qk_norm_backward, dy, dy, *norms, 1e-6), 12 * dy.numel())
         outs = [_tensor(BATCH, n, HEADS, dim) for n in (TEXT, LENGTH)]
         rows = _tensor(BATCH, HEADS, TEXT + LENGTH, dtype=torch.float32)
         settings = ("3qk,3qk", dim**-0.5, 1e-6)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.qk_norm import reference
+from rfkernels.qk_norm import launch, operators, reference
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
 def qk_norm(
@@ -37,6 +38,18 @@ def _check(q, k, q_weight, k_weight, *, eps=1e-6):
     return q, k, q_weight, k_weight, eps
 
 
+def _refuses(q, k, q_weight, k_weight, eps):
+    if q.shape[-1] > launch.MAX_HEAD_DIM:
+        return f"the kernels take head dimensions up to {launch.MAX_HEAD_DIM}, not {q.shape[-1]}"
+    return refuses_triton(q, k, q_weight, k_weight)
+
+
 dispatch.register(
-    "qk_norm", _check, dispatch.Implementation("reference", "plain PyTorch, op by op", reference.qk_norm)
+    "qk_norm",
+    _check,
+    dispatch.Implementation(
+        "triton", "q and k in one kernel; backward one and the sums of the weights' gradients", operators.qk_norm,
+        _refuses, interpreted if INTERPRETED else None,
+    ),
+    dispatch.Implementation("reference", "plain PyTorch, op by op", reference.qk_norm),
 )

@@ -1,0 +1,33 @@
+"""The registered operator of qk_norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rfkernels.qk_norm import launch
+from rfkernels.registration import Operator
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, call: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *call(dq, dk, *ctx.saved_tensors, ctx.eps), None
+
+
+qk_norm = Operator(
+    "qk_norm",
+    forward_schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps) -> (Tensor, Tensor)",
+    backward_schema="(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=launch.qk_norm,
+    backward=launch.qk_norm_backward,
+    fake_forward=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    fake_backward=lambda dq, dk, *tensors: tuple(t.new_empty(t.shape) for t in tensors[:4]),
+    save=_save,
+    differentiate=_differentiate,
+)

@@ -46,7 +46,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = vars(arguments().parse_args())
-    if args["command"] == "report" and args["readme"] is None and args["out"] == RESULTS and not args["files"]:
+    own = args["command"] == "report" and args["out"].resolve() == RESULTS and not args["files"]
+    if own and args["readme"] is None:
         args["readme"] = RESULTS.parents[1] / "README.md"
     command = {"report": report.main, "roofline": roofline.main}[args.pop("command")]
     try:

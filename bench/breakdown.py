@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 KINDS = {
+    "fused by a compiler": r"triton_(poi|red|per|tem)_fused|_fused_.*_kernel$",
     "attention": r"attention|flash|fmha|sdpa|key_rstd",
-    "modulation": r"adaln|gated_|sum_partials|layer_norm|LayerNorm",
+    "modulation": r"adaln|gated_|sum_partials|layer_norm|LayerNorm|rms_norm",
     "matrix products": r"gemm|matmul|addmm|\bmm\b|::mm|::bmm|cutlass|nvjet|cublas|wgmma|splitKreduce|conv",
     "memory": r"copy|memcpy|memset|fill|cat",
 }

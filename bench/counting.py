@@ -27,6 +27,10 @@ LAUNCHES = {f"rfkernels.{op}": 2 for op in TWO}
 """Of operators that launch more than one kernel; joint attention's depend on its arguments."""
 
 
+Key = tuple[int, ...]
+"""Which memory: its storage, where in it a tensor begins, and its shape."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operator that launches something."""
@@ -35,14 +39,19 @@ class Kernel:
     kind: str
     """matmul, attention, modulation (the adaLN family), or other."""
     flops: int
-    reads: dict[int, int]
-    """Bytes by storage."""
-    writes: dict[int, int]
+    reads: dict[Key, int]
+    """Bytes by part of a storage."""
+    writes: dict[Key, int]
     launches: int
 
     @property
     def bytes(self) -> int:
+        """Of the operator's tensors, each once; a kernel of several passes moves more."""
         return sum(self.reads.values()) + sum(self.writes.values())
+
+    @property
+    def read_storages(self) -> set[int]:
+        return {key[0] for key in self.reads}
 
 
 @dataclass
@@ -95,14 +104,21 @@ def attention_flops(op: str, args: tuple[Any, ...]) -> int:
 
 
 def attention_launches(op: str, args: tuple[Any, ...]) -> int:
-    """Of rfkernels' joint attention without rotary embeddings: [rstd of the keys, attention]; dQ, dK and dV, and the
-    sums of the norm weights' gradients."""
+    """Of rfkernels' joint attention. With norms on both sides and no rotation: rstd of the keys and attention; dQ, dK
+    and dV, and the sums of the weights' gradients. Otherwise q and k are prepared by a kernel each, in the backward
+    again, and have a backward of their own. Gradients of weights are cast to their dtype."""
     from rfkernels.joint_attention.layout import parse
 
-    if op.endswith("backward"):
-        streams = parse(*args[2:4])
-        return 2 + any(s.q_weight is not None or s.k_weight is not None for s in streams)
-    return 1 + any(s.k_weight is not None for s in parse(*args[:2]))
+    backward = op.endswith("backward")
+    streams = parse(*args[2:4]) if backward else parse(*args[:2])
+    inside = all(s.cos is None and s.k_weight is not None and (s.q_weight is not None or not s.asks) for s in streams)
+    sides = [(s.q_weight, s.cos) for s in streams if s.asks] + [(s.k_weight, s.cos) for s in streams]
+    prepared = 0 if inside else sum(weight is not None or cos is not None for weight, cos in sides)
+    if not backward:
+        return prepared + inside + 1
+    weights = [weight for weight, _ in sides if weight is not None]
+    sums = 1 if inside else len(weights)
+    return 2 * prepared + 2 + sums + sum(weight.dtype != torch.float32 for weight in weights)
 
 
 class _Counter(TorchDispatchMode):
@@ -130,13 +146,12 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def sizes(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes by storage: each element once, however often it is expanded or viewed."""
-    found: dict[int, int] = {}
-    for t in tensors:
-        key, most = storage(t), t.untyped_storage().nbytes()
-        found[key] = min(most, found.get(key, 0) + t.numel() * t.element_size())
-    return found
+def sizes(tensors: list[Tensor]) -> dict[Key, int]:
+    """Bytes by part of a storage: each element once, however often it is expanded."""
+    return {
+        (storage(t), t.storage_offset(), *t.shape): min(t.untyped_storage().nbytes(), t.numel() * t.element_size())
+        for t in tensors
+    }
 
 
 @contextmanager
@@ -213,7 +228,7 @@ _one_rms_norm.register_autograd(
 
 
 def rms_norm_as_on_a_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    """One kernel each way, as F.rms_norm is on a GPU; on a CPU, and in fake tensors, PyTorch takes it apart."""
+    """One operator each way, as F.rms_norm is on a GPU; on a CPU, and in fake tensors, PyTorch takes it apart."""
     return _one_rms_norm(x, weight, eps)
 
 
@@ -223,9 +238,9 @@ def rms_norm_as_on_a_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float) -> T
 def stretches(kernels: list[Kernel]) -> list[Kernel]:
     """The kernels with every run of `other` ones between two products made one, which reads what comes from outside it
     and writes what is read after it: the most that a compiler can fuse without touching the products themselves."""
-    last_read: dict[int, int] = {}
+    last_read: dict[int, int] = {}                     # by storage: of what was written whole, a view may be read
     for i, k in enumerate(kernels):
-        last_read.update(dict.fromkeys(k.reads, i))
+        last_read.update(dict.fromkeys(k.read_storages, i))
     found: list[Kernel] = []
     start = 0
     while start < len(kernels):
@@ -236,15 +251,13 @@ def stretches(kernels: list[Kernel]) -> list[Kernel]:
             found.append(kernels[start])
             start += 1
             continue
-        reads: dict[int, int] = {}
-        writes: dict[int, int] = {}
+        reads: dict[Key, int] = {}
+        writes: dict[Key, int] = {}
         for k in kernels[start:end]:
-            for key, size in k.reads.items():
-                if key not in writes:
-                    reads[key] = max(size, reads.get(key, 0))
-            for key, size in k.writes.items():
-                writes[key] = max(size, writes.get(key, 0))
-        live = {key: size for key, size in writes.items() if last_read.get(key, end) >= end}   # unread: a result
+            written = {key[0] for key in writes}
+            reads.update({key: size for key, size in k.reads.items() if key[0] not in written})
+            writes.update(k.writes)
+        live = {key: size for key, size in writes.items() if last_read.get(key[0], end) >= end}   # unread: a result
         found.append(Kernel("fused", "other", 0, reads, live, 1))
         start = end
     return found

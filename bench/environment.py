@@ -106,7 +106,7 @@ def environment() -> dict[str, Any]:
 def importable(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:
+    except ImportError:
         return False
 
 

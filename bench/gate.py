@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,28 @@ def slug(device: str) -> str:
 
 
 def read(files: Sequence[Path]) -> dict[str, Any]:
-    """Files that pytest-benchmark wrote as one result: their cases, and what else the first says."""
+    """Files that pytest-benchmark wrote as one result: their cases, of a case in several the last, and what else the
+    first says."""
     parts = [json.loads(file.read_text()) for file in files]
+    cases = {(b["group"], b.get("extra_info", {}).get("contender")): b for part in parts for b in part["benchmarks"]}
     notes = [line for part in parts for line in part.get("notes", [])]
-    return {**parts[0], "benchmarks": [b for part in parts for b in part["benchmarks"]], "notes": notes}
+    return {**parts[0], "benchmarks": list(cases.values()), "notes": notes}
 
 
 def runs(folder: Path) -> dict[str, list[Path]]:
     """Results of the suite in a folder by run, "DEVICE-DATE", newest first. A run's parts, DEVICE-DATE-PART.json,
-    belong together; what else lies there is passed over."""
-    found: dict[str, list[Path]] = {}
+    belong together, in the order they were run; what else lies there is passed over."""
+    found: dict[str, list[tuple[str, Path]]] = {}
     dated = [(match, p) for p in sorted(folder.glob("*.json")) if (match := DATE.search(p.stem))]
     for match, path in sorted(dated, key=lambda pair: pair[0].group(), reverse=True):
-        if "benchmarks" in json.loads(path.read_text()):
-            found.setdefault(path.stem[: match.end()], []).append(path)
-    return found
+        try:
+            results = json.loads(path.read_text())
+        except ValueError:
+            warnings.warn(f"{path} is not JSON: a run that was cut off? It is passed over", stacklevel=2)
+            continue
+        if "benchmarks" in results:
+            found.setdefault(path.stem[: match.end()], []).append((results.get("datetime", ""), path))
+    return {run: [path for _, path in sorted(parts)] for run, parts in found.items()}
 
 
 def device_of(run: str) -> str:

@@ -11,7 +11,7 @@
 #   bench/gpu.sh --part error          joint attention against fp64
 #   bench/gpu.sh --part profile        one step by kernel (torch.profiler), and Nsight Compute on the kernels if it may
 #   bench/gpu.sh --part report         tables and pictures of what is there
-# Each part is stopped after ten minutes and leaves what it has.
+# Each part is stopped within ten minutes, leaves what it has, and goes on where it was when it is run again.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -33,49 +33,63 @@ $PYTHON -c 'from bench.environment import environment; print(environment())'
 failed=0
 
 run_tests() {
-  timeout 560 $PYTHON -m pytest -q -W ignore tests/rfkernels/test_joint_attention_kernels.py \
-    tests/rfkernels/test_adaln_kernels.py tests/rfkernels/test_joint_attention_operator.py -k "not opcheck" \
+  timeout --kill-after 20 400 $PYTHON -m pytest -q -W ignore tests/rfkernels -k "(kernels or gelu or qk_norm or operator) and not opcheck" \
     >"$STAMP-tests.log" 2>&1 || failed=1
   tail -15 "$STAMP-tests.log"
   if command -v compute-sanitizer >/dev/null; then
-    timeout 200 compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON -m pytest -q -W ignore \
+    timeout --kill-after 20 150 compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON -m pytest -q -W ignore \
       tests/rfkernels/test_joint_attention_kernels.py -k "bits_when_repeated or (lengths_per_sample and True)" \
       >"$STAMP-sanitizer.log" 2>&1 || failed=1
     tail -5 "$STAMP-sanitizer.log"
   fi
 }
 
-# SIGINT, so that pytest-benchmark still writes what it has
+# suite FILE NAME...: each name in a process and a file of its own, until 560 seconds are over; what has a file is not run
+# again. Cut off by SIGINT, so that pytest-benchmark writes what it has, then by force.
 suite() {
-  timeout --signal INT 560 $PYTHON -m pytest "bench/test_$1.py" -q -W ignore --ops "$NAME" \
-    --benchmark-json "$STAMP-$1${NAME:+-$NAME}.json" >"$STAMP-$1${NAME:+-$NAME}.log" 2>&1 || failed=1
-  grep -A200 "ours, and what it is held against" "$STAMP-$1${NAME:+-$NAME}.log" || tail -15 "$STAMP-$1${NAME:+-$NAME}.log"
+  local file=$1 end=$((SECONDS + 560)) name left out
+  shift
+  for name in "$@"; do
+    out="$STAMP-$file-$name"
+    left=$((end - SECONDS))
+    [ -s "$out.json" ] && continue
+    [ "$left" -lt 20 ] && { echo "no time left for $file $name: run this part again"; failed=1; continue; }
+    timeout --signal INT --kill-after 20 "$left" $PYTHON -m pytest "bench/test_$file.py" -q -W ignore --ops "$name" \
+      --benchmark-json "$out.part" >"$out.log" 2>&1 || { failed=1; tail -5 "$out.log"; }
+    [ -s "$out.part" ] && mv "$out.part" "$out.json"
+    rm -f "$out.part"
+  done
 }
 
 run_sweep() { $PYTHON -W ignore -m bench.sweep --out "$OUT" --minutes 8 --only "$NAME" 2>"$OUT/sweep.err" || failed=1; }
-run_error() { timeout 300 $PYTHON -W ignore -m bench.attention_error 2>/dev/null | tee "$STAMP-error.txt"; }
+run_error() {
+  timeout --kill-after 20 300 $PYTHON -W ignore -m bench.attention_error >"$STAMP-error.txt" 2>"$STAMP-error.log" || failed=1
+  cat "$STAMP-error.txt"
+}
 
 run_profile() {
-  timeout 200 $PYTHON -W ignore -m bench.profile >"$STAMP-profile.txt" 2>&1 || failed=1
+  timeout --kill-after 20 200 $PYTHON -W ignore -m bench.profile >"$STAMP-profile.txt" 2>&1 || failed=1
   head -40 "$STAMP-profile.txt"
   if command -v ncu >/dev/null; then                # counters may be closed to users: then it says so in the log
-    timeout 300 ncu --set basic --kernel-name "regex:adaln|gated|attention|key_rstd|sum_" --launch-count 12 \
-      --profile-from-start off $PYTHON -W ignore -m bench.profile --kernels >"$STAMP-ncu.txt" 2>&1
+    timeout --kill-after 20 300 ncu --set basic --kernel-name "regex:adaln|gated|attention|key_rstd|sum_|gelu_bwd" \
+      --launch-count 40 --profile-from-start off $PYTHON -W ignore -m bench.profile --kernels >"$STAMP-ncu.txt" 2>&1
     tail -5 "$STAMP-ncu.txt"
   fi
 }
 
+OPS=${NAME:-joint_attention block adaln gated_residual}      # adaln: gated_adaln too
+MODELS=${NAME:-d24-256px-B32 d24-1024px d38-256px d24-256px-B1 d24-512px d38-1024px}
 run_report() { $PYTHON -W ignore -m bench report --out "$OUT" || failed=1; }
 
 case "$PART" in
   tests) run_tests ;;
-  ops) suite ops ;;
-  model) suite model ;;
+  ops) suite ops $OPS ;;
+  model) suite model $MODELS ;;
   sweep) run_sweep ;;
   error) run_error ;;
   profile) run_profile ;;
   report) run_report ;;
-  all) run_tests; suite ops; suite model; run_error; run_profile; run_sweep; run_report ;;
+  all) run_tests; suite ops $OPS; suite model $MODELS; run_error; run_profile; run_sweep; run_report ;;
   *) echo "error: unknown part '$PART'; expected tests, ops, model, sweep, error, profile, report or nothing"; exit 2 ;;
 esac
 

@@ -72,7 +72,7 @@ class _Timed:
         return torch.cuda.max_memory_allocated() - before
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
@@ -83,6 +83,7 @@ class _Timed:
                 self._results = [self.call(i) for i in range(self.number)]
             self.graph = graph
         except RuntimeError:                              # something synchronised: timed as it is, and said so
+            torch.cuda.set_stream(before)
             torch.cuda.synchronize()
 
     def _run(self) -> None:

@@ -32,8 +32,8 @@ def speedups(results: dict[str, Any], axes: Any) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as eager PyTorch")
-    behind = sum((tables.baseline(c) or 0) < c["ours"]["us"] for c in found.values() if "ours" in c)
-    axes.set_title(f"Ours is behind eager in {behind} of {len(found)} cases")
+    slower, cases = tables.behind(found)
+    axes.set_title(f"Ours is behind eager by 1 % or more in {slower} of {cases} cases")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -90,8 +90,8 @@ def memory(results: dict[str, Any], axes: Any) -> None:
             record = c.get(name, {})
             if record.get("step") == "training" and record.get("peak_bytes"):
                 axes.plot([record["batch"]], [record["peak_bytes"] / 1e9], marker, color="black")
-    axes.set(xlabel="batch", ylabel="GB kept between forward and backward")
-    axes.set_title("Kept for backward, counted by shapes as on a GPU (points: measured peaks)")
+    axes.set(xlabel="batch", ylabel="GB")
+    axes.set_title("Kept for backward, counted by shapes as on a GPU (points: peaks of the step, gradients included)")
     axes.legend(fontsize=8)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import gate, pictures, tables
+from bench.environment import importable
 
 BEGIN = "<!-- bench: what follows is written by `python -m bench report`; edits are lost -->"
 END = "<!-- bench: end -->"
@@ -38,9 +39,8 @@ def ratio_to_diffusers(results: dict[str, Any]) -> str:
 
 def behind(results: dict[str, Any]) -> str:
     """Losses, counted."""
-    mine = [row["ours"] for row in tables.rows(results).values() if "ratio" in row.get("ours", {})]
-    slower = sum(m["ratio"] > 1 for m in mine)
-    return f"Ours is slower than eager PyTorch in {slower} of {len(mine)} cases."
+    slower, cases = tables.behind(tables.rows(results))
+    return f"Ours is slower than eager PyTorch by 1 % or more in {slower} of {cases} cases."
 
 
 def page(results: dict[str, Any], stem: str) -> str:
@@ -90,14 +90,17 @@ def main(files: list[Path], out: Path, readme: Path | None, check: bool) -> None
     if empty or not runs:
         found = ", ".join(empty) or f"{out} without results"
         raise ValueError(f"report: found {found}; expected what pytest bench --benchmark-json wrote")
-    if check and readme is not None:
+    if check:
+        if readme is None:
+            raise ValueError("report: --check needs --readme where --out is not the project's own results")
         text = readme.read_text()
         if replaced(text, section(runs), readme) != text:
             sys.exit(f"error: the bench section of {readme} is not that of {out}; run python -m bench report")
         return
     for run, results in tqdm(runs.items(), desc="report", disable=None):
         (out / f"{run}.md").write_text(page(results, run))
-        pictures.draw(results, out / run)
+        if importable("matplotlib"):
+            pictures.draw(results, out / run)
     if readme is not None:
         readme.write_text(replaced(readme.read_text(), section(runs), readme))
         print(f"refreshed {readme}")

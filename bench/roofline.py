@@ -84,10 +84,10 @@ class Prediction:
 
 def operands(trace: Trace) -> int:
     """Bytes of the distinct tensors, weights left out, that the forward's matrix products and attentions read."""
-    found: dict[int, int] = {}
+    found: dict[tuple[int, ...], int] = {}
     for k in trace.kernels[: trace.forward]:
         if k.kind in ("matmul", "attention"):
-            found.update({key: size for key, size in k.reads.items() if key not in trace.weight_storages})
+            found.update({key: size for key, size in k.reads.items() if key[0] not in trace.weight_storages})
     return sum(found.values())
 
 
@@ -124,7 +124,7 @@ def measurements(size: Size, step: str, name: str, folder: Path) -> dict[str, fl
     if results is None:
         return {}
     contenders = tables.rows(results).get(size.name(step), {})
-    ways = MEASURED_AS if results["machine_info"]["rfkernels"]["driver"] else {"eager": "eager"}
+    ways = MEASURED_AS if tables.on_a_gpu(results) else {"eager": "eager"}
     return {way: contenders[c]["us"] / 1e6 for way, c in ways.items() if c in contenders}
 
 

@@ -24,15 +24,25 @@ def rows(results: dict[str, Any]) -> Rows:
 def where(results: dict[str, Any]) -> str:
     """The line without which no figure stands."""
     machine = results["machine_info"]["rfkernels"]
-    device = machine["device"] if machine.get("driver") else machine.get("processor") or machine["device"]
+    device = machine["device"] if on_a_gpu(results) else machine.get("processor") or machine["device"]
     parts = [f"{name} {machine[name]}" for name in ("driver", "torch", "triton", "diffusers") if machine.get(name)]
-    threads = [] if machine.get("driver") else [f"{machine.get('cores', '?')} thread"]
+    threads = [] if on_a_gpu(results) else [f"{machine.get('cores', '?')} thread"]
     return ", ".join([device, *threads, *parts, results["datetime"][:10]])
 
 
 def baseline(contenders: dict[str, dict[str, Any]]) -> float | None:
     """Eager's time in microseconds."""
     return contenders["eager"]["us"] if "eager" in contenders else None
+
+
+def behind(found: Rows) -> tuple[int, int]:
+    """(cases in which ours is slower than eager by 1 % or more, cases)."""
+    ratios = [c["ours"]["ratio"] for c in found.values() if "ratio" in c.get("ours", {})]
+    return sum(ratio > 1.01 for ratio in ratios), len(ratios)
+
+
+def on_a_gpu(results: dict[str, Any]) -> bool:
+    return not results["machine_info"]["rfkernels"]["device"].startswith("cpu-")
 
 
 def duration(us: float) -> str:
@@ -48,7 +58,7 @@ COLUMNS = ("case", "ours", "eager", "x eager", "best other", "x best", "launches
 
 EXPLAINED = (
     "x: times as fast, medians of paired rounds. Launches and bytes kept for the backward: ours / eager as on a GPU, "
-    "counted by shapes."
+    "counted by shapes, an operator of PyTorch as one launch."
 )
 
 

@@ -39,7 +39,7 @@ def agrees(case: Case, op: Op) -> str | None:
     try:
         got = gradients(op, inputs, grads)
     except Exception as error:                    # a library may refuse a shape or a GPU; said so, and left out
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:100]}"
     with rfkernels.backend("reference"):
         exact = gradients(case.contenders["ours"], inputs, grads)
     for a, b in zip(got, exact, strict=True):
@@ -53,6 +53,7 @@ def agrees(case: Case, op: Op) -> str | None:
 def measured(name: str, direction: str) -> tuple[dict[str, Samples], dict[str, str], dict[str, int | None]]:
     """(samples by contender, why the others were left out, kernels launched as the profiler counts them)."""
     case = CASES[name]
+    torch._dynamo.reset()                         # shapes share code, and past eight of one a compiler gives up
     wrong = {n: why for n, op in case.contenders.items() if (why := agrees(case, op))}
     assert "ours" not in wrong and "eager" not in wrong, wrong
     input_bytes = sum(t.numel() * t.element_size() for t in case.make())
@@ -86,9 +87,10 @@ def counted(case: Case, contender: str, direction: str) -> Trace:
         inputs = [t.requires_grad_() for t in case.make()]
         return op, inputs, getattr(op, "weights", [])
 
-    found = trace(make, backward=direction == "both")
-    free(case)                                                       # its weights were fake
-    return found
+    try:
+        return trace(make, backward=direction == "both")
+    finally:
+        free(case)                                                   # its weights were fake
 
 
 def free(case: Case) -> None:
@@ -129,7 +131,7 @@ def record(case: Case, direction: str, contender: str) -> dict[str, Any]:
         found["sdpa"] = environment.sdpa_backend(batch, length, heads)
     if contender == "ours":
         found["ratio"] = one.over(samples["eager"])
-        best = min((n for n in samples if n != "ours"), key=lambda n: samples[n].median)
+        best = min((n for n in samples if not n.startswith("ours")), key=lambda n: samples[n].median)
         found["best_other"], found["speedup_over_best"] = best, round(samples[best].over(one), 3)
         if not case.name.startswith("block"):
             told = rfkernels.explain(case.name.split("-")[0], *explained(case, leaves(case)))

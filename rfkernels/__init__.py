@@ -1,5 +1,6 @@
 """Fused ops for MM-DiT, the Stable Diffusion 3 architecture. See the README of each op's folder."""
 
+from rfkernels import patch
 from rfkernels.adaln.chunks import chunk_modulation
 from rfkernels.adaln.op import adaln, gated_adaln, gated_residual
 from rfkernels.dispatch import backend, explain
@@ -27,6 +28,7 @@ __all__ = [
     "gelu_mlp",
     "joint_attention",
     "observe_attention",
+    "patch",
     "patch_embed",
     "position_grid",
     "qk_norm",

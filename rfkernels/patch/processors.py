@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rfkernels
-from rfkernels import Rope, Stream
+from rfkernels.joint_attention.stream import Rope, Stream
 from rfkernels.patch.swap import Options
 
 Norms = tuple[nn.Module | None, nn.Module | None]

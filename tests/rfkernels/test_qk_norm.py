@@ -93,6 +93,7 @@ def test_the_same_bits_when_repeated_and_nothing_but_inputs_kept():
     assert saved(lambda: fused(*inputs), inputs) == 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")       # opcheck's own
 def test_operator_compiles_and_is_registered_rightly():
     inputs = leaves(*torch.randn(2, 2, 5, 2, 16, device=DEVICE), torch.float32)
     torch.library.opcheck(torch.ops.rfkernels.qk_norm.default, (*inputs, 1e-6))

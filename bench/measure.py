@@ -124,6 +124,9 @@ def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = 15) 
         calls: by name. device: where they run. rounds: samples of each.
     """
     timed = {name: _Timed(call, device) for name, call in calls.items()}
+    if any(t.graph is None for t in timed.values()):
+        for t in timed.values():                          # with the host for one, with the host for all
+            t.graph = None
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for r in range(rounds):

@@ -40,8 +40,11 @@ def agrees(case: Case, op: Op) -> str | None:
         got = gradients(op, inputs, grads)
     except Exception as error:                    # a library may refuse a shape or a GPU; said so, and left out
         return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:100]}"
-    with rfkernels.backend("reference"):
-        exact = gradients(case.contenders["ours"], inputs, grads)
+    try:
+        with rfkernels.backend("reference"):
+            exact = gradients(case.contenders["ours"], inputs, grads)
+    except torch.OutOfMemoryError:                # the definition holds all scores in fp32; eager does not
+        exact = gradients(case.contenders["eager"], inputs, grads)
     for a, b in zip(got, exact, strict=True):
         off = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-20))
         if not off < 0.05:

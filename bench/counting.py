@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from rfkernels import dispatch
 
@@ -28,12 +28,8 @@ LAUNCHES = {f"rfkernels.{op}": 2 for op in TWO}
 
 
 # Attention on a CPU, which torch's counter does not know before 2.15.
-for _op, _formula in (
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
-):
-    if _op not in flop_registry:
-        register_flop_formula(_op)(_formula)
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
 
 Key = tuple[int, ...]
 """Which memory: its storage, where in it a tensor begins, and its shape."""

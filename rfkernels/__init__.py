@@ -9,7 +9,7 @@ from rfkernels.joint_attention.diagnostics import AttentionStatistics, attention
 from rfkernels.joint_attention.op import joint_attention
 from rfkernels.joint_attention.stream import Rope, Stream
 from rfkernels.mlp.op import gelu_mlp
-from rfkernels.position.op import patch_embed, position_grid
+from rfkernels.position.op import patch_embed, patch_unembed, position_grid
 from rfkernels.qk_norm.op import qk_norm
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "observe_attention",
     "patch",
     "patch_embed",
+    "patch_unembed",
     "position_grid",
     "qk_norm",
     "rectified_flow",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.flow import reference
+from rfkernels.flow import operators, reference
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
 def rectified_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,8 +66,24 @@ def _check_mse(prediction, target, weight):
     return prediction, target, weight
 
 
-_AS_DEFINED = "plain PyTorch, op by op"
+def _refuses(first, second, per_sample):
+    return refuses_triton(first, second)                     # t and weight may be fp64: they are read as fp32
+
+
+def _implementations(what, run, definition):
+    return (
+        dispatch.Implementation("triton", what, run, _refuses, interpreted if INTERPRETED else None),
+        dispatch.Implementation("reference", "plain PyTorch, op by op", definition),
+    )
+
+
 dispatch.register(
-    "rectified_flow", _check_flow, dispatch.Implementation("reference", _AS_DEFINED, reference.rectified_flow)
+    "rectified_flow",
+    _check_flow,
+    *_implementations("noising and target in one kernel", operators.rectified_flow, reference.rectified_flow),
 )
-dispatch.register("weighted_mse", _check_mse, dispatch.Implementation("reference", _AS_DEFINED, reference.weighted_mse))
+dispatch.register(
+    "weighted_mse",
+    _check_mse,
+    *_implementations("one kernel each way, sums in a fixed order", operators.weighted_mse, reference.weighted_mse),
+)

@@ -15,6 +15,8 @@ from rfkernels.inspect.compile import Compiled, compile_only, read_cuda, read_hi
 from rfkernels.triton_support import INSTALLED, INTERPRETED
 
 TABLE = Path(__file__).with_name("table.json")
+PRODUCTS = ("attention", "patch", "tokens_to_patches")        # kernels that multiply matrices, by how their names begin
+REDUCTIONS = ("sum_partials", "sum_rows", "sum_per_sample", "key_rstd")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -44,10 +46,12 @@ def defects(reports: dict[str, Compiled]) -> list[str]:
             continue                                                     # AMD is information, not a promise
         if r.spills:
             found.append(f"{key}: {r.spills} spills")
-        if r.kernel.startswith("attention"):
+        if r.kernel.startswith(PRODUCTS):
             if not r.counts["mma"] or (r.target == "sm_90" and r.counts["wgmma"] < r.counts["mma"]):
                 found.append(f"{key}: products not on the tensor cores, or not as wgmma on sm_90")
-        elif r.kernel not in ("sum_partials", "sum_rows", "key_rstd"):
+            if r.kernel == "patches_to_tokens" and r.counts["st16"] < r.counts["st"]:
+                found.append(f"{key}: tokens stored in less than 16 bytes")
+        elif r.kernel not in REDUCTIONS:
             # mean and rstd are one number a row; a backward's rows of partials are narrow too
             narrow_stores = 0 if r.kernel.endswith("bwd") and r.counts["st16"] else r.counts["st"] - r.counts["st16"]
             if r.counts["ld"] - r.counts["ld16"] > 2 or narrow_stores > 2:

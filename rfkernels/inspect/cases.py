@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from rfkernels.adaln import launch
+from rfkernels.flow import launch as flow
 from rfkernels.joint_attention import launch as attention
 from rfkernels.mlp import launch as mlp
+from rfkernels.position import launch as position
+from rfkernels.position.launch import Patches
 from rfkernels.qk_norm import launch as qk
 
 WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
@@ -36,6 +39,31 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def patch_cases(width: int) -> Iterator[Case]:
+    """A latent of 16 x 32 x 32 and its 256 tokens. Excess: weight, positions, and partial sums of the weight."""
+    latent, x, weight = _tensor(BATCH, 16, 32, 32), _tensor(BATCH, LENGTH, width), _tensor(width, 64)
+    positions, bias = _tensor(LENGTH, width, dtype=torch.float32), _tensor(width)
+    embedded, least = Patches(latent, 2, True), 2 * (x.numel() + latent.numel())
+    to_tokens = partial(position.to_tokens, embedded, weight, (64, 1), width, bias, positions)
+    yield Case(f"patches_to_tokens/{width}", to_tokens, least, 1.1)
+    unembedded = Patches(latent, 2, False)
+    yield Case(f"tokens_to_patches/{width}", partial(position.to_latent, x, unembedded, weight.t(), (1, width)), least)
+    gradient = partial(position.weight_gradient, x, embedded, weight, (64, 1), bias)
+    yield Case(f"patch_weight_bwd/{width}", gradient, least, 1.7)
+
+
+def flow_cases() -> Iterator[Case]:
+    x, t = _tensor(BATCH, 16, 128, 128), _tensor(BATCH, dtype=torch.float32)
+    scalar = _tensor(dtype=torch.float32)
+    for name, each, call in (
+        ("rectified_flow_fwd", 8, partial(flow.rectified_flow, x, x, t)),
+        ("rectified_flow_bwd", 8, partial(flow.rectified_flow_backward, x, x, t, None, None)),
+        ("weighted_mse_fwd", 4, partial(flow.squared_errors, x, x)),
+        ("weighted_mse_bwd", 6, partial(flow.weighted_mse_backward, scalar, x, x, t, False)),
+    ):
+        yield Case(f"{name}/latent", call, each * x.numel())
+
+
 def cases() -> Iterator[Case]:
     for width in WIDTHS:
         x, v = _tensor(BATCH, LENGTH, width), _tensor(BATCH, width)
@@ -52,6 +80,8 @@ def cases() -> Iterator[Case]:
             yield Case(f"{name}/{width}", call, least * x.numel())
         h = _tensor(BATCH * LENGTH, 4 * width)
         yield Case(f"gelu_bwd/{4 * width}", partial(mlp.gelu_backward, h, h, True, True), 8 * h.numel())
+        yield from patch_cases(width)
+    yield from flow_cases()
     for dim in HEAD_DIMS:
         # Two streams, packed, both normalised. Excess of the forward: keys are read for their rstd first. Backward: its
         # second kernel reads k, v and dout again; the queries folded for each of the two streams are written and read.

@@ -85,6 +85,35 @@ def tile_launch(kernel: str, channels: int, device: str | None = None) -> TileLa
 
 
 @dataclass(frozen=True)
+class PatchLaunch:
+    """Tiles of a kernel between a latent's patches and tokens."""
+
+    block_m: int
+    """Tokens in a tile."""
+    block_n: int
+    """Channels of the tokens in a tile."""
+    block_k: int
+    """Elements of a patch in a tile."""
+    warps: int
+    stages: int
+
+
+# By kernel: free of spills on sm_80, sm_90 and sm_100 (see `inspect`); K = 64 of the released models is one tile.
+PATCH = {
+    "patches_to_tokens": PatchLaunch(64, 128, 64, 4, 2),
+    "tokens_to_patches": PatchLaunch(64, 64, 64, 4, 3),
+    "patch_weight_bwd": PatchLaunch(64, 128, 64, 4, 2),
+}
+PATCH_FP32 = PatchLaunch(32, 64, 64, 4, 1)               # three tensor-core products each; not tuned
+
+
+def patch_launch(kernel: str, channels: int, itemsize: int, device: str | None = None) -> PatchLaunch:
+    """Settings of such a kernel for tokens of this many channels: the table of the GPU named `device` if it has them."""
+    measured = table(device).get(kernel, {}).get(f"{channels}/{itemsize}") if device else None
+    return PatchLaunch(**measured) if measured else PATCH[kernel] if itemsize == 2 else PATCH_FP32
+
+
+@dataclass(frozen=True)
 class AttentionLaunch:
     """Tiles of an attention kernel."""
 

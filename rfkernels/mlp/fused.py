@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfkernels.autocast import to_autocast
 from rfkernels.mlp import launch
 from rfkernels.registration import operator
 
@@ -51,10 +52,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     given = (x, w1, b1, w2, b2)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return without_gradient(*given)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        given = tuple(t if t is None else t.to(dtype) for t in given)               # type: ignore[assignment]
-    out: Tensor = _GeluMlp.apply(*given)
+    out: Tensor = _GeluMlp.apply(*to_autocast(*given))
     return out
 
 

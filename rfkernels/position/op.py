@@ -1,11 +1,13 @@
-"""Public functions position_grid and patch_embed: checks and dispatch."""
+"""Public functions position_grid, patch_embed and patch_unembed: checks and dispatch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.position import reference
+from rfkernels.autocast import to_autocast
+from rfkernels.position import operators, reference
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
 def position_grid(
@@ -57,6 +59,27 @@ def patch_embed(
     return dispatch.run("patch_embed", *_check_patch(latent, weight, bias, positions, patch_size=patch_size))
 
 
+def patch_unembed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, height: int, width: int, patch_size: int = 2
+) -> Tensor:
+    """The end of a model: project tokens to patches and put them together (unpatchify).
+
+    A patch leaves as (row, column, channel), though `patch_embed` reads it as (channel, row, column): the layout of the
+    released weights.
+
+    Args:
+        x: [B, h*w, dim] with h = height/patch_size, row by row; any strides with unit-stride channels.
+        weight: [patch_size * patch_size * C, dim], the layout of nn.Linear; x's dtype. bias: its rows, or None.
+        height, width: of the latent, multiples of patch_size.
+    Returns: latent [B, C, height, width] in x's dtype (autocast's under autocast).
+    Raises: ValueError or TypeError that names the argument.
+    Source: Peebles & Xie 2023, section 3.2.
+    """
+    return dispatch.run(
+        "patch_unembed", *_check_unembed(x, weight, bias, height=height, width=width, patch_size=patch_size)
+    )
+
+
 def _check_grid(height, width, dim, *, resolution, max_height, max_width, base=256, unit=16):
     op = "position_grid"
     checks.positive_int(
@@ -102,14 +125,56 @@ def _check_patch(latent, weight, bias, positions, *, patch_size=2):
     count = (height // patch_size) * (width // patch_size)
     checks.has_shape(op, (count, dim), "one row per token", positions=positions)
     checks.same_device(op, "latent", latent, weight=weight, positions=positions)
+    latent, weight, bias = to_autocast(latent, weight, bias)
+    checks.same_dtype(op, "latent", latent, weight=weight, **({} if bias is None else {"bias": bias}))
     return latent, weight, bias, positions, patch_size
+
+
+def _check_unembed(x, weight, bias, *, height, width, patch_size=2):
+    op = "patch_unembed"
+    checks.tokens(op, x=x)
+    checks.is_float(op, weight=weight)
+    checks.positive_int(op, height=height, width=width, patch_size=patch_size)
+    for name, size in (("height", height), ("width", width)):
+        if size % patch_size:
+            raise ValueError(f"{op}: {name} is {size}; expected a multiple of patch_size = {patch_size}")
+    count = (height // patch_size) * (width // patch_size)
+    if x.shape[1] != count:
+        raise ValueError(f"{op}: x has {x.shape[1]} tokens; expected {count}, the patches of {height} x {width}")
+    checks.has_rank(op, 2, "[patch_size * patch_size * C, dim]", weight=weight)
+    if weight.shape[0] % patch_size**2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"{op}: weight has shape {list(weight.shape)}; expected a multiple of {patch_size**2} rows and {x.shape[2]} "
+            "columns, x's channels"
+        )
+    given = {"weight": weight}
+    if bias is not None:
+        checks.is_float(op, bias=bias)
+        checks.has_shape(op, (weight.shape[0],), "to match weight", bias=bias)
+        given["bias"] = bias
+    checks.same_device(op, "x", x, **given)
+    x, weight, bias = to_autocast(x, weight, bias)
+    checks.same_dtype(op, "x", x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return x, weight, bias, height, width, patch_size
 
 
 dispatch.register(
     "position_grid", _check_grid, dispatch.Implementation("reference", "fp64 on the CPU", reference.position_grid)
 )
-dispatch.register(
-    "patch_embed",
-    _check_patch,
-    dispatch.Implementation("reference", "reshape, matrix product, addition", reference.patch_embed),
-)
+def _refuses(*args):
+    return refuses_triton(*(a for i, a in enumerate(args) if i != POSITIONS))      # they may be fp64: read as fp32
+
+
+POSITIONS = 3                                                                        # among patch_embed's arguments
+for _name, _check, _operator, _definition, _what in (
+    ("patch_embed", _check_patch, operators.patch_embed, reference.patch_embed, "patchify, product, positions"),
+    ("patch_unembed", _check_unembed, operators.patch_unembed, reference.patch_unembed, "product and unpatchify"),
+):
+    dispatch.register(
+        _name,
+        _check,
+        dispatch.Implementation(
+            "triton", f"{_what} in one kernel", _operator, _refuses, interpreted if INTERPRETED else None
+        ),
+        dispatch.Implementation("reference", "plain PyTorch, op by op", _definition),
+    )

@@ -36,3 +36,11 @@ def patch_embed(latent: Tensor, weight: Tensor, bias: Tensor | None, positions: 
     tokens = torch.nn.functional.linear(patches.reshape(batch, h * w, -1), weight.flatten(1), bias)
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return (tokens.to(wide) + positions.to(wide)).to(tokens.dtype)
+
+
+def patch_unembed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, patch_size: int
+) -> Tensor:
+    p = patch_size
+    patches = torch.nn.functional.linear(x, weight, bias).reshape(x.shape[0], height // p, width // p, p, p, -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height, width)

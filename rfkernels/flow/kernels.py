@@ -1,0 +1,94 @@
+"""Triton kernels of rectified flow: noising with its target, and the weighted squared error.
+
+A sample is a row of N elements, wherever it starts; a program takes BLOCK of them at a time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(N, BLOCK: tl.constexpr):
+    """(sample, elements [BLOCK], which of them exist) of a program; programs run through one sample, then the next."""
+    blocks = tl.cdiv(N, BLOCK)
+    element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return tl.program_id(0) // blocks, element, element < N
+
+
+@triton.jit
+def _row(ptr, b, stride):
+    return ptr + b.to(tl.int64) * stride
+
+
+@triton.jit
+def rectified_flow_fwd(
+    x0_ptr, noise_ptr, t_ptr, z_ptr, target_ptr, N, stride_x0, stride_noise, BLOCK: tl.constexpr
+):  # fmt: skip
+    """z = (1 - t) x0 + t noise; target = noise - x0; both [B, N] contiguous."""
+    b, element, mask = _place(N, BLOCK)
+    t = tl.load(t_ptr + b).to(tl.float32)
+    x0 = tl.load(_row(x0_ptr, b, stride_x0) + element, mask=mask, other=0.0).to(tl.float32)
+    noise = tl.load(_row(noise_ptr, b, stride_noise) + element, mask=mask, other=0.0).to(tl.float32)
+    dtype = z_ptr.dtype.element_ty
+    tl.store(_row(z_ptr, b, N) + element, ((1.0 - t) * x0 + t * noise).to(dtype), mask=mask)
+    tl.store(_row(target_ptr, b, N) + element, (noise - x0).to(dtype), mask=mask)
+
+
+@triton.jit
+def rectified_flow_bwd(
+    dz_ptr, dtarget_ptr, t_ptr, x0_ptr, noise_ptr, dx0_ptr, dnoise_ptr, partials_ptr,
+    N, stride_dz, stride_dtarget, stride_x0, stride_noise, TIME: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx0 = (1 - t) dz - dtarget; dnoise = t dz + dtarget; if TIME, a partial sum of dz (noise - x0) per program."""
+    b, element, mask = _place(N, BLOCK)
+    t = tl.load(t_ptr + b).to(tl.float32)
+    dz = tl.load(_row(dz_ptr, b, stride_dz) + element, mask=mask, other=0.0).to(tl.float32)
+    dtarget = tl.load(_row(dtarget_ptr, b, stride_dtarget) + element, mask=mask, other=0.0).to(tl.float32)
+    dtype = dx0_ptr.dtype.element_ty
+    tl.store(_row(dx0_ptr, b, N) + element, ((1.0 - t) * dz - dtarget).to(dtype), mask=mask)
+    tl.store(_row(dnoise_ptr, b, N) + element, (t * dz + dtarget).to(dtype), mask=mask)
+    if TIME:
+        x0 = tl.load(_row(x0_ptr, b, stride_x0) + element, mask=mask, other=0.0).to(tl.float32)
+        noise = tl.load(_row(noise_ptr, b, stride_noise) + element, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partials_ptr + tl.program_id(0), tl.sum(dz * (noise - x0), 0))
+
+
+@triton.jit
+def weighted_mse_fwd(
+    prediction_ptr, target_ptr, partials_ptr, N, stride_p, stride_t, BLOCK: tl.constexpr
+):  # fmt: skip
+    """partials[program] = sum of (prediction - target)^2 over BLOCK elements of one sample, fp32."""
+    b, element, mask = _place(N, BLOCK)
+    prediction = tl.load(_row(prediction_ptr, b, stride_p) + element, mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(_row(target_ptr, b, stride_t) + element, mask=mask, other=0.0).to(tl.float32)
+    error = prediction - target
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(error * error, 0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_per_sample(partials_ptr, sums_ptr, count, COLUMNS: tl.constexpr):
+    """sums[b] = the `count` partials of sample b, added in a fixed order. Program: a sample."""
+    b = tl.program_id(0)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, count, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        total += tl.load(_row(partials_ptr, b, count) + column, mask=column < count, other=0.0)
+    tl.store(sums_ptr + b, tl.sum(total, 0).to(sums_ptr.dtype.element_ty))
+
+
+@triton.jit
+def weighted_mse_bwd(
+    prediction_ptr, target_ptr, weight_ptr, dloss_ptr, dprediction_ptr, dtarget_ptr, N, stride_p, stride_t, scale,
+    TARGET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dprediction = 2 dloss weight[b] (prediction - target) scale; dtarget its negative, if TARGET. scale is 1 over the
+    number of elements."""
+    b, element, mask = _place(N, BLOCK)
+    factor = 2.0 * tl.load(dloss_ptr).to(tl.float32) * tl.load(weight_ptr + b).to(tl.float32) * scale
+    prediction = tl.load(_row(prediction_ptr, b, stride_p) + element, mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(_row(target_ptr, b, stride_t) + element, mask=mask, other=0.0).to(tl.float32)
+    gradient = factor * (prediction - target)
+    here = _row(dprediction_ptr, b, N) + element
+    tl.store(here, gradient.to(dprediction_ptr.dtype.element_ty), mask=mask)
+    if TARGET:
+        tl.store(_row(dtarget_ptr, b, N) + element, (-gradient).to(dtarget_ptr.dtype.element_ty), mask=mask)

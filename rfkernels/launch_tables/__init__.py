@@ -108,7 +108,7 @@ PATCH_FP32 = PatchLaunch(32, 64, 64, 4, 1)               # three tensor-core pro
 
 
 def patch_launch(kernel: str, channels: int, itemsize: int, device: str | None = None) -> PatchLaunch:
-    """Settings of such a kernel for tokens of this many channels: the table of the GPU named `device` if it has them."""
+    """Settings of such a kernel for tokens of this many channels; the table of the GPU named `device` goes first."""
     measured = table(device).get(kernel, {}).get(f"{channels}/{itemsize}") if device else None
     return PatchLaunch(**measured) if measured else PATCH[kernel] if itemsize == 2 else PATCH_FP32
 

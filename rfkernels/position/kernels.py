@@ -1,8 +1,8 @@
-"""Triton kernels between a latent [B, C, H, W] and its tokens [B, h*w, N]: three, for both directions and both backwards.
+"""Triton kernels between a latent [B, C, H, W] and its tokens [B, h*w, N]: three, for both ways and both backwards.
 
-A patch of P x P latent pixels is a row of K = C P P elements, ordered (channel, row, column) where a latent enters a model
-and (row, column, channel) where one leaves (CHANNEL_FIRST false). Patches are read from the latent and written to it in
-place, whatever its strides. The weight is w(n, k), addressed by two strides, so it may be stored either way round.
+A patch of P x P latent pixels is a row of K = C P P elements, ordered (channel, row, column) where a latent enters a
+model and (row, column, channel) where one leaves (CHANNEL_FIRST false). Patches are read from the latent and written to
+it in place, whatever its strides. The weight is w(n, k), addressed by two strides: it may be stored either way round.
 """
 
 import triton
@@ -35,7 +35,7 @@ def patches_to_tokens(
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [B, h*w, N] contiguous: out(m, n) = sum over k of patch(m, k) w(n, k), plus bias [N], plus positions [h*w, N].
+    """out [B, h*w, N] contiguous: out(m, n) = sum over k of patch(m, k) w(n, k), + bias [N], + positions [h*w, N].
     Program: BLOCK_M tokens, BLOCK_N channels; those of the same tokens follow one another."""
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     token = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,7 +104,8 @@ def patch_weight_bwd(
     for start in range(split * span, end, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M)
         live = (token < end)[:, None]
-        x = tl.load(x_ptr + _rows(token, h * w, x_strides)[:, None] + n[None, :], mask=live & (n < N)[None, :], other=0.0)
+        rows = x_ptr + _rows(token, h * w, x_strides)
+        x = tl.load(rows[:, None] + n[None, :], mask=live & (n < N)[None, :], other=0.0)
         here = _patches(token, k, h, w, latent_strides, CHANNELS, P, CHANNEL_FIRST)
         patch = tl.load(latent_ptr + here, mask=live & (k < K)[None, :], other=0.0)
         acc = tl.dot(tl.trans(x), patch, acc, input_precision=PRECISION)

@@ -144,8 +144,8 @@ def _check_unembed(x, weight, bias, *, height, width, patch_size=2):
     checks.has_rank(op, 2, "[patch_size * patch_size * C, dim]", weight=weight)
     if weight.shape[0] % patch_size**2 or weight.shape[1] != x.shape[2]:
         raise ValueError(
-            f"{op}: weight has shape {list(weight.shape)}; expected a multiple of {patch_size**2} rows and {x.shape[2]} "
-            "columns, x's channels"
+            f"{op}: weight has shape {list(weight.shape)}; expected a multiple of {patch_size**2} rows and "
+            f"{x.shape[2]} columns, x's channels"
         )
     given = {"weight": weight}
     if bias is not None:

@@ -41,7 +41,8 @@ def fused_unembed(x, weight, bias, height, width, patch):
 
 def gradients(call, inputs, grad):
     out = call(*inputs)
-    return [out, *torch.autograd.grad(out, [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad], grad)]
+    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [out, *torch.autograd.grad(out, wanted, grad)]
 
 
 def leaf(*shape, dtype=torch.float32, scale=1.0):
@@ -66,12 +67,15 @@ def unembed_inputs(shape, dtype, bias=True):
     return [x, weight, leaf(p * p * c, dtype=dtype) if bias else None, height, width, p]
 
 
+OPS = {"embed": (embed_inputs, embed, fused_embed), "unembed": (unembed_inputs, unembed, fused_unembed)}
+
+
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "plain"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("op", ("embed", "unembed"))
+@pytest.mark.parametrize("op", OPS)
 def test_agrees_with_fp64(op, shape, dtype, bias):
-    made, plain, ours = (embed_inputs, embed, fused_embed) if op == "embed" else (unembed_inputs, unembed, fused_unembed)
+    made, plain, ours = OPS[op]
     inputs = made(shape, DTYPES[dtype], bias)
     grad = torch.randn_like(plain(*inputs))
     exact = gradients(plain, wide(inputs), grad.double())
@@ -81,15 +85,16 @@ def test_agrees_with_fp64(op, shape, dtype, bias):
         assert_within_rule(f"tensor {i}", a, b, c, factor=3.0 if DTYPES[dtype] == torch.float32 else 2.0)
 
 
-@pytest.mark.parametrize("op", ("embed", "unembed"))
+@pytest.mark.parametrize("op", OPS)
 def test_any_strides_in_and_out(op):
     """A latent as an autoencoder leaves it, tokens cut from the joint sequence, expanded and permuted gradients."""
     shape = (2, 16, 8, 12, 96, 2)
-    made, plain, ours = (embed_inputs, embed, fused_embed) if op == "embed" else (unembed_inputs, unembed, fused_unembed)
+    made, plain, ours = OPS[op]
     inputs = made(shape, torch.float32)
     first = inputs[0].detach()
     if op == "embed":
-        views = (first.to(memory_format=torch.channels_last), torch.cat([first, first], 1)[:, 8:24], first.mT.clone().mT)
+        last = first.to(memory_format=torch.channels_last)
+        views = (last, torch.cat([first, first], 1)[:, 8:24], first.mT.clone().mT)
     else:
         views = (torch.cat([first[:, :5], first], 1)[:, 5:], first.transpose(0, 1).contiguous().transpose(0, 1))
     for view in views:
@@ -108,7 +113,7 @@ def test_only_the_gradients_that_are_wanted(frozen):
     got = gradients(fused_embed, inputs, grad)
     del want[frozen + 1]
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)       # without a weight's gradient the bias's is PyTorch's
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)     # without the weight's, PyTorch sums for the bias
     inputs = unembed_inputs((2, 16, 8, 12, 96, 2), torch.float32)
     if frozen < 3:
         grad = torch.randn(2, 16, 8, 12, device=DEVICE)
@@ -179,7 +184,7 @@ def test_operators_compile_and_are_registered_rightly():
 
 def test_bad_input_is_named():
     latent, weight, bias, positions, p = embed_inputs((2, 4, 4, 6, 16, 2), torch.float32)
-    with pytest.raises(TypeError, match="patch_embed: weight has dtype torch.bfloat16; expected torch.float32"):
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.bfloat16; expected torch\.float32"):
         rfkernels.patch_embed(latent, weight.bfloat16(), bias, positions, patch_size=p)
     x, weight, bias, height, width, p = unembed_inputs((2, 4, 4, 6, 16, 2), torch.float32)
     for match, change in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
@@ -186,6 +186,71 @@ def attention_case(batch: int, tokens: int, heads: int, device: torch.device, dt
     )  # fmt: skip
 
 
+# --- the other ops ----------------------------------------------------------------------------------------------------
+
+
+def eager_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor]:
+    return (F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),)
+
+
+def eager_qk_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return F.rms_norm(q, q.shape[-1:], q_weight, 1e-6), F.rms_norm(k, k.shape[-1:], k_weight, 1e-6)
+
+
+def eager_patch_embed(latent: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> tuple[Tensor]:
+    return (F.conv2d(latent, weight, bias, stride=2).flatten(2).transpose(1, 2) + positions.to(latent.dtype),)
+
+
+def eager_patch_unembed(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    side = int(x.shape[1] ** 0.5)
+    cells = F.linear(x, weight, bias).unflatten(2, (2, 2, -1)).unflatten(1, (side, side))     # [B, h, w, p, p, C]
+    return (cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3),)
+
+
+def ours_patch_unembed(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    side = 2 * int(x.shape[1] ** 0.5)
+    return (rfkernels.patch_unembed(x, weight, bias, height=side, width=side),)
+
+
+def eager_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    t = t.view(-1, 1, 1, 1)
+    return ((1 - t) * x0 + t * noise).to(x0.dtype), noise - x0
+
+
+def eager_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor]:
+    return (((prediction.float() - target.float()).square() * weight.view(-1, 1, 1, 1)).mean(),)
+
+
+def other_cases(batch: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    side, heads = 2 * int(tokens**0.5), width // HEAD_DIM
+    x, latent, head = (batch, tokens, width), (batch, 16, side, side), (batch, tokens, heads, HEAD_DIM)
+    one, small = batch * tokens * width * dtype.itemsize, batch * 16 * side * side * dtype.itemsize
+    product = 2 * batch * tokens * width
+    # name: inputs (of them fp32), ours, eager, bytes and FLOPs of a forward and of a backward
+    table: dict[str, tuple[list[tuple[int, ...]], int, Op, Op, int, int, int, int]] = {
+        "qk_norm": ([head, head, (HEAD_DIM,), (HEAD_DIM,)], 0, rfkernels.qk_norm, eager_qk_norm,
+                    4 * one, 6 * one, 0, 0),
+        "gelu_mlp": ([x, (4 * width, width), (4 * width,), (width, 4 * width), (width,)], 0,
+                     lambda *a: (rfkernels.gelu_mlp(*a),), eager_mlp, 0, 0, 8 * width * product, 16 * width * product),
+        "patch_embed": ([latent, (width, 16, 2, 2), (width,), (tokens, width)], 1,
+                        lambda *a: (rfkernels.patch_embed(*a),), eager_patch_embed, one + small, one + 2 * small,
+                        64 * product, 128 * product),
+        "patch_unembed": ([x, (64, width), (64,)], 0, ours_patch_unembed, eager_patch_unembed, one + small,
+                          2 * one + small, 64 * product, 128 * product),
+        "rectified_flow": ([latent, latent, (batch,)], 1, rfkernels.rectified_flow, eager_flow,
+                           4 * small, 6 * small, 0, 0),
+        "weighted_mse": ([latent, latent, (batch,)], 1, lambda *a: (rfkernels.weighted_mse(*a),), eager_mse,
+                         2 * small, 4 * small, 0, 0),
+    }  # fmt: skip
+    for op, (shapes, wide, ours, plain, *counts) in table.items():
+        def make(shapes: list[tuple[int, ...]] = shapes, wide: int = wide) -> list[Tensor]:
+            dtypes = [dtype] * (len(shapes) - wide) + [torch.float32] * wide
+            return [torch.rand(s, device=device).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+
+        contenders = {"ours": ours, "eager": plain, **compiled(plain)}
+        yield Case(f"{op}-{width}-B{batch}-S{tokens}", make, contenders, *counts)
+
+
 # --- the block --------------------------------------------------------------------------------------------------------
 
 
@@ -208,10 +273,12 @@ class _Weights:
 
 @dataclass
 class BlockOp:
-    """One way to run a block, (text, image, c) -> (text, image); all ways of a case share their weights."""
+    """One way to run a block, (text, image, modulation) -> (text, image); all ways of a case share their weights."""
 
     shared: _Weights
     build: Callable[[JointBlock], nn.Module] = lambda block: block
+    chunk: Callable[[Tensor, int], Sequence[Tensor]] = rfkernels.chunk_modulation
+    """Of the modulation into vectors."""
     compile: dict[str, Any] | None = None
 
     @cached_property
@@ -225,8 +292,12 @@ class BlockOp:
     def weights(self) -> list[Tensor]:
         return list(self.shared.block.parameters())
 
-    def __call__(self, text: Tensor, image: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.module([text, image], c, [None, None]))
+    def vectors(self, modulation: Tensor) -> list[tuple[Tensor, ...]]:
+        chunks = tuple(self.chunk(modulation, 12))
+        return [chunks[:6], chunks[6:]]
+
+    def __call__(self, text: Tensor, image: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.module([text, image], self.vectors(modulation), [None, None]))
 
     def free(self) -> None:
         """Lets go of the weights until the next call."""
@@ -238,18 +309,18 @@ def block_case(batch: int, tokens: int, depth: int, device: torch.device, dtype:
     config, shared = presets.by_depth(depth), _Weights(depth, device, dtype)
 
     def make() -> list[Tensor]:
-        shapes = [(batch, TEXT_TOKENS, config.width), (batch, tokens, config.width), (batch, config.width)]
+        shapes = [(batch, TEXT_TOKENS, config.width), (batch, tokens, config.width), (batch, 12 * config.width)]
         return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
 
-    found: dict[str, Op] = {"ours": BlockOp(shared), "eager": BlockOp(shared, eager.Block)}
+    plain = partial(BlockOp, shared, chunk=partial(torch.chunk, dim=-1))
+    found: dict[str, Op] = {"ours": BlockOp(shared), "eager": plain(eager.Block)}
     if torch.cuda.is_available():
-        found["ours, compiled"] = BlockOp(shared, eager.twin, {})
-        found["compile"] = BlockOp(shared, eager.Block, {})
-        found["max-autotune"] = BlockOp(shared, eager.Block, {"mode": "max-autotune-no-cudagraphs"})
+        found["ours, compiled"] = BlockOp(shared, eager.twin, compile={})
+        found["compile"] = plain(eager.Block, compile={})
+        found["max-autotune"] = plain(eager.Block, compile={"mode": "max-autotune-no-cudagraphs"})
     forward = 2 * 12 * config.width**2 * batch * (TEXT_TOKENS + tokens)              # qkv, proj, fc1, fc2
-    forward += 2 * 12 * config.width**2 * batch                                      # modulations of both streams
     forward += 4 * batch * config.width * (TEXT_TOKENS + tokens) ** 2
-    counted = {"eager": BlockOp(shared, partial(eager.Block, norm=rms_norm_as_on_a_gpu))}
+    counted: dict[str, Op] = {"eager": plain(partial(eager.Block, norm=rms_norm_as_on_a_gpu))}
     return Case(
         f"block-{config.width}-B{batch}-S{TEXT_TOKENS}+{tokens}", make, found,
         forward_flops=forward, backward_flops=2 * forward, counted=counted,
@@ -269,6 +340,7 @@ def cases(device: torch.device) -> list[Case]:
         setting = (device, torch.float32)
         return [
             *modulation_cases(2, 256, 384, *setting), attention_case(2, 256, 6, *setting),
+            *other_cases(2, 256, 384, *setting),
             block_case(2, 256, 6, *setting),
         ]  # fmt: skip
     found: list[Case] = []
@@ -276,6 +348,7 @@ def cases(device: torch.device) -> list[Case]:
         for tokens, batch in SHAPES:
             found += modulation_cases(batch, tokens, 64 * depth, device, torch.bfloat16)
             found.append(attention_case(batch, tokens, depth, device, torch.bfloat16))
+            found += other_cases(batch, tokens, 64 * depth, device, torch.bfloat16)
             found.append(block_case(batch, tokens, depth, device, torch.bfloat16))
     return found
 

@@ -22,9 +22,15 @@ from rfkernels import dispatch
 
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution", "aten.convolution_backward")
 NOTHING_RUNS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh")
-TWO = ("adaln_backward", "gated_adaln_backward", "gated_residual_backward", "gelu_backward")
-LAUNCHES = {f"rfkernels.{op}": 2 for op in TWO}
-"""Of operators that launch more than one kernel; joint attention's depend on its arguments."""
+TWO = ("adaln_backward", "gated_adaln_backward", "gated_residual_backward", "gelu_backward", "weighted_mse")
+LAUNCHES: dict[str, Callable[..., int]] = {f"rfkernels.{op}": lambda *args: 2 for op in TWO}
+LAUNCHES |= {
+    "rfkernels.qk_norm_backward": lambda *args: 3,                                  # sums of two weights' gradients
+    "rfkernels.rectified_flow_backward": lambda dz, dtarget, t, x0, noise: 1 if x0 is None else 2,
+    "rfkernels.patch_embed_backward": lambda dy, latent, w, to_latent, to_w, bias, p: to_latent + to_w * (2 + bias),
+    "rfkernels.patch_unembed_backward": lambda dlatent, x, w, to_x, to_w, p: to_x + 2 * to_w,
+}
+"""Of operators that launch more than one kernel, by their arguments; joint attention's: `attention_launches`."""
 
 
 # Attention on a CPU, which torch's counter does not know before 2.15.
@@ -141,7 +147,7 @@ class _Counter(TorchDispatchMode):
         aliases = all(storage(t) in known for t in wrote)
         if not wrote or op in NOTHING_RUNS or (aliases and not func._schema.is_mutable):
             return out
-        flops, launches = 0, LAUNCHES.get(op, 1)
+        flops, launches = 0, LAUNCHES[op](*args) if op in LAUNCHES else 1
         if op.startswith("rfkernels.joint_attention"):
             flops, launches = attention_flops(op, args), attention_launches(op, args)
         elif (formula := flop_registry.get(func._overloadpacket)) is not None:

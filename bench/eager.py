@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit import MMDiT
-from mmdit.blocks import JointBlock, StreamBlock
+from mmdit.blocks import JointBlock, StreamBlock, Vectors
 from mmdit.embeddings import FinalLayer
+from rfkernels.nn import Modulation, PatchEmbed
 
 Norm = Callable[..., Tensor]
 """F.rms_norm, or what stands for it: (x, shape, weight, eps)."""
@@ -56,14 +57,18 @@ class Block(nn.Module):
         self.halves = nn.ModuleList(block.get_submodule(name) for name in block.names)
         self.last, self.norm = block.last, norm
 
-    def forward(self, xs: list[Tensor], c: Tensor, lengths: Any = None) -> list[Tensor]:
+    @property
+    def vectors(self) -> list[int]:
+        return [half.vectors for half in self.halves]                                               # type: ignore[misc]
+
+    def forward(self, xs: list[Tensor], modulations: list[Vectors], lengths: Any = None) -> list[Tensor]:
         halves: list[Any] = list(self.halves)
-        modulations = [half.modulation(c).chunk(half.chunks, dim=-1) for half in halves]
         qkvs = []
         for half, x, m in zip(halves, xs, modulations, strict=True):
             qkvs.append(half.attn.qkv(adaln(x, m[0], m[1])).view(*x.shape[:2], 3, half.attn.heads, half.attn.head_dim))
-        weights = [(half.attn.q_norm, half.attn.k_norm) for half in halves]
-        attended = joint(sdpa, qkvs, weights, self.norm)
+        norms = [(half.attn.q_norm, half.attn.k_norm) for half in halves]
+        weights = [tuple(norm if norm is None else norm.weight for norm in pair) for pair in norms]
+        attended = joint(sdpa, qkvs, weights, self.norm)                                            # type: ignore[arg-type]
         goes_on = [i for i in range(len(xs)) if not self.last or i == len(xs) - 1]
         return [self.update(halves[i], xs[i], attended[i], modulations[i]) for i in goes_on]
 
@@ -80,11 +85,43 @@ class Final(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        shift, scale = self.layer.modulation(c).chunk(2, dim=-1)
-        p = self.layer.patch_size
-        patches = self.layer.linear(adaln(x, shift, scale)).reshape(-1, h, w, p, p, self.layer.channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.layer.channels, h * p, w * p)
+    def forward(self, x: Tensor, vectors: Vectors, height: int, width: int) -> Tensor:
+        p = self.layer.unembed.patch_size
+        patches = self.layer.unembed.linear(adaln(x, *vectors)).unflatten(2, (p, p, -1))
+        cells = patches.unflatten(1, (height // p, width // p))                               # [B, h, w, p, p, C]
+        return cells.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height, width)
+
+
+class Embed(nn.Module):
+    def __init__(self, layer: PatchEmbed) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def proj(self) -> nn.Module:
+        return self.layer.proj
+
+    def forward(self, latent: Tensor) -> Tensor:
+        tokens = self.layer.proj(latent).flatten(2).transpose(1, 2)
+        h, w = (size // self.layer.patch_size for size in latent.shape[2:])
+        return tokens + self.layer.crop(h, w).to(tokens.dtype)
+
+
+class Chunks(nn.Module):
+    """The stacked projection, which a careful user may have too, cut by PyTorch's own `split` and `chunk`."""
+
+    def __init__(self, layer: Modulation) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def project(self, c: Tensor) -> Tensor:
+        out: Tensor = self.layer.linear(F.silu(c))
+        return out
+
+    def split(self, modulation: Tensor) -> list[Vectors]:
+        counts = self.layer.counts
+        parts = modulation.split([n * self.layer.width for n in counts], -1)
+        return [part.chunk(n, -1) for part, n in zip(parts, counts, strict=True)]
 
 
 @contextmanager
@@ -111,5 +148,6 @@ def model(ours: MMDiT, norm: Norm = F.rms_norm) -> nn.Module:
         raise ValueError(f"eager.model: config is {ours.config}; expected 2 weight sets and no dual attention")
     made = twin(ours)
     made.blocks = nn.ModuleList(Block(block, norm) for block in ours.blocks)
-    made.final_layer = Final(ours.final_layer)
+    made.final_layer, made.patch_embed = Final(ours.final_layer), Embed(ours.patch_embed)
+    made.modulation = Chunks(ours.modulation)
     return made  # type: ignore[no-any-return]

@@ -71,13 +71,13 @@ run_profile() {
   timeout --kill-after 20 200 $PYTHON -W ignore -m bench.profile >"$STAMP-profile.txt" 2>&1 || failed=1
   head -40 "$STAMP-profile.txt"
   if command -v ncu >/dev/null; then                # counters may be closed to users: then it says so in the log
-    timeout --kill-after 20 300 ncu --set basic --kernel-name "regex:adaln|gated|attention|key_rstd|sum_|gelu_bwd" \
+    timeout --kill-after 20 300 ncu --set basic --kernel-name "regex:adaln|gated|attention|key_rstd|sum_|gelu_bwd|qk_norm|patch|rectified|weighted" \
       --launch-count 40 --profile-from-start off $PYTHON -W ignore -m bench.profile --kernels >"$STAMP-ncu.txt" 2>&1
     tail -5 "$STAMP-ncu.txt"
   fi
 }
 
-OPS=${NAME:-joint_attention block adaln gated_residual}      # adaln: gated_adaln too
+OPS=${NAME:-joint_attention block adaln gated_residual gelu_mlp qk_norm patch rectified_flow weighted_mse}      # adaln: gated_adaln too
 MODELS=${NAME:-d24-256px-B32 d24-1024px d38-256px d24-256px-B1 d24-512px d38-1024px}
 run_report() { $PYTHON -W ignore -m bench report --out "$OUT" || failed=1; }
 

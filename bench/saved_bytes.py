@@ -29,6 +29,12 @@ def saved(run: Callable[[], object], weights: list[Tensor]) -> int:
     return sum(kept.values())
 
 
+def vectors(modulation: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of the text's half and of the image's, from [B, 12 * width]."""
+    chunks = rfkernels.chunk_modulation(modulation, 12)
+    return [chunks[:6], chunks[6:]]
+
+
 def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: int = 128) -> float:
     """Bytes per token and channel of one joint block in bf16, with `choose` naming backends of single ops."""
     config = presets.by_depth(2, heads=2)
@@ -36,11 +42,11 @@ def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: i
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     xs = [torch.randn(batch, n, config.width, dtype=torch.bfloat16, requires_grad=True) for n in (text, image)]
-    c = torch.randn(batch, config.width, dtype=torch.bfloat16, requires_grad=True)
+    modulation = torch.randn(batch, 12 * config.width, dtype=torch.bfloat16, requires_grad=True)
     with ExitStack() as forced:
         for op, backend in choose.items():
             forced.enter_context(rfkernels.backend(backend, op))
-        total = saved(lambda: block(xs, c, [None, None]), list(block.parameters()))
+        total = saved(lambda: block(xs, vectors(modulation), [None, None]), list(block.parameters()))
     return total / (batch * (text + image) * config.width)
 
 

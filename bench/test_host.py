@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from bench import tables
 from bench.host_overhead import calls, without_kernels
 from bench.measure import interleaved
 from bench.saved_bytes import block_bytes, ways
-from rfkernels.inspect.__main__ import TABLE
+from rfkernels.inspect.__main__ import read_table, table_path
 
 pytest.importorskip("triton", reason="Triton is not installed: its launchers cannot be timed")
 
@@ -48,7 +47,7 @@ def test_compiled_kernels(note: Callable[[str], None]) -> None:
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=without)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for line in compiled_kernels(json.loads(TABLE.read_text()), "sm_90"):
+    for line in compiled_kernels(read_table(table_path()), "sm_90"):
         note(line)
 
 

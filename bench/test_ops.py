@@ -127,7 +127,7 @@ def record(case: Case, direction: str, contender: str) -> dict[str, Any]:
         found |= {"launches": count.launches, "moved_bytes": count.bytes, "kept_bytes": count.kept}
     if contender in profiled:
         found["launches_profiled"] = profiled[contender]
-    if contender == "eager" and case.forward_flops:
+    if contender == "eager" and case.name.startswith(("joint_attention", "block")):
         inputs = case.make()
         length, batch = inputs[0].shape[1] + inputs[1].shape[1], inputs[0].shape[0]
         heads = inputs[0].shape[3] if inputs[0].ndim == 5 else inputs[0].shape[2] // HEAD_DIM
@@ -137,17 +137,19 @@ def record(case: Case, direction: str, contender: str) -> dict[str, Any]:
         best = min((n for n in samples if not n.startswith("ours")), key=lambda n: samples[n].median)
         found["best_other"], found["speedup_over_best"] = best, round(samples[best].over(one), 3)
         if not case.name.startswith("block"):
-            told = rfkernels.explain(case.name.split("-")[0], *explained(case, leaves(case)))
-            found["runs"] = told.splitlines()[0]
+            found["runs"] = explained(case, leaves(case)).splitlines()[0]
     return found
 
 
-def explained(case: Case, inputs: list[Tensor]) -> tuple[Any, ...]:
-    if not case.name.startswith("joint_attention"):
-        return tuple(inputs)
-    text, image, *weights = inputs
-    packed = rfkernels.Stream.packed
-    return ([packed(text, *weights[:2]), packed(image, *weights[2:])],)
+def explained(case: Case, inputs: list[Tensor]) -> str:
+    op, packed = case.name.split("-")[0], rfkernels.Stream.packed
+    if op == "joint_attention":
+        text, image, *weights = inputs
+        return rfkernels.explain(op, [packed(text, *weights[:2]), packed(image, *weights[2:])])
+    if op == "patch_unembed":
+        side = 2 * int(inputs[0].shape[1] ** 0.5)
+        return rfkernels.explain(op, *inputs, height=side, width=side)
+    return rfkernels.explain(op, *inputs)
 
 
 @pytest.mark.parametrize(

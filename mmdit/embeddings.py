@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rfkernels
 from mmdit.config import MMDiTConfig
+from rfkernels.nn import PatchEmbed, PatchUnembed
 
 FREQUENCIES = 256
 TIME_SCALE = 1000.0       # the network sees t in [0, 1] as 0 .. 1000
@@ -36,62 +37,24 @@ class VectorEmbedder(nn.Module):
         return self.fc2(F.silu(self.fc1(x.to(self.fc1.weight.dtype))))
 
 
-class PatchEmbed(nn.Module):
-    """Patchify, project, add the centre crop of the position table.
-
-    The table is data, not a formula: a persistent fp32 buffer [rows, columns, width], filled by the paper's formula for
-    a model trained from scratch and loaded with the weights otherwise.
-    """
-
-    positions: Tensor
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        p = config.patch_size
-        self.weight = nn.Parameter(torch.empty(config.width, config.in_channels, p, p))
-        self.bias = nn.Parameter(torch.empty(config.width))
-        self.register_buffer("positions", torch.empty(*config.max_tokens, config.width))
-
-    def fill_positions(self) -> None:
-        c = self.config
-        table = rfkernels.position_grid(
-            c.max_height,
-            c.max_width,
-            c.width,
-            resolution=c.resolution,
-            max_height=c.max_height,
-            max_width=c.max_width,
-            base=c.position_base,
-            unit=c.token_pixels,
-        )
-        self.positions.copy_(table.view_as(self.positions))
-
-    def crop(self, h: int, w: int) -> Tensor:
-        rows, columns = self.positions.shape[:2]
-        if h > rows or w > columns:
-            raise ValueError(f"MMDiT: latent has {h} x {w} patches; the position table holds {rows} x {columns}")
-        top, left = (rows - h) // 2, (columns - w) // 2
-        return self.positions[top : top + h, left : left + w].reshape(h * w, -1)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        p = self.config.patch_size
-        positions = self.crop(latent.shape[-2] // p, latent.shape[-1] // p)
-        return rfkernels.patch_embed(latent, self.weight, self.bias, positions, patch_size=p)
-
-
 class FinalLayer(nn.Module):
     """Modulated norm, projection, and tokens back to a latent. A patch leaves as (row, column, channel), though it
     enters as (channel, row, column): the layout of the released weights."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.patch_size, self.channels = config.patch_size, config.in_channels
-        self.modulation = nn.Linear(config.width, 2 * config.width)
-        self.linear = nn.Linear(config.width, config.patch_size**2 * config.in_channels)
+        self.unembed = PatchUnembed(config.width, config.in_channels, patch_size=config.patch_size)
 
-    def forward(self, x: Tensor, c: Tensor, h: int, w: int) -> Tensor:
-        shift, scale = self.modulation(c).chunk(2, dim=-1)
-        p = self.patch_size
-        patches = self.linear(rfkernels.adaln(x, shift, scale)).reshape(-1, h, w, p, p, self.channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, h * p, w * p)
+    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], height: int, width: int) -> Tensor:
+        """x [B, h*w, width] and (shift, scale) -> a latent of height x width."""
+        out: Tensor = self.unembed(rfkernels.adaln(x, *vectors), height, width)
+        return out
+
+
+def patch_embed(config: MMDiTConfig) -> PatchEmbed:
+    """The embedding of a latent with its position table."""
+    c = config
+    return PatchEmbed(
+        c.in_channels, c.width, patch_size=c.patch_size, resolution=c.resolution, max_height=c.max_height,
+        max_width=c.max_width, base=c.position_base, unit=c.token_pixels,
+    )  # fmt: skip

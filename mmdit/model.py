@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.blocks import Attention, JointBlock, StreamBlock
+from mmdit.blocks import JointBlock
 from mmdit.config import MMDiTConfig
-from mmdit.embeddings import FREQUENCIES, FinalLayer, PatchEmbed, VectorEmbedder, timestep_features
+from mmdit.embeddings import FREQUENCIES, FinalLayer, VectorEmbedder, patch_embed, timestep_features
+from rfkernels.nn import Modulation, PatchEmbed
 
 
 class MMDiT(nn.Module):
@@ -21,14 +21,16 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = patch_embed(config)
         self.time_embed = VectorEmbedder(FREQUENCIES, config.width)
         self.pooled_embed = VectorEmbedder(config.pooled_dim, config.width)
         texts = max(1, config.weight_sets - 1)
         self.context_embed = nn.ModuleList(nn.Linear(config.context_dim, config.width) for _ in range(texts))
         self.blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
-        if not self.patch_embed.weight.is_meta:
+        counts = [count for block in self.blocks for count in block.vectors]                        # type: ignore[union-attr]
+        self.modulation = Modulation(config.width, config.width, [*counts, 2])
+        if not self.patch_embed.proj.weight.is_meta:
             self.init_weights()
 
     @torch.no_grad()
@@ -40,27 +42,32 @@ class MMDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, PatchEmbed):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+                nn.init.xavier_uniform_(module.proj.weight.view(module.proj.weight.shape[0], -1))
+                nn.init.zeros_(module.proj.bias)                                                    # type: ignore[arg-type]
                 module.fill_positions()
-            elif isinstance(module, Attention) and module.q_norm is not None and module.k_norm is not None:
-                nn.init.ones_(module.q_norm)
-                nn.init.ones_(module.k_norm)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
         for embedder in (self.time_embed, self.pooled_embed):
             nn.init.normal_(embedder.fc1.weight, std=0.02)
             nn.init.normal_(embedder.fc2.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, (StreamBlock, FinalLayer)):
-                nn.init.zeros_(module.modulation.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.modulation.linear.weight)
+        nn.init.zeros_(self.final_layer.unembed.linear.weight)
+
+    def condition(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """The modulations of all blocks, which depend on time and pooled text alone: [N, vectors * width] for timestep
+        [N] and pooled [N, pooled_dim]. A sampler asks for all its steps at once; `forward` takes the rows of one."""
+        c = self.time_embed(timestep_features(timestep)) + self.pooled_embed(pooled)
+        return self.modulation.project(c)
 
     def forward(
         self,
         latent: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | None,
         context: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | None,
         context_lengths: Tensor | None = None,
+        *,
+        modulation: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -70,19 +77,21 @@ class MMDiT(nn.Module):
             pooled: [B, pooled_dim] pooled text.
             context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked. None: the model
                 attends to all L, as the released models do.
+            modulation: [B, ...] rows of what `condition` gave, instead of timestep and pooled, which may then be None.
         Returns: velocity [B, in_channels, h, w].
         Raises: ValueError or TypeError that names the argument.
         """
-        self._check(latent, timestep, context, pooled)
-        p = self.config.patch_size
-        h, w = latent.shape[-2] // p, latent.shape[-1] // p
-        c = F.silu(self.time_embed(timestep_features(timestep)) + self.pooled_embed(pooled))
+        self._check(latent, context)
+        if modulation is None:
+            self._check_conditions(latent.shape[0], timestep, pooled)
+            modulation = self.condition(timestep, pooled)                                           # type: ignore[arg-type]
+        vectors = iter(self.modulation.split(modulation))
         texts, lengths = self._split(context, context_lengths)
         xs = [embed(text) for embed, text in zip(self.context_embed, texts, strict=True)]
         xs.append(self.patch_embed(latent))
         for block in self.blocks:
-            xs = block(xs, c, lengths)
-        return self.final_layer(xs[-1], c, h, w)
+            xs = block(xs, [next(vectors) for _ in block.vectors], lengths)                         # type: ignore[union-attr]
+        return self.final_layer(xs[-1], next(vectors), *latent.shape[2:])
 
     def _split(self, context: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
         """The text streams and, for each stream with the image last, its lengths."""
@@ -94,15 +103,11 @@ class MMDiT(nn.Module):
             return texts, [None, None, None]
         return texts, [lengths.clamp(max=first), (lengths - first).clamp(min=0), None]
 
-    def _check(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> None:
+    def _check(self, latent: Tensor, context: Tensor) -> None:
         c = self.config
         batch = latent.shape[0]
         if latent.ndim != 4 or latent.shape[1] != c.in_channels:
             raise ValueError(f"MMDiT: latent has shape {list(latent.shape)}; expected [B, {c.in_channels}, h, w]")
-        if timestep.shape != (batch,):
-            raise ValueError(f"MMDiT: timestep has shape {list(timestep.shape)}; expected [{batch}], one per latent")
-        if timestep.dtype.itemsize < 4 or not timestep.dtype.is_floating_point:
-            raise TypeError(f"MMDiT: timestep has dtype {timestep.dtype}; expected float32 (bf16 rounds 1000 t by 2)")
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != c.context_dim:
             raise ValueError(f"MMDiT: context has shape {list(context.shape)}; expected [{batch}, L, {c.context_dim}]")
         if c.weight_sets == 3 and context.shape[1] <= c.context_split:
@@ -110,5 +115,14 @@ class MMDiT(nn.Module):
                 f"MMDiT: context has {context.shape[1]} tokens; with 3 weight sets more than context_split = "
                 f"{c.context_split} are expected"
             )
-        if pooled.shape != (batch, c.pooled_dim):
-            raise ValueError(f"MMDiT: pooled has shape {list(pooled.shape)}; expected [{batch}, {c.pooled_dim}]")
+
+    def _check_conditions(self, batch: int, timestep: Tensor | None, pooled: Tensor | None) -> None:
+        if timestep is None or pooled is None:
+            raise TypeError("MMDiT: timestep or pooled is None; expected tensors, or modulation to be given")
+        if timestep.shape != (batch,):
+            raise ValueError(f"MMDiT: timestep has shape {list(timestep.shape)}; expected [{batch}], one per latent")
+        if timestep.dtype.itemsize < 4 or not timestep.dtype.is_floating_point:
+            raise TypeError(f"MMDiT: timestep has dtype {timestep.dtype}; expected float32 (bf16 rounds 1000 t by 2)")
+        if pooled.shape != (batch, self.config.pooled_dim):
+            wanted = [batch, self.config.pooled_dim]
+            raise ValueError(f"MMDiT: pooled has shape {list(pooled.shape)}; expected {wanted}")

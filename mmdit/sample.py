@@ -100,7 +100,7 @@ class Sampler:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.patch_embed.weight.device
+        return self.model.patch_embed.proj.weight.device
 
     def _field(self, prompts: Sequence[str], guidance: float) -> flow.solvers.VelocityField:
         encoded = [encoder.encode(prompts) for encoder in self.encoders]
@@ -108,7 +108,7 @@ class Sampler:
         keep = torch.ones(len(prompts), len(self.encoders), dtype=torch.bool)
         if guidance != 1.0:                       # unconditional: the encoders' outputs zeroed, as in training
             features, keep = features * 2, torch.cat([keep, ~keep])
-        text_dtype = self.model.patch_embed.weight.dtype
+        text_dtype = self.model.patch_embed.proj.weight.dtype
         context, lengths, pooled = text.assemble(features, self.model.config.context_dim, keep)
         context, pooled = context.to(self._device, text_dtype), pooled.to(self._device, text_dtype)
         lengths = lengths.to(self._device)

@@ -19,8 +19,8 @@ from rfkernels.registration import watched
 class _Gradient:
     """The gradient of one modulation, while a backward is filling it. Each backward gets a tensor of its own."""
 
-    def __init__(self, modulation: Tensor) -> None:
-        self.like = modulation.detach()
+    def __init__(self, modulation: Tensor, count: int) -> None:
+        self.like, self.count = modulation.detach(), count
         self._task = -1
         self._taken: set[int] = set()
         self._buffer: Tensor | None = None
@@ -40,25 +40,41 @@ class _Gradient:
         self._taken.add(i)
         return whole[:, i * width : (i + 1) * width]
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Tensor | None:
+        """All of it, or None if no op has written a part."""
         whole, self._buffer = self.whole(), None
-        return whole
+        return whole if self._taken else None
 
 
-_alive: WeakValueDictionary[int, _Gradient] = WeakValueDictionary()      # by the modulation's address
+class _Part:
+    """Chunk i of a modulation."""
+
+    __slots__ = ("__weakref__", "gradient", "i")
+
+    def __init__(self, gradient: _Gradient, i: int) -> None:
+        self.gradient, self.i = gradient, i
+
+
+_alive: WeakValueDictionary[int, _Part] = WeakValueDictionary()          # by the chunk's address
 
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, modulation: Tensor, count: int) -> tuple[Tensor, ...]:
-        ctx.gradient = _alive[modulation.data_ptr()] = _Gradient(modulation)
+        chunks, ctx.gradient = modulation.chunk(count, dim=-1), _Gradient(modulation, count)
+        ctx.parts = [_Part(ctx.gradient, i) for i in range(count)]
+        first, step = modulation.data_ptr(), chunks[0].shape[1] * modulation.element_size()
+        _alive.update({first + i * step: part for i, part in enumerate(ctx.parts)})
         ctx.set_materialize_grads(False)
-        return modulation.chunk(count, dim=-1)
+        return chunks
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        whole = ctx.gradient.finish()
+        whole, like = ctx.gradient.finish(), ctx.gradient.like
+        if whole is None:                                                 # of a compiled region, for one: all at once
+            nothing = like.new_zeros(1, 1).expand(like.shape[0], like.shape[1] // len(grads))
+            return torch.cat([nothing if grad is None else grad for grad in grads], -1), None
         for part, grad in zip(whole.chunk(len(grads), dim=-1), grads, strict=True):
             if grad is None:
                 part.zero_()
@@ -90,12 +106,12 @@ def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
 def gradient_of(vector: Tensor) -> Tensor:
     """An uninitialised gradient for a modulation vector: a part of its modulation's, if it is a chunk of one. Only for
     plain eager mode: an operator's outputs must not share memory."""
-    if vector.ndim == 2 and _alive:
-        width, pitch = vector.shape[1], vector.stride(0)
-        for i in range(pitch // width if width and vector.shape[0] > 1 else 0):
-            found = _alive.get(vector.data_ptr() - i * width * vector.element_size())
-            if found is not None and found.like.shape == (vector.shape[0], pitch):
-                part = found.take(i, width)
-                if part is not None:
-                    return part
+    found = _alive.get(vector.data_ptr()) if vector.ndim == 2 and _alive else None
+    if found is not None:
+        (batch, width), like = vector.shape, found.gradient.like
+        pitch = like.shape[1] if batch == 1 else vector.stride(0)
+        if like.shape == (batch, pitch) and found.gradient.count * width == pitch:
+            part = found.gradient.take(found.i, width)
+            if part is not None:
+                return part
     return torch.empty_like(vector, memory_format=torch.contiguous_format)

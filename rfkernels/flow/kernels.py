@@ -76,6 +76,25 @@ def sum_per_sample(partials_ptr, sums_ptr, count, COLUMNS: tl.constexpr):
     tl.store(sums_ptr + b, tl.sum(total, 0).to(sums_ptr.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["batch", "count"])
+def weighted_mse_total(
+    partials_ptr, weight_ptr, sums_ptr, loss_ptr, batch, count, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """sums[b] = the `count` partials of sample b; loss = scale * sum of weight[b] sums[b]. One program, fixed order."""
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, batch, ROWS):
+        row = first + tl.arange(0, ROWS)
+        tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, count, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            here = partials_ptr + row.to(tl.int64)[:, None] * count + column[None, :]
+            tile += tl.load(here, mask=(row < batch)[:, None] & (column < count)[None, :], other=0.0)
+        sums = tl.sum(tile, 1)
+        tl.store(sums_ptr + row, sums, mask=row < batch)
+        total += sums * tl.load(weight_ptr + row, mask=row < batch, other=0.0).to(tl.float32)
+    tl.store(loss_ptr, tl.sum(total, 0) * scale)
+
+
 @triton.jit
 def weighted_mse_bwd(
     prediction_ptr, target_ptr, weight_ptr, dloss_ptr, dprediction_ptr, dtarget_ptr, N, stride_p, stride_t, scale,

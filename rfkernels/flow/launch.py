@@ -37,15 +37,6 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return elements, blocks, x.shape[0] * blocks
 
 
-def _partials(x: Tensor, programs: int) -> Tensor:
-    return torch.empty(programs, dtype=torch.float32, device=x.device)
-
-
-def _per_sample(partials: Tensor, sums: Tensor, blocks: int) -> Tensor:
-    _kernels().sum_per_sample[(sums.shape[0],)](partials, sums, blocks, COLUMNS=256, num_warps=4, enable_fp_fusion=True)
-    return sums
-
-
 def rectified_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     x0, noise, t, z, target = _samples(x0), _samples(noise), t.contiguous(), _empty(x0), _empty(x0)
     elements, _, programs = _sizes(x0)
@@ -64,25 +55,34 @@ def rectified_flow_backward(
     elements, blocks, programs = _sizes(dz)
     time = x0 is not None and noise is not None
     a, b = (x if x is None else _samples(x) for x in (x0, noise))
-    partials, dt = _partials(dz, programs if time else 0), t.new_empty(t.shape if time else 0)
+    partials = torch.empty(programs if time else 0, dtype=torch.float32, device=dz.device)
+    dt = t.new_empty(t.shape if time else 0)
     with on(dz.device):
         _kernels().rectified_flow_bwd[(programs,)](
             dz, dtarget, t, a, b, dx0, dnoise, partials, elements,
             *(0 if x is None else x.stride(0) for x in (dz, dtarget, a, b)), TIME=time, **SETTINGS,
         )  # fmt: skip
-        return dx0, dnoise, _per_sample(partials, dt, blocks) if time else dt
+        if time:
+            _kernels().sum_per_sample[dt.shape](partials, dt, blocks, COLUMNS=256, num_warps=4, enable_fp_fusion=True)
+    return dx0, dnoise, dt
 
 
-def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Sum of (prediction - target)^2 of each sample, [B] fp32."""
-    prediction, target = _samples(prediction), _samples(target)
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the sum of (prediction - target)^2 of each sample, [B] fp32."""
+    prediction, target, weight = _samples(prediction), _samples(target), weight.contiguous()
     elements, blocks, programs = _sizes(prediction)
-    partials = _partials(prediction, programs)
-    with on(prediction.device):
+    batch, device = prediction.shape[0], prediction.device
+    partials, errors = (torch.empty(n, dtype=torch.float32, device=device) for n in (programs, batch))
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    with on(device):
         _kernels().weighted_mse_fwd[(programs,)](
             prediction, target, partials, elements, prediction.stride(0), target.stride(0), **SETTINGS
         )
-        return _per_sample(partials, _partials(prediction, prediction.shape[0]), blocks)
+        _kernels().weighted_mse_total[(1,)](
+            partials, weight, errors, loss, batch, blocks, 1.0 / prediction.numel(), ROWS=32, COLUMNS=64, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return loss, errors
 
 
 def weighted_mse_backward(

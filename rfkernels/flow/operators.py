@@ -62,18 +62,12 @@ def _differentiate_errors(ctx: Any, call: Any, dloss: Tensor, *_: Any) -> tuple[
     return dprediction, dtarget if wants_target else None, dweight
 
 
-def _forward(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, squared errors of each sample)"""
-    errors = launch.squared_errors(prediction, target)
-    return torch.dot(errors, weight.to(torch.float32)) / prediction.numel(), errors
-
-
 _weighted_mse = Operator(
     "weighted_mse",
     forward_schema="(Tensor prediction, Tensor target, Tensor weight) -> (Tensor, Tensor)",
     backward_schema="(Tensor dloss, Tensor prediction, Tensor target, Tensor weight, bool wants_target)"
     " -> (Tensor, Tensor)",
-    forward=_forward,
+    forward=launch.weighted_mse,
     backward=launch.weighted_mse_backward,
     fake_forward=lambda prediction, *_: tuple(
         prediction.new_empty(shape, dtype=torch.float32) for shape in ((), prediction.shape[:1])

@@ -58,7 +58,7 @@ def flow_cases() -> Iterator[Case]:
     for name, each, call in (
         ("rectified_flow_fwd", 8, partial(flow.rectified_flow, x, x, t)),
         ("rectified_flow_bwd", 8, partial(flow.rectified_flow_backward, x, x, t, None, None)),
-        ("weighted_mse_fwd", 4, partial(flow.squared_errors, x, x)),
+        ("weighted_mse_fwd", 4, partial(flow.weighted_mse, x, x, t)),
         ("weighted_mse_bwd", 6, partial(flow.weighted_mse_backward, scalar, x, x, t, False)),
     ):
         yield Case(f"{name}/latent", call, each * x.numel())

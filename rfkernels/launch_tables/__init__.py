@@ -129,10 +129,10 @@ class AttentionLaunch:
 
 
 # By kernel, compute capability from which it holds, and head dimension up to which: the fastest inner loop, by
-# instructions per score, among the tiles that `inspect` finds free of spills with both Triton 3.6 and 3.9.
+# instructions per score, among the tiles that `inspect` finds free of spills with Triton 3.6, 3.8 and 3.9.
 ATTENTION = {
     "attention_fwd": {
-        80: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(128, 32, 8, 2)},
+        80: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(128, 32, 8, 3)},
         86: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(64, 32, 8, 2)},
         90: {64: AttentionLaunch(64, 64, 4, 2, registers=168), 128: AttentionLaunch(64, 64, 8, 2)},
         100: {64: AttentionLaunch(64, 64, 4, 2, registers=168), 128: AttentionLaunch(128, 64, 8, 2)},

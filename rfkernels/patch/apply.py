@@ -122,6 +122,14 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, Known]]:
             yield module, known
 
 
+def _norms(attention: nn.Module) -> Iterator[Any]:
+    """Of its queries and keys, those that qk_norm can compute."""
+    for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        norm = getattr(attention, name, None)
+        if processors.weight_and_eps(norm) is not None:
+            yield norm
+
+
 def _attentions(model: nn.Module) -> Iterator[tuple[Any, Known | None]]:
     own = {cls: known for known in PROCESSORS if (cls := known.own()) is not None}
     for module in model.modules():
@@ -144,7 +152,8 @@ def apply(
             anything that holds one, before `fully_shard`.
         adaln: modulated norms, and gates with residuals.
         attention: joint attention without concatenation.
-        qk_norm: the norm of q and k inside the attention; without it their modules run as before. Needs `attention`.
+        qk_norm: the norm of q and k: inside the attention, or on its own where attention is left; without it their
+            modules run as before.
         mlp: the two linears around GELU. Adapters and hooks on them are respected: such an MLP runs as before.
     Returns: what was replaced and what was left, and why; printed, it is a table.
     Raises: ValueError if there is nothing in the model that is known; TypeError if it is not a module.
@@ -162,12 +171,15 @@ def apply(
             exchange(module, fused_class(known.mixin, own, options))
     for module, processor in list(_attentions(model)):
         own = type(module.processor)
-        if processor is None:
-            found.count(own.__name__, "not one that is known")
-            continue
         why = None if options.attention else "attention=False"
-        if found.count(own.__name__, why or _fits_version(processor, own, "__call__")):
+        why = why or (_fits_version(processor, own, "__call__") if processor else "not one that is known")
+        if found.count(own.__name__, why):
+            assert processor is not None
             module.processor = processor.mixin(module.processor, options)
+        elif options.qk_norm:
+            for norm in _norms(module):
+                found.count(type(norm).__name__, None)
+                exchange(norm, fused_class(modules.HeadNorm, own_class(norm), options))
     if not found.replaced and not found.left:
         raise ValueError(
             f"patch.apply: model is {type(model).__name__} without any part that is known; expected "
@@ -195,4 +207,7 @@ def report(model: nn.Module) -> Report:
         fused = isinstance(module.processor, processors.Processor)
         original = module.processor.original if fused else module.processor
         found.count(type(original).__name__, None if fused else "not patched")
+        for norm in _norms(module):
+            if isinstance(norm, Fused):
+                found.count(type(norm).__name__, None)
     return found

@@ -54,6 +54,20 @@ def plain_norm(norm: nn.Module) -> str | None:
     return "its norm has a weight" if norm.elementwise_affine else None
 
 
+# --- norm of queries or keys, where attention itself is left ---------------------------------------------------------
+
+
+class HeadNorm(Fused):
+    """RMSNorm over the head dimension of one of q and k, [B, S, H, D] or [B, H, S, D]."""
+
+    def forward(self: Any, x):
+        weight = self.weight
+        if x.ndim != 4 or x.dtype != weight.dtype or x.stride(-1) != 1:
+            return super().forward(x)                                         # type: ignore[misc]
+        nothing = x.new_empty(x.shape[0], 0, *x.shape[2:])                    # the other of the two
+        return rfkernels.qk_norm(x, nothing, weight, weight.detach(), eps=self.eps)[0]
+
+
 # --- norms with their modulation --------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,7 @@ def test_launches_are_those_that_the_profiler_sees(block):
         if (name := e.name.replace("::", ".").rstrip("_")) in counted and not counted.keys() & set(within(e))
     )  # fmt: skip
     assert seen == counted
-    assert {"aten.addmm": 8, "aten.native_layer_norm": 4, "aten.gelu": 2, "aten.cat": 3}.items() <= counted.items()
+    assert {"aten.addmm": 6, "aten.native_layer_norm": 4, "aten.gelu": 2, "aten.cat": 3}.items() <= counted.items()
 
 
 def rotary_attention(text, image, *weights):
@@ -132,13 +132,22 @@ def test_launches_of_the_kernels_are_those_of_their_launchers(monkeypatch):
             return lambda *args, **settings: launched.append(grid)
 
     from rfkernels.adaln import kernels as adaln_kernels
+    from rfkernels.flow import kernels as flow_kernels
     from rfkernels.joint_attention import backward_kernels, kernels, prepare_kernels
+    from rfkernels.mlp import kernels as mlp_kernels
+    from rfkernels.position import kernels as position_kernels
+    from rfkernels.qk_norm import kernels as qk_norm_kernels
 
     for module, names in (
         (adaln_kernels, ("adaln_fwd", "adaln_bwd", "gated_adaln_fwd", "gated_residual_fwd", "gated_residual_bwd",
                          "sum_partials")),
         (kernels, ("key_rstd", "attention_fwd")),
         (backward_kernels, ("attention_bwd_q", "attention_bwd_kv", "sum_rows")),
+        (qk_norm_kernels, ("qk_norm_fwd", "qk_norm_bwd")),
+        (mlp_kernels, ("gelu_bwd",)),
+        (position_kernels, ("patches_to_tokens", "tokens_to_patches", "patch_weight_bwd")),
+        (flow_kernels, ("rectified_flow_fwd", "rectified_flow_bwd", "weighted_mse_fwd", "weighted_mse_total",
+                        "weighted_mse_bwd", "sum_per_sample")),
     ):  # fmt: skip
         for name in names:
             monkeypatch.setattr(module, name, Counting())
@@ -146,7 +155,7 @@ def test_launches_of_the_kernels_are_those_of_their_launchers(monkeypatch):
     monkeypatch.setattr(prepare_kernels, "prepare_bwd", Counting())
     rotated = replace(CASES["joint_attention"], contenders={"ours": rotary_attention})
     partly = replace(CASES["joint_attention"], contenders={"ours": partly_normed_attention})
-    family = [CASES[name] for name in ("adaln", "gated_adaln", "gated_residual", "joint_attention")]
+    family = [case for case in CASES.values() if not case.name.startswith("block")]
     for case in (*family, rotated, partly):
         name = case.name
         for backward in (False, True):
@@ -216,7 +225,7 @@ def test_ceilings_of_a_data_sheet_say_that_they_are_assumed(tmp_path):
 def test_what_a_gpu_would_run_is_known_without_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = cases(torch.device("cuda"))
-    assert len(found) == len({c.name for c in found}) == 2 * 4 * 5
+    assert len(found) == len({c.name for c in found}) == 2 * 4 * 11
     for case in found:
         assert {"ours", "eager", "compile", "max-autotune"} <= case.contenders.keys()
         assert case.forward_flops > 0 or case.forward_bytes > 0
@@ -237,6 +246,7 @@ def test_ways_to_run_a_model_are_one_function_on_the_same_weights():
     assert {id(p) for p in ways["eager"].parameters()} == parameters
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")       # of the chunks, which dynamo looks at
 def test_a_compiler_takes_the_baseline_whole_and_its_gradients_agree(block):
     eager, compiled = (block.contenders["eager"] for _ in range(2))
     inputs = [t.requires_grad_() for t in block.make()]
@@ -244,7 +254,7 @@ def test_a_compiler_takes_the_baseline_whole_and_its_gradients_agree(block):
     whole = torch.compile(eager.module, backend="aot_eager", fullgraph=True, dynamic=False)
 
     def gradients(module):
-        outs = module(list(inputs[:2]), inputs[2], None)
+        outs = module(list(inputs[:2]), eager.vectors(inputs[2]), None)
         return torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs])
 
     for a, b in zip(gradients(whole), gradients(compiled.module), strict=True):

@@ -27,38 +27,38 @@ def swapped(to, prefix, source, name):
 
 
 def carried_over(source, dual, qk_norm, most, depth=DEPTH):
-    to = {"patch_embed.weight": source["pos_embed.proj.weight"], "patch_embed.bias": source["pos_embed.proj.bias"]}
-    to["patch_embed.positions"] = source["pos_embed.pos_embed"].view(most, most, -1)
+    to, stack = {"patch_embed.pos_embed": source["pos_embed.pos_embed"]}, {}
+    linear(to, "patch_embed.proj", source, "pos_embed.proj")
     for ours, theirs in (("time_embed", "timestep_embedder"), ("pooled_embed", "text_embedder")):
         for i in (1, 2):
             linear(to, f"{ours}.fc{i}", source, f"time_text_embed.{theirs}.linear_{i}")
     linear(to, "context_embed.0", source, "context_embedder")
-    swapped(to, "final_layer.modulation", source, "norm_out.linear")
-    linear(to, "final_layer.linear", source, "proj_out")
+    linear(to, "final_layer.unembed.linear", source, "proj_out")
     for i in range(depth):
         block, theirs, last = f"blocks.{i}", f"transformer_blocks.{i}", i == depth - 1
         fused(to, f"{block}.image.attn.qkv", source, [f"{theirs}.attn.to_{n}" for n in "qkv"])
         fused(to, f"{block}.context.attn.qkv", source, [f"{theirs}.attn.add_{n}_proj" for n in "qkv"])
         linear(to, f"{block}.image.attn.proj", source, f"{theirs}.attn.to_out.0")
-        linear(to, f"{block}.image.modulation", source, f"{theirs}.norm1.linear")
         for j, name in ((1, "net.0.proj"), (2, "net.2")):
             linear(to, f"{block}.image.mlp.fc{j}", source, f"{theirs}.ff.{name}")
             if not last:
                 linear(to, f"{block}.context.mlp.fc{j}", source, f"{theirs}.ff_context.{name}")
-        if last:
-            swapped(to, f"{block}.context.modulation", source, f"{theirs}.norm1_context.linear")
-        else:
-            linear(to, f"{block}.context.modulation", source, f"{theirs}.norm1_context.linear")
+        (swapped if last else linear)(stack, f"{i}.context", source, f"{theirs}.norm1_context.linear")
+        linear(stack, f"{i}.image", source, f"{theirs}.norm1.linear")
+        if not last:
             linear(to, f"{block}.context.attn.proj", source, f"{theirs}.attn.to_add_out")
         if i in dual:
             fused(to, f"{block}.image.attn2.qkv", source, [f"{theirs}.attn2.to_{n}" for n in "qkv"])
             linear(to, f"{block}.image.attn2.proj", source, f"{theirs}.attn2.to_out.0")
         if qk_norm:
             for n in "qk":
-                to[f"{block}.image.attn.{n}_norm"] = source[f"{theirs}.attn.norm_{n}.weight"]
-                to[f"{block}.context.attn.{n}_norm"] = source[f"{theirs}.attn.norm_added_{n}.weight"]
+                to[f"{block}.image.attn.{n}_norm.weight"] = source[f"{theirs}.attn.norm_{n}.weight"]
+                to[f"{block}.context.attn.{n}_norm.weight"] = source[f"{theirs}.attn.norm_added_{n}.weight"]
                 if i in dual:
-                    to[f"{block}.image.attn2.{n}_norm"] = source[f"{theirs}.attn2.norm_{n}.weight"]
+                    to[f"{block}.image.attn2.{n}_norm.weight"] = source[f"{theirs}.attn2.norm_{n}.weight"]
+    swapped(stack, "final", source, "norm_out.linear")
+    for part in ("weight", "bias"):                                # in the order in which they were put down
+        to[f"modulation.linear.{part}"] = torch.cat([rows for name, rows in stack.items() if name.endswith(part)])
     return to
 
 

@@ -77,7 +77,7 @@ def test_weight_sets_and_the_pre_only_last_block(sets, names):
     assert set(last) == names
     for name, half in last.items():
         assert (half.mlp is None) == (half.attn.proj is None) == name.startswith("context")
-        assert half.modulation.out_features == model.config.width * (2 if name.startswith("context") else 6)
+        assert half.vectors == (2 if name.startswith("context") else 6)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -87,7 +87,7 @@ def test_every_parameter_gets_a_gradient():
         model(*inputs(config)).square().sum().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         # the query third of the last text projection and its norm exist in released weights but are never read
-        assert all(n.startswith("blocks.1.context") and n.endswith("q_norm") for n in without)
+        assert all(n.startswith("blocks.1.context") and n.endswith("q_norm.weight") for n in without)
 
 
 def test_starts_as_zero_and_every_block_as_the_identity():
@@ -95,10 +95,23 @@ def test_starts_as_zero_and_every_block_as_the_identity():
     model = MMDiT(config)
     assert not model(*inputs(config)).any()
     xs = [torch.randn(2, 5, config.width), torch.randn(2, 9, config.width)]
-    out = model.blocks[0](xs, torch.randn(2, config.width), [None, None])
+    out = model.blocks[0](xs, model.modulation(torch.randn(2, config.width))[:2], [None, None])
     torch.testing.assert_close(out, xs)
     assert model.time_embed.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert (model.blocks[0].image.attn.q_norm == 1).all()
+    assert (model.blocks[0].image.attn.q_norm.weight == 1).all()
+
+
+def test_modulations_of_all_steps_may_be_asked_for_at_once():
+    config = presets.tiny(dual_attention=(0,))
+    model = randomised(config).eval()
+    latent, _, context, pooled = inputs(config)
+    steps = torch.tensor([1.0, 0.7, 0.2])
+    together = model.condition(steps.repeat_interleave(2), pooled.repeat(3, 1))
+    for t, modulation in zip(steps, together.chunk(3), strict=True):
+        want = model(latent, t.expand(2), context, pooled)
+        torch.testing.assert_close(model(latent, None, context, None, modulation=modulation), want)
+    with pytest.raises(TypeError, match="timestep or pooled is None"):
+        model(latent, None, context, pooled)
 
 
 def test_timestep_features_are_fp32_cosines_first():
@@ -115,8 +128,8 @@ def test_timestep_features_are_fp32_cosines_first():
 def test_position_table_is_a_centred_crop_and_persistent():
     config = presets.tiny()
     model = MMDiT(config)
-    assert "patch_embed.positions" in model.state_dict()
-    table = model.patch_embed.positions
+    assert "patch_embed.pos_embed" in model.state_dict()
+    table = model.patch_embed.pos_embed.view(16, 16, -1)
     torch.testing.assert_close(model.patch_embed.crop(4, 6).view(4, 6, -1), table[6:10, 5:11])
     with pytest.raises(ValueError, match="latent has 17 x 4 patches; the position table holds 16 x 16"):
         model.patch_embed.crop(17, 4)

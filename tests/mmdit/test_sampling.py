@@ -47,9 +47,10 @@ def test_bad_weights_files_are_named(run):
     model, _ = checkpoint.load(path)
     state = model.state_dict()
     state["blocks.0.image.attn.qkv.bias"] = state["blocks.0.image.attn.qkv.bias"][:5]
-    state["surplus"] = state.pop("final_layer.linear.bias")
+    state["surplus"] = state.pop("final_layer.unembed.linear.bias")
     checkpoint.save(model.config, state, run / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"qkv.bias has shape \[5\].*missing final_layer.linear.bias.*unknown surplus"):
+    named = r"qkv.bias has shape \[5\].*missing final_layer.unembed.linear.bias.*unknown surplus"
+    with pytest.raises(ValueError, match=named):
         checkpoint.load(run / "odd.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):

@@ -107,7 +107,7 @@ def test_each_element_moves_once():
         z, target = launch.rectified_flow(x0, noise, t)
     assert [moved.loaded(x0), moved.loaded(noise), moved.stored(z), moved.stored(target)] == [6000] * 4
     with traffic() as moved:
-        launch.squared_errors(x0, noise)
+        launch.weighted_mse(x0, noise, t)
     assert [moved.loaded(x0), moved.loaded(noise)] == [6000] * 2
     with traffic() as moved:
         dp, _ = launch.weighted_mse_backward(torch.ones(()), x0, noise, t, False)

@@ -51,4 +51,4 @@ def test_regressions_are_seen():
     assert not regressions({"k": report()}, table)
     assert "0 -> 2 spills" in regressions({"k": report(spills=2)}, table)[0]
     assert "occupancy 0.50 -> 0.25" in regressions({"k": report(occupancy=0.25)}, table)[0]
-    assert "not in table.json" in regressions({"new": report()}, table)[0]
+    assert "not in the committed table" in regressions({"new": report()}, table)[0]

@@ -1,0 +1,298 @@
+"""The ops as modules to build a diffusion transformer from. Parameters have the names of timm and of the released
+models: `qkv`, `proj`, `q_norm`, `k_norm`, `fc1`, `fc2`, `linear`, and `pos_embed`.
+
+A block of two streams, whole: docs/examples/own_block.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rfkernels
+from rfkernels import checks
+from rfkernels.adaln.op import NORMS, Norm
+from rfkernels.joint_attention.stream import Rope, Stream
+
+
+class AdaLN(nn.Module):
+    """``norm(x) * (1 + scale) + shift`` without parameters of its own; see `rfkernels.adaln`."""
+
+    def __init__(self, *, norm: Norm = "layer", eps: float = 1e-6) -> None:
+        super().__init__()
+        checks.choice(type(self).__name__, "norm", norm, NORMS)
+        checks.positive(type(self).__name__, eps=eps)
+        self.norm, self.eps = norm, eps
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return rfkernels.adaln(x, shift, scale, norm=self.norm, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"norm={self.norm!r}, eps={self.eps}"
+
+
+class GatedAdaLN(AdaLN):
+    """``h = residual + gate * branch; y = norm(h) * (1 + scale) + shift`` -> (h, y); see `rfkernels.gated_adaln`."""
+
+    def forward(  # type: ignore[override]
+        self, residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return rfkernels.gated_adaln(residual, branch, gate, shift, scale, norm=self.norm, eps=self.eps)
+
+
+class Modulation(nn.Module):
+    """SiLU and one projection: the modulation vectors of one consumer, or of all blocks of a model at once.
+
+    adaLN's projections are a third of an MM-DiT's parameters and used once per sample, so one stacked product for all
+    blocks reads them at full width, and a sampler can ask for all its timesteps at once: `project` on [steps * B, ...],
+    then `split` step by step. Their gradients are written into one tensor, see `rfkernels.chunk_modulation`.
+
+    Args:
+        in_features: channels of the conditioning vector.
+        width: of a modulation vector.
+        counts: how many vectors each consumer takes: (6, 6, ..., 2).
+    """
+
+    def __init__(self, in_features: int, width: int, counts: Sequence[int]) -> None:
+        super().__init__()
+        if not counts:
+            raise ValueError("Modulation: counts is empty; expected the number of vectors of each consumer")
+        checks.positive_int("Modulation", **{f"counts[{i}]": count for i, count in enumerate(counts)})
+        self.width, self.counts = width, tuple(counts)
+        self.linear = nn.Linear(in_features, sum(counts) * width)
+
+    def project(self, c: Tensor) -> Tensor:
+        """c [B, in_features] -> [B, sum(counts) * width]."""
+        out: Tensor = self.linear(F.silu(c))
+        return out
+
+    def split(self, modulation: Tensor) -> list[tuple[Tensor, ...]]:
+        """What `project` gave, or rows of it, as one tuple of [B, width] for each consumer."""
+        chunks = rfkernels.chunk_modulation(modulation, sum(self.counts))
+        return [chunks[end - count : end] for end, count in zip(accumulate(self.counts), self.counts, strict=True)]
+
+    def forward(self, c: Tensor) -> list[tuple[Tensor, ...]]:
+        return self.split(self.project(c))
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, vectors={sum(self.counts)} for {len(self.counts)} consumers"
+
+
+class StreamAttention(nn.Module):
+    """The projections of one stream around a joint attention: `qkv` and `proj`, and the weights of `q_norm` and
+    `k_norm`, which are applied inside it.
+
+    Args:
+        dim: channels of the stream.
+        heads, head_dim: of the attention, equal in all streams that meet; head_dim is dim / heads unless given.
+        qk_norm: RMSNorm with weight on queries and keys.
+        project_out: False for a stream whose output nobody reads (the text of a last block).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        bias: bool = True,
+        project_out: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        checks.positive_int(name, dim=dim, heads=heads, **({} if head_dim is None else {"head_dim": head_dim}))
+        if head_dim is None and dim % heads:
+            raise ValueError(f"{name}: dim is {dim}; expected a multiple of heads = {heads}, or head_dim to be given")
+        self.heads, self.head_dim = heads, head_dim or dim // heads
+        inner = heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+        self.proj = nn.Linear(inner, dim, bias=bias) if project_out else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+
+    def stream(
+        self, x: Tensor, lengths: Tensor | None = None, rope: Rope | None = None, *, queries: bool = True
+    ) -> Stream:
+        """x [B, S, dim] as a stream for `rfkernels.joint_attention`; see Stream for the other arguments."""
+        heads = (-1, self.heads, self.head_dim)
+        q, k = (norm if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        if queries:
+            return Stream.packed(self.qkv(x).unflatten(-1, heads), q, k, lengths, rope)
+        inner = self.heads * self.head_dim          # keys and values only: a third of the projection is not needed
+        bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
+        kv = F.linear(x, self.qkv.weight[inner:], bias).unflatten(-1, heads)
+        return Stream.packed(kv, None, k, lengths, rope, queries=False)
+
+    def project(self, attended: Tensor) -> Tensor:
+        """[B, S, heads, head_dim] -> [B, S, dim]."""
+        out = attended.flatten(2)
+        return out if self.proj is None else self.proj(out)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, head_dim={self.head_dim}"
+
+
+class JointAttention(nn.Module):
+    """Streams of tokens, each with weights of its own, that meet in one attention; nothing is concatenated.
+
+    Args:
+        dims: channels of each stream: (1536, 1536) for the text and image of SD3.
+        heads: of the attention. The others as for StreamAttention.
+        silent: indices of streams that give keys and values only and have no `proj` (the text of a last block). Their
+            query projection and its norm are there, as in the released weights, but never read.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], heads: int, *, silent: Sequence[int] = (), eps: float = 1e-6, **settings: Any
+    ) -> None:
+        super().__init__()
+        outside = [i for i in silent if not 0 <= i < len(dims)]
+        if outside:
+            raise ValueError(f"JointAttention: silent names streams {outside}; expected 0 to {len(dims) - 1}")
+        self.silent, self.eps = frozenset(silent), eps
+        settings.setdefault("head_dim", max(dims) // heads if max(dims) % heads == 0 else None)
+        self.streams = nn.ModuleList(
+            StreamAttention(dim, heads, project_out=i not in self.silent, eps=eps, **settings)
+            for i, dim in enumerate(dims)
+        )
+
+    def forward(
+        self,
+        xs: Sequence[Tensor],
+        lengths: Sequence[Tensor | None] | None = None,
+        ropes: Sequence[Rope | None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """
+        Args:
+            xs: one [B, S_i, dims[i]] per stream.
+            lengths: of each stream None or [B], where its padding begins. ropes: of each stream None or its tables.
+        Returns: one [B, S_i, dims[i]] per stream, None for a silent one.
+        Raises: ValueError if the counts differ, and what `rfkernels.joint_attention` raises.
+        """
+        nothing = [None] * len(self.streams)
+        for name, given in (("xs", xs), ("lengths", lengths or nothing), ("ropes", ropes or nothing)):
+            if len(given) != len(self.streams):
+                raise ValueError(f"JointAttention: {name} has {len(given)} entries; expected {len(self.streams)}")
+        made = [
+            half.stream(x, length, rope, queries=i not in self.silent)                            # type: ignore[operator]
+            for i, (half, x, length, rope) in enumerate(
+                zip(self.streams, xs, lengths or nothing, ropes or nothing, strict=True)
+            )
+        ]
+        outs = rfkernels.joint_attention(made, eps=self.eps)
+        return tuple(
+            out if out is None else half.project(out)                                             # type: ignore[operator]
+            for half, out in zip(self.streams, outs, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return f"silent={sorted(self.silent)}" if self.silent else ""
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with the tanh form; keeps its pre-activation only, see `rfkernels.gelu_mlp`."""
+
+    def __init__(self, dim: int, hidden: int | None = None, out: int | None = None, *, bias: bool = True) -> None:
+        super().__init__()
+        hidden = hidden or 4 * dim
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, out or dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rfkernels.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Patchify, project, add the centre crop of a position table; see `rfkernels.patch_embed` and `position_grid`.
+
+    The table is data, not a formula: a persistent buffer `pos_embed` [1, rows * columns, dim], filled by the paper's
+    formula, or loaded with the weights. It stays fp32 whatever the module is cast to. `proj` holds the weights in a
+    convolution's layout.
+
+    Args:
+        in_channels, dim: of the latent and of the tokens.
+        resolution, max_height, max_width, base: in pixels, as for `position_grid`.
+        unit: pixels per token: the autoencoder's factor times patch_size.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        *,
+        patch_size: int = 2,
+        resolution: int,
+        max_height: int,
+        max_width: int,
+        base: int = 256,
+        unit: int = 16,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = {"resolution": resolution, "max_height": max_height, "max_width": max_width}
+        self.grid |= {"base": base, "unit": unit}
+        self.size = max_height // unit, max_width // unit
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size, bias=bias)
+        self.register_buffer("pos_embed", torch.empty(1, self.size[0] * self.size[1], dim, dtype=torch.float32))
+        if not self.pos_embed.is_meta:
+            self.fill_positions()
+
+    @torch.no_grad()
+    def fill_positions(self) -> None:
+        """Writes the paper's formula into the table."""
+        grid = self.grid
+        table = rfkernels.position_grid(grid["max_height"], grid["max_width"], self.pos_embed.shape[-1], **grid)
+        self.pos_embed.copy_(table.unsqueeze(0))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PatchEmbed:
+        table = self.pos_embed
+        super()._apply(fn, recurse)
+        if self.pos_embed.dtype != torch.float32:               # bf16 would move every token: 16 bits hold 3 digits
+            moved = self.pos_embed
+            self.pos_embed = moved.float() if table.is_meta or moved.is_meta else table.to(moved.device)
+        return self
+
+    def crop(self, h: int, w: int) -> Tensor:
+        """The centre of the table, [h*w, dim]. Raises: ValueError if it is smaller."""
+        rows, columns = self.size
+        if h > rows or w > columns:
+            raise ValueError(f"PatchEmbed: latent has {h} x {w} patches; the position table holds {rows} x {columns}")
+        top, left = (rows - h) // 2, (columns - w) // 2
+        table = self.pos_embed.view(rows, columns, -1)
+        return table[top : top + h, left : left + w].reshape(h * w, -1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """latent [B, in_channels, H, W] -> [B, H/p * W/p, dim]."""
+        p = self.patch_size
+        positions = self.crop(latent.shape[-2] // p, latent.shape[-1] // p)
+        return rfkernels.patch_embed(latent, self.proj.weight, self.proj.bias, positions, patch_size=p)
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}, table={self.size[0]}x{self.size[1]}"
+
+
+class PatchUnembed(nn.Module):
+    """Project tokens to patches and put them together; see `rfkernels.patch_unembed`. `linear` holds the weights."""
+
+    def __init__(self, dim: int, out_channels: int, *, patch_size: int = 2, bias: bool = True) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels, bias=bias)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x [B, h*w, dim] -> [B, out_channels, height, width], of the latent."""
+        linear, p = self.linear, self.patch_size
+        return rfkernels.patch_unembed(x, linear.weight, linear.bias, height=height, width=width, patch_size=p)
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}"

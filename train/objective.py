@@ -68,4 +68,4 @@ class Objective:
         """Mean weighted squared error of the batch, scalar fp32."""
         z, target = self.formulation.training_pair(batch.x0, batch.noise, batch.t)
         output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths)
-        return self.formulation.loss(output.float(), target, batch.t)
+        return self.formulation.loss(output, target, batch.t)

@@ -190,7 +190,7 @@ def test_validation_does_not_depend_on_the_batch(config):
     buckets = Cache(config.cache).buckets("val")
     objective = Objective(loop.flow.by_name("rf"), 64, 0.464, seed=0)
     model = MMDiT(config.model)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    torch.nn.init.normal_(model.final_layer.unembed.linear.weight, std=0.1)
     one, two = (validate(model, objective, buckets, "paper", 10, batch) for batch in (10, 3))
     assert one == pytest.approx(two, rel=1e-5)
     assert one["loss"] == pytest.approx(sum(one[f"t={i / 8:g}"] for i in range(1, 8)) / 7)

@@ -1,7 +1,6 @@
 """The modules of rfkernels.nn: the functions of PyTorch's, on parameters with the field's names, by the fused ops."""
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
@@ -10,22 +9,9 @@ from diffusers.models.embeddings import PatchEmbed as DiffusersPatchEmbed
 
 import rfkernels
 import rfkernels.nn as rnn
-from rfkernels import Rope, dispatch
+from rfkernels import Rope
 
 C, HEADS = 32, 2
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """How often each op was dispatched."""
-    count, original = Counter(), dispatch.run
-
-    def counting(op, *args):
-        count[op] += 1
-        return original(op, *args)
-
-    monkeypatch.setattr(dispatch, "run", counting)
-    return count
 
 
 def test_each_module_takes_its_op(taken):

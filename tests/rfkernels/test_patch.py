@@ -1,7 +1,6 @@
 """Patched models of diffusers against the models as they come."""
 
 import copy
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +9,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Co
 from torch import nn
 
 import rfkernels
-from rfkernels import dispatch, patch
+from rfkernels import patch
 from rfkernels.patch.swap import Fused
 from rfkernels.testing import assert_within_rule
 from rfkernels.triton_support import INSTALLED
@@ -72,19 +71,6 @@ def outputs(model, name, dtype):
     out = run(model, name, dtype)
     out.double().square().sum().backward()
     return {"velocity": out.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """How often each op was dispatched."""
-    count, original = Counter(), dispatch.run
-
-    def counting(op, *args):
-        count[op] += 1
-        return original(op, *args)
-
-    monkeypatch.setattr(dispatch, "run", counting)
-    return count
 
 
 OPS = {

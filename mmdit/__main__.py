@@ -1,46 +1,108 @@
-"""python -m mmdit sample RUN "a prompt" "another" --out grid.png"""
+"""python -m mmdit sample | info | convert | inspect"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from PIL import Image
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from mmdit import checkpoint
+from mmdit.checkpoint.report import report
+from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
+from mmdit.pipeline import Pipeline, save_png
 from mmdit.sample import Sampler, grid
 
 app = SubcommandApp()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @app.command
 def sample(
-    run: Positional[Path],
+    source: Positional[Path],
     prompts: Positional[tuple[str, ...]],
     out: Path = Path("sample.png"),
     seed: int = 0,
-    steps: int = 50,
-    guidance: float = 5.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     size: tuple[int, int] | None = None,
+    solver: Literal["euler", "heun", "dpmpp_2m"] = "euler",
+    schedule: Literal["paper", "sd3_release"] | None = None,
+    shift: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    skip_blocks: tuple[int, ...] = (),
     device: str | None = None,
+    weights: Path | None = None,
+    dtype: Dtype | None = None,
+    negative: str = "",
+    unconditional: Literal["empty", "zeros"] = "empty",
+    image: Path | None = None,
+    strength: float = 0.6,
+    mask: Path | None = None,
+    t5: bool = True,
+    t5_tokens: int = 256,
+    offload: bool = False,
+    tiled: bool = False,
+    batch: int = 4,
 ) -> None:
-    """Draw prompts with a trained model; several prompts make a grid.
+    """Draw prompts with a trained run or with released weights; the parameters are embedded in the PNG.
 
     Args:
-        run: Run folder, or a weights file.
+        source: Run folder, weights file of a run, or a folder of diffusers' StableDiffusion3Pipeline.
         prompts: One or more prompts.
-        out: PNG to write.
+        out: PNG to write. Several prompts of a run make a grid, of a pipeline numbered files.
         seed: Image i is a function of (seed, i).
-        steps: Euler steps.
-        guidance: Classifier-free guidance; 1 is none.
+        steps: 50 for a run, 28 for a pipeline.
+        guidance: Classifier-free guidance; 1 is none. 5 for a run, 7 for a pipeline.
         size: Height and width in pixels; the training size unless given.
+        solver: Integrator of the flow.
+        schedule: paper for a run, sd3_release for a pipeline.
+        shift: alpha of the schedule; that of the training, or of the scheduler's configuration, unless given.
+        interval: Times at which guidance acts.
+        skip_blocks: Skip-layer guidance: 7 8 9 for SD3.5 medium.
         device: cpu, cuda, ...; a GPU if there is one.
+        weights: Pipeline: the model's weights from another file, in any layout.
+        dtype: Pipeline: of the model; as stored unless given.
+        negative: Pipeline: negative prompt.
+        unconditional: Pipeline: the encoded negative prompt, or zeros as in the paper.
+        image: Pipeline: start from this picture.
+        strength: Pipeline: share of the steps taken from it.
+        mask: Pipeline: of the picture white is drawn anew.
+        t5: Pipeline: --no-t5 leaves T5 out.
+        t5_tokens: Pipeline: length of T5's part.
+        offload: Pipeline: text encoders wait on the CPU.
+        tiled: Pipeline: decode in tiles.
+        batch: Pipeline: images at a time.
     """
-    sampler = Sampler.load(run, device)
-    images = sampler(prompts, seed=seed, steps=steps, guidance=guidance, size=size, progress=True)
-    scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
+    settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks}
+    settings |= {k: v for k, v in {"schedule": schedule, "shift": shift}.items() if v is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, scale=scale, margin=0 if len(images) == 1 else 2).save(out)
+    if (source / "model_index.json").is_file():
+        pipe = Pipeline.from_pretrained(
+            source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,
+            offload=offload, tiled=tiled,
+        )  # fmt: skip
+        height, width = size or (None, None)
+        drawn = pipe(
+            prompts, negative_prompt=negative, unconditional=unconditional, height=height, width=width, seed=seed,
+            num_inference_steps=steps or 28, guidance_scale=7.0 if guidance is None else guidance, batch=batch,
+            image=Image.open(image) if image else None, strength=strength,
+            mask_image=Image.open(mask) if mask else None, **settings,
+        )  # fmt: skip
+        print("wrote " + ", ".join(map(str, drawn.save(out))))
+        return
+    sampler = Sampler.load(source, device)
+    settings |= {"steps": steps or 50, "guidance": 5.0 if guidance is None else guidance}
+    images = sampler(prompts, seed=seed, size=size, progress=True, **settings)
+    scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
+    picture = grid(images, scale=scale, margin=0 if len(images) == 1 else 2)
+    save_png(picture, out, {"prompts": prompts, "seed": seed, "size": list(images.shape[1:3]), **settings})
     print(f"wrote {out}")
 
 
@@ -57,9 +119,54 @@ def info(run: Positional[Path]) -> None:
     print(sampler.model.config)
 
 
+@app.command
+def convert(
+    source: Positional[Path],
+    destination: Positional[Path],
+    layout: Literal["native", "sd3", "diffusers"],
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    heads: int | None = None,
+) -> None:
+    """Convert weights from one layout to another, tensor by tensor, in little memory.
+
+    Args:
+        source: A .safetensors file, an index of shards, or a folder, in any of the three layouts.
+        destination: A .safetensors file; a folder for diffusers.
+        layout: native (ours), sd3 (the released single file) or diffusers.
+        dtype: Of the result; as stored unless given.
+        max_shard_bytes: Beyond, shards and an index are written.
+        heads: Attention heads, where the tensors do not tell (no QK-norm, not the released models' one per block).
+    """
+    known = {} if heads is None else {"heads": heads}
+    kind = DTYPES[dtype] if dtype else None
+    written = checkpoint.convert(
+        source, destination, layout=layout, dtype=kind, max_shard_bytes=max_shard_bytes, progress=True, **known
+    )
+    print("wrote " + ", ".join(map(str, written)))
+
+
+@app.command
+def inspect(source: Positional[Path], config: bool = False) -> None:
+    """Say what a checkpoint holds: layout, configuration, parameters by part, dtypes, and anomalies such as NaN.
+
+    Args:
+        source: A .safetensors file, an index of shards, or a folder.
+        config: Print the configuration as JSON and nothing else.
+    """
+    opened = checkpoint.open_checkpoint(source)
+    if config:
+        print(json.dumps(opened.config.to_dict(), indent=1))
+        return
+    lines, anomalies = report(opened)
+    print("\n".join(lines))
+    if anomalies:
+        sys.exit("\n".join(f"anomaly: {line}" for line in anomalies))
+
+
 def main() -> None:
     try:
-        app.cli(prog="python -m mmdit", description="Sample from trained MM-DiTs.")
+        app.cli(prog="python -m mmdit", description="Sample from MM-DiTs; convert and inspect their weights.")
     except (FileNotFoundError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 

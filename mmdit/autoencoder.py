@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmdit import keyed
 
 
 class Autoencoder(Protocol):
@@ -56,7 +60,81 @@ class PixelSpace:
         return {"kind": "pixels", "factor": self.factor}
 
 
-AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace}
+def _key(image: Tensor) -> int:
+    """A number that is the image's own."""
+    digest = hashlib.blake2b(image.float().cpu().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class KL:
+    """A variational autoencoder of Stable Diffusion 3 (AutoencoderKL of diffusers, 16 channels, factor 8). The model
+    sees ``(z - shift) * scale``: 1.5305 and 0.0609 in the released ones.
+
+    Args:
+        folder: with config.json and safetensors.
+        posterior: "mode", the posterior's mean; "sample", a draw of it, a function of the image alone.
+        dtype: "float32" or "bfloat16". In fp16 the released decoder overflows.
+        tiled: decode in overlapping tiles, for large images on small memory.
+    Raises: ImportError without diffusers; ValueError for other weights than `weights` names.
+    """
+
+    def __init__(
+        self, folder: str, *, posterior: str = "mode", dtype: str = "float32", tiled: bool = False,
+        device: str = "cpu", weights: str | None = None,
+    ) -> None:  # fmt: skip
+        from mmdit.encoders import fingerprint_of
+
+        if posterior not in ("mode", "sample") or dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"autoencoder kl: posterior is {posterior!r} and dtype {dtype!r}; expected mode or sample, float32 or "
+                "bfloat16"
+            )
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ImportError("autoencoder kl needs diffusers: pip install diffusers") from error
+        self.folder, self.posterior, self.dtype, self.tiled = folder, posterior, dtype, tiled
+        self._weights = fingerprint_of(Path(folder))
+        if weights is not None and weights != self._weights:
+            raise ValueError(f"autoencoder kl: the weights in {folder} are {self._weights}, not {weights}")
+        self.model: Any = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype)
+        )
+        self.model.eval().requires_grad_(False).to(device)
+        if tiled:
+            self.model.enable_tiling()
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.latent_channels)
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        posterior = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
+        z = posterior.mean.float()
+        if self.posterior == "sample":
+            noise = torch.cat([keyed.normals(z.shape[1:], _key(image), "posterior", [()]) for image in images])
+            z = z + posterior.std.float() * noise.to(z.device)
+        config = self.model.config
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self.model.config
+        z = latents.to(self.model.device) / config.scaling_factor + (config.shift_factor or 0.0)
+        decoded: Tensor = self.model.decode(z.to(self.model.dtype), return_dict=False)[0]
+        return decoded.float()
+
+    def spec(self) -> dict[str, Any]:
+        settings = {"posterior": self.posterior, "dtype": self.dtype, "tiled": self.tiled}
+        return {"kind": "kl", "folder": self.folder, "weights": self._weights} | settings
+
+
+AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace, "kl": KL}
 
 
 def build(spec: dict[str, Any]) -> Autoencoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +70,7 @@ class MMDiT(nn.Module):
         context_lengths: Tensor | None = None,
         *,
         modulation: Tensor | None = None,
+        skip_blocks: Collection[int] = (),
     ) -> Tensor:
         """
         Args:
@@ -78,6 +81,7 @@ class MMDiT(nn.Module):
             context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked. None: the model
                 attends to all L, as the released models do.
             modulation: [B, ...] rows of what `condition` gave, instead of timestep and pooled, which may then be None.
+            skip_blocks: blocks that are passed over, for skip-layer guidance.
         Returns: velocity [B, in_channels, h, w].
         Raises: ValueError or TypeError that names the argument.
         """
@@ -89,8 +93,9 @@ class MMDiT(nn.Module):
         texts, lengths = self._split(context, context_lengths)
         xs = [embed(text) for embed, text in zip(self.context_embed, texts, strict=True)]
         xs.append(self.patch_embed(latent))
-        for block in self.blocks:
-            xs = block(xs, [next(vectors) for _ in block.vectors], lengths)                         # type: ignore[union-attr]
+        for i, block in enumerate(self.blocks):
+            own = [next(vectors) for _ in block.vectors]                                            # type: ignore[union-attr]
+            xs = xs if i in skip_blocks else block(xs, own, lengths)
         return self.final_layer(xs[-1], next(vectors), *latent.shape[2:])
 
     def _split(self, context: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -30,6 +30,9 @@ class TextEncoder(Protocol):
     dim: int
     pooled_dim: int
     max_tokens: int
+    beside: bool
+    """Whether its tokens stand in the channels beside those of the encoder before it, as CLIP-G's beside CLIP-L's, and
+    not after them along the sequence."""
 
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]: ...
 
@@ -44,6 +47,8 @@ class WordVectors:
 
     Args: dim: channels of a token and of the pooled vector, even. max_tokens: longer captions are cut.
     """
+
+    beside = False
 
     def __init__(self, dim: int = 64, max_tokens: int = 77) -> None:
         if dim < 2 or dim % 2:
@@ -82,6 +87,7 @@ class MiniLM:
     """
 
     dim = pooled_dim = 384
+    beside = False
 
     def __init__(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, max_tokens: int = 64
@@ -134,6 +140,8 @@ ENCODERS: dict[str, Callable[..., TextEncoder]] = {"words": WordVectors, "minilm
 
 def build(spec: dict[str, Any]) -> TextEncoder:
     """The encoder a spec describes. Raises: ValueError for an unknown kind or other weights than the spec names."""
+    from mmdit import encoders  # noqa: F401 - adds CLIP and T5 to the table
+
     arguments = dict(spec)
     kind = arguments.pop("kind", None)
     if kind not in ENCODERS:
@@ -157,7 +165,12 @@ class Conditioning(NamedTuple):
     """[B, sum of pooled_dim]."""
 
 
-def assemble(features: Sequence[Sequence[TextFeatures]], context_dim: int, keep: Tensor | None = None) -> Conditioning:
+def assemble(
+    features: Sequence[Sequence[TextFeatures]],
+    context_dim: int,
+    keep: Tensor | None = None,
+    beside: Sequence[bool] | None = None,
+) -> Conditioning:
     """Joins the encoders' features: tokens one after another along the sequence, zero-padded to context_dim channels;
     pooled vectors one after another.
 
@@ -165,15 +178,19 @@ def assemble(features: Sequence[Sequence[TextFeatures]], context_dim: int, keep:
         features: [samples][encoders].
         keep: [samples, encoders] bool; False zeroes an encoder's tokens and its part of the pooled vector, as the
             paper's encoder dropout does. The tokens stay in the sequence.
+        beside: of each encoder, whether its tokens stand in the channels beside those of the one before it.
     """
-    lengths = torch.tensor([sum(len(f.tokens) for f in sample) for sample in features])
+    beside = beside or [False] * len(features[0])
+    own = [[f.tokens for f, joined in zip(sample, beside, strict=True) if not joined] for sample in features]
+    lengths = torch.tensor([sum(len(tokens) for tokens in sample) for sample in own])
     context = torch.zeros(len(features), int(lengths.max()), context_dim)
     pooled = torch.zeros(len(features), sum(f.pooled.numel() for f in features[0]))
     for i, sample in enumerate(features):
-        row = column = 0
+        row = end = channel = column = 0
         for j, (tokens, vector) in enumerate(sample):
+            row, channel = (row, channel) if beside[j] else (end, 0)
             if keep is None or bool(keep[i, j]):
-                context[i, row : row + len(tokens), : tokens.shape[1]] = tokens
+                context[i, row : row + len(tokens), channel : channel + tokens.shape[1]] = tokens
                 pooled[i, column : column + len(vector)] = vector
-            row, column = row + len(tokens), column + len(vector)
+            end, channel, column = row + len(tokens), channel + tokens.shape[1], column + len(vector)
     return Conditioning(context, lengths, pooled)

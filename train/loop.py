@@ -62,8 +62,9 @@ def train(config: Config) -> Outcome:
     )
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
     objective = Objective(
-        flow.by_name(config.formulation, config.shift), config.model.context_dim, config.encoder_dropout, config.seed
-    )
+        flow.by_name(config.formulation, config.shift), config.model.context_dim, config.encoder_dropout, config.seed,
+        tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"]),
+    )  # fmt: skip
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
@@ -79,7 +80,7 @@ def train(config: Config) -> Outcome:
     def save() -> None:
         checkpoint.save(config.run / "checkpoints", model, ema, optimizer, progress, decides, config.keep)
         averaged = {**model.state_dict(), **ema.weights}
-        weights.save(config.model, averaged, config.run / WEIGHTS, extra)
+        weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra)
 
     def look(*, draw: bool, check: bool) -> None:
         model.eval()

@@ -41,6 +41,8 @@ class Objective:
     dropout: float
     """Probability of zeroing each text encoder."""
     seed: int
+    beside: tuple[bool, ...] | None = None
+    """Of each encoder, whether its tokens stand beside those of the one before it."""
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
         """The batch of a step."""
@@ -62,7 +64,7 @@ class Objective:
     ) -> Batch:
         x0 = torch.stack([s.latent for s in samples])
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
-        return Batch(x0, noise, t, text.assemble([s.features for s in samples], self.context_dim, keep))
+        return Batch(x0, noise, t, text.assemble([s.features for s in samples], self.context_dim, keep, self.beside))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean weighted squared error of the batch, scalar fp32."""

@@ -4,10 +4,12 @@ from mmdit.flow.densities import CosMap, Density, LogitNormal, Mode, Shifted, Un
 from mmdit.flow.formulation import Formulation, by_name
 from mmdit.flow.parametrisations import Velocity
 from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.solvers import euler, guided, times
+from mmdit.flow.solvers import SCHEDULES, SOLVERS, dpmpp_2m, euler, guided, heun, starting_at, times
 from mmdit.flow.weightings import Constant
 
 __all__ = [
+    "SCHEDULES",
+    "SOLVERS",
     "Constant",
     "CosMap",
     "Density",
@@ -19,8 +21,11 @@ __all__ = [
     "Uniform",
     "Velocity",
     "by_name",
+    "dpmpp_2m",
     "euler",
     "guided",
+    "heun",
     "shift_time",
+    "starting_at",
     "times",
 ]

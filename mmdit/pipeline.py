@@ -1,0 +1,269 @@
+"""Text to image with released weights: `Pipeline.from_pretrained(folder)`, then `pipe("a prompt").images`.
+
+The shape is that of diffusers' StableDiffusion3Pipeline, whose folders are read and written; what differs: noise is
+keyed by (seed, image), so a batch size changes nothing, and the unconditional text is chosen by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from mmdit import autoencoder as vae
+from mmdit import checkpoint, keyed
+from mmdit.encoders import T5, Clip, Sd3Text, from_folder
+from mmdit.files import replacing, write_atomically
+from mmdit.flow.solvers import Constraint
+from mmdit.model import MMDiT
+from mmdit.sample import Settings, bar, denoise
+from mmdit.text import Conditioning
+
+UNCONDITIONAL = ("empty", "zeros")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+@dataclass
+class Output:
+    """What a pipeline drew."""
+
+    images: list[Image.Image]
+    parameters: list[dict[str, Any]]
+    """Of each image: all that is needed to draw it again."""
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """PNG files with the parameters embedded (text chunk "parameters", JSON): `path`, or path-0, path-1, ..."""
+        path = Path(path)
+        names = [path] if len(self.images) == 1 else [
+            path.with_name(f"{path.stem}-{i}{path.suffix or '.png'}") for i in range(len(self.images))
+        ]  # fmt: skip
+        for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
+            save_png(image, name, parameters)
+        return names
+
+
+def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
+    """Atomically, with the parameters as JSON in the text chunk "parameters"."""
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("parameters", json.dumps(parameters))
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=chunk)
+
+
+class Pipeline:
+    """A model with SD3's text encoders and autoencoder.
+
+    Args:
+        model: reads 16-channel latents in the released models.
+        text: the encoders, any of them absent.
+        autoencoder: between images and latents.
+        shift: alpha of the schedule. size: (height, width) in pixels, unless asked otherwise.
+    """
+
+    def __init__(
+        self, model: MMDiT, text: Sd3Text, autoencoder: vae.KL, *, shift: float = 3.0,
+        size: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.text, self.autoencoder, self.shift = model, text, autoencoder, shift
+        self.size = size or (model.config.resolution, model.config.resolution)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        t5: bool = True,
+        t5_tokens: int = 256,
+        offload: bool = False,
+        vae_dtype: str = "float32",
+        tiled: bool = False,
+    ) -> Pipeline:
+        """From a folder of diffusers' StableDiffusion3Pipeline on disk; nothing is downloaded, no pickle is loaded.
+
+        Args:
+            weights: of the model from elsewhere: a released single file, a fine-tuned one in any layout.
+            dtype: of the model; as stored unless given. device: a GPU if there is one.
+            t5: False leaves T5 out, and with it most of the memory. t5_tokens: 77 in the paper, 256 in diffusers.
+            offload: text encoders wait on the CPU and visit the device one at a time.
+            vae_dtype, tiled: of the autoencoder.
+        Raises: FileNotFoundError; ValueError for what does not fit; ImportError without transformers or diffusers.
+        """
+        root = Path(folder)
+        if not (root / "vae").is_dir():
+            raise FileNotFoundError(f"{root} is no pipeline's folder: it has no vae; expected diffusers' layout")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = checkpoint.load(root / "transformer" if weights is None else weights, device=device, dtype=dtype)
+        kinds = (Clip, lambda *a: Clip(*a, beside=True), T5 if t5 else None)
+        found = [
+            None if kind is None else from_folder(root, names, kind)
+            for names, kind in zip(zip(ENCODERS, TOKENIZERS, strict=True), kinds, strict=True)
+        ]
+        config = model.config
+        text = Sd3Text(
+            *found, context_dim=config.context_dim, pooled_dim=config.pooled_dim, t5_tokens=t5_tokens, device=device,
+            offload=offload,
+        )  # fmt: skip
+        kl = vae.KL(str(root / "vae"), dtype=vae_dtype, tiled=tiled, device=str(device))
+        scheduler = root / "scheduler" / "scheduler_config.json"
+        shift = json.loads(scheduler.read_text()).get("shift", 3.0) if scheduler.is_file() else 3.0
+        file = root / "transformer" / "config.json"
+        side = json.loads(file.read_text()).get("sample_size") if file.is_file() else None
+        return cls(model, text, kl, shift=shift, size=None if side is None else (side * kl.factor, side * kl.factor))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """A folder that diffusers' StableDiffusion3Pipeline.from_pretrained reads: the model in diffusers' layout, the
+        other parts as they are on disk."""
+        root = Path(folder)
+        checkpoint.save(self.model, root / "transformer", layout="diffusers", dtype=dtype)
+        index: dict[str, Any] = {
+            "_class_name": "StableDiffusion3Pipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "transformer": ["diffusers", "SD3Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        copies = {"vae": self.autoencoder.folder}
+        classes = (("CLIPTextModelWithProjection", "CLIPTokenizer"),) * 2 + (("T5EncoderModel", "T5TokenizerFast"),)
+        for encoder, names, (own, tokenizer) in zip(
+            self.text.encoders, zip(ENCODERS, TOKENIZERS, strict=True), classes, strict=True
+        ):
+            for name, kind in zip(names, (own, tokenizer), strict=True):
+                index[name] = [None, None] if encoder is None else ["transformers", kind]
+            if encoder is not None:
+                copies |= dict(zip(names, (encoder.folder, encoder.tokenizer_folder), strict=True))
+        for name, source in copies.items():
+            if Path(source).resolve() != (root / name).resolve():
+                shutil.copytree(source, root / name, dirs_exist_ok=True)
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": self.shift}
+        (root / "scheduler").mkdir(exist_ok=True)
+        write_atomically(root / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())
+        write_atomically(root / "model_index.json", json.dumps(index, indent=2).encode())       # last: then it is whole
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        unconditional: str = "empty",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.6,
+        mask_image: Image.Image | None = None,
+        batch: int = 4,
+        progress: bool = True,
+        **settings: Any,
+    ) -> Output:
+        """Draws.
+
+        Args:
+            prompt, negative_prompt: one or as many as there are images to draw.
+            unconditional: "empty": the encoded negative prompt (empty unless given), as the released pipelines do;
+                "zeros": the encoders' outputs zeroed, as in the paper.
+            height, width: in pixels, multiples of 16, any aspect ratio the position table holds.
+            seed: image i starts from noise keyed by (seed, i). latents: [N, C, h, w], the noise itself, instead.
+            image: start from this picture: `strength`, in (0, 1], is the share of the steps that are taken.
+            mask_image: with image: white is drawn anew, black is kept.
+            batch: images at a time.
+            settings: solver, schedule (sd3_release unless given), shift, interval, skip_blocks, ...: see `Settings`.
+        Returns: images and the parameters of each.
+        Raises: ValueError that names the argument.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        height, width = height or self.size[0], width or self.size[1]
+        self._check(prompts, negatives, height, width, unconditional, latents, image, mask_image, strength)
+        values = {"steps": num_inference_steps, "guidance": guidance_scale, "shift": self.shift}
+        chosen = Settings(**{**values, "schedule": "sd3_release", **settings})
+        factor = self.autoencoder.factor
+        shape = (self.model.config.in_channels, height // factor, width // factor)
+        start = 1.0
+        if image is not None and strength < 1:
+            ts = chosen.times()
+            start = float(ts[min(len(ts) - 2, max(0, chosen.steps - int(chosen.steps * strength)))])
+        drawn = []
+        for first in range(0, len(prompts), batch):
+            rows = slice(first, first + batch)
+            count = len(prompts[rows])
+            noise = keyed.normals(shape, seed, "sampling noise", [(first + i,) for i in range(count)])
+            noise = (noise if latents is None else latents[rows].float()).to(self.model.patch_embed.proj.weight.device)
+            z, constrain = self._started(noise, image, mask_image, start)
+            conditional, other = self._text(prompts[rows], negatives[rows], chosen.guidance != 1.0, unconditional)
+            label = f"drawing {first + 1}-{first + count} of {len(prompts)}"
+            z = denoise(
+                self.model, z, conditional, other, chosen, start=start, constrain=constrain,
+                progress=bar(label, progress),
+            )  # fmt: skip
+            drawn.append(vae.to_uint8(self.autoencoder.decode(z)))
+        common = {**asdict(chosen), "height": height, "width": width, "seed": seed, "unconditional": unconditional}
+        common |= {"strength": strength if image is not None else None, "own_latents": latents is not None}
+        parameters = [
+            {"prompt": p, "negative_prompt": n, "image": i, **common, "skip_blocks": list(chosen.skip_blocks)}
+            for i, (p, n) in enumerate(zip(prompts, negatives, strict=True))
+        ]
+        return Output([Image.fromarray(picture) for picture in np.concatenate(drawn)], parameters)
+
+    def _text(
+        self, prompts: list[str], negatives: list[str], guided: bool, unconditional: str
+    ) -> tuple[Conditioning, Conditioning | None]:
+        conditional = self.text.encode(prompts)
+        if not guided:
+            return conditional, None
+        return conditional, self.text.zeros(len(prompts)) if unconditional == "zeros" else self.text.encode(negatives)
+
+    def _started(
+        self, noise: Tensor, image: Image.Image | None, mask: Image.Image | None, start: float
+    ) -> tuple[Tensor, Constraint | None]:
+        """Where sampling begins, and what is held fixed on the way."""
+        if image is None:
+            return noise, None
+        factor = self.autoencoder.factor
+        height, width = noise.shape[2] * factor, noise.shape[3] * factor
+        pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        x0 = self.autoencoder.encode(vae.to_float(pixels[None])).to(noise.device)
+        z = (1 - start) * x0 + start * noise
+        if mask is None:
+            return z, None
+        small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Image.Resampling.NEAREST)
+        anew = torch.from_numpy(np.asarray(small) >= 128).to(noise.device)
+        return z, lambda z, t: torch.where(anew, z, (1 - t) * x0 + t * noise)
+
+    def _check(
+        self, prompts: list[str], negatives: list[str], height: int, width: int, unconditional: str,
+        latents: Tensor | None, image: Image.Image | None, mask: Image.Image | None, strength: float,
+    ) -> None:  # fmt: skip
+        cell, op = self.autoencoder.factor * self.model.config.patch_size, "Pipeline"
+        if not prompts:
+            raise ValueError(f"{op}: no prompt given; expected at least one")
+        if len(negatives) != len(prompts):
+            counts = f"{len(negatives)} negative prompts for {len(prompts)} images"
+            raise ValueError(f"{op}: {counts}; expected one, or as many")
+        if height % cell or width % cell or height < cell or width < cell:
+            raise ValueError(f"{op}: size is {height} x {width}; expected multiples of {cell}")
+        if unconditional not in UNCONDITIONAL:
+            raise ValueError(f"{op}: unconditional is {unconditional!r}; expected one of {', '.join(UNCONDITIONAL)}")
+        shape = [len(prompts), self.model.config.in_channels, *(s // self.autoencoder.factor for s in (height, width))]
+        if latents is not None and list(latents.shape) != shape:
+            raise ValueError(f"{op}: latents have shape {list(latents.shape)}; expected {shape}")
+        if mask is not None and image is None:
+            raise ValueError(f"{op}: mask_image is given without image")
+        if not 0 < strength <= 1:
+            raise ValueError(f"{op}: strength is {strength}; expected a number in (0, 1]")

@@ -237,13 +237,13 @@ class Pipeline:
             return noise, None
         factor = self.autoencoder.factor
         height, width = noise.shape[2] * factor, noise.shape[3] * factor
-        pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
         x0 = self.autoencoder.encode(vae.to_float(pixels[None])).to(noise.device)
         z = (1 - start) * x0 + start * noise
         if mask is None:
             return z, None
         small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Image.Resampling.NEAREST)
-        anew = torch.from_numpy(np.asarray(small) >= 128).to(noise.device)
+        anew = torch.from_numpy(np.array(small) >= 128).to(noise.device)
         return z, lambda z, t: torch.where(anew, z, (1 - t) * x0 + t * noise)
 
     def _check(

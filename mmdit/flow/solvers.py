@@ -88,9 +88,9 @@ def heun(
 def dpmpp_2m(
     velocity: VelocityField, z: Tensor, ts: Tensor, progress: Progress = iter, constrain: Constraint = _unconstrained
 ) -> Tensor:
-    """DPM-Solver++(2M) of the released models: second order, one velocity a step. The data x0 = z - t v is
-    extrapolated from two steps, linearly in log t. Arguments as for `euler`. Source: Lu et al. 2022b, algorithm 2, with
-    sigma = t."""
+    """DPM-Solver++(2M) of the released models: one velocity a step, second order where steps are small in log t, as
+    with sd3_release. The data x0 = z - t v is extrapolated from two steps, linearly in log t. Arguments as for `euler`.
+    Source: Lu et al. 2022b, algorithm 2, with sigma = t."""
     z = z.float()
     before, step = None, 0.0
     for i in progress(range(len(ts) - 1)):

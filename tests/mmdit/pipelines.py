@@ -25,13 +25,15 @@ def scattered(model, std=0.2):
 
 
 def transformer(dual=(), qk_norm=True, depth=DEPTH):
+    """Of weights small enough that the flow is not chaotic: at 0.1 a change of 1e-6 in the noise moved pixels by 100
+    without QK-norm, at 0.05 and 0.07 by 0.001."""
     torch.manual_seed(5)
     return scattered(SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=depth,
         attention_head_dim=HEAD_DIM, num_attention_heads=HEADS, joint_attention_dim=T5_DIM,
         caption_projection_dim=HEADS * HEAD_DIM, pooled_projection_dim=CLIP_L + CLIP_G, pos_embed_max_size=MOST,
         dual_attention_layers=dual, qk_norm="rms_norm" if qk_norm else None,
-    ), 0.1)  # fmt: skip
+    ), 0.06)  # fmt: skip
 
 
 def clip(dim, act, projection=None):

@@ -101,7 +101,7 @@ def test_a_released_file_holds_other_parts_and_says_so(tmp_path):
     tensors = load_file(tmp_path / "a.safetensors")
     assert all(name.startswith("model.diffusion_model.") for name in tensors)
     tensors |= {"first_stage_model.decoder.x": torch.ones(2), "text_encoders.clip_l.y": torch.ones(3)}
-    save_file(tensors, tmp_path / "b.safetensors")                           # without our metadata, as released ones are
+    save_file(tensors, tmp_path / "b.safetensors")                       # without our metadata, as released ones are
     opened = checkpoint.open_checkpoint(tmp_path / "b.safetensors")
     assert opened.others == {"first_stage_model.": 1, "text_encoders.": 1}
     same(opened.model().state_dict(), model.state_dict())
@@ -134,11 +134,11 @@ def nan(tensors):
     [
         (nan, rf"tensor {QKV} holds NaN or infinities"),
         (lambda t: t.pop(QKV), r"missing joint_blocks\.1\.x_block\.attn\.qkv\.weight"),
-        (lambda t: t.update({FC1: t[FC1][:8].clone()}), r"x_block\.mlp\.fc1\.weight has shape \[8, 64\], expected \[256, 64\]"),
+        (lambda t: t.update({FC1: t[FC1][:8].clone()}), r"mlp\.fc1\.weight has shape \[8, 64\], expected \[256, 64\]"),
         (lambda t: t.update({QKV + "x": torch.ones(1)}), r"unknown joint_blocks\.1\.x_block\.attn\.qkv\.weightx"),
-        (lambda t: t.update({QKV: t[QKV].half()}), r"mixes dtypes: F32 .*F16 \(joint_blocks\.1\.x_block\.attn\.qkv"),
-        (lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}), r"has dtype F8_E4M3; expected one of"),
-        (lambda t: t.update({"transformer_blocks.0.attn.to_q.weight": torch.ones(1)}), r"mixes layouts: sd3 .* and diffusers"),
+        (lambda t: t.update({QKV: t[QKV].half()}), r"mixes dtypes: F32 .*F16 \(joint_blocks\.1\.x_block\.attn"),
+        (lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}), r"has dtype F8_E4M3; expected"),
+        (lambda t: t.update({"transformer_blocks.0.ff.x": torch.ones(1)}), r"mixes layouts: sd3 .* and diffusers"),
     ],
     ids=("nan", "missing", "misshaped", "unknown", "mixed-dtypes", "quantised", "mixed-layouts"),
 )  # fmt: skip
@@ -174,7 +174,7 @@ def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
     model = model_of(VARIANTS["sd35-large"])
     files = checkpoint.save(model, tmp_path / "m.safetensors", max_shard_bytes=300_000)
     *shards, index = files
-    assert [s.name for s in shards][0] == f"m-00001-of-{len(shards):05d}.safetensors"
+    assert shards[0].name == f"m-00001-of-{len(shards):05d}.safetensors"
     same(checkpoint.load(index).state_dict(), model.state_dict())
     table = json.loads(index.read_text())
     table["weight_map"]["absent.weight"] = shards[0].name

@@ -99,18 +99,63 @@ def test_names():
 def test_euler_recovers_a_gaussian(shift):
     """Data N(2, 0.5^2) has a closed-form velocity; Euler's error falls with the step count."""
     mean, std = 2.0, 0.5
-
-    def velocity(z, t):
-        var = (1 - t) ** 2 * std**2 + t**2
-        gain = (t - (1 - t) * std**2) / var
-        return gain * (z - (1 - t) * mean) - mean
-
+    velocity = gaussian_velocity(mean, std)
     noise = torch.linspace(-2, 2, 9)[:, None]
     exact = mean + std * noise
     errors = [
         (flow.euler(velocity, noise, flow.times(n, shift)) - exact).abs().max().item() for n in (8, 32, 128, 512)
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
+
+
+def gaussian_velocity(mean, std):
+    """dz/dt of the straight path from N(mean, std^2) to noise, in closed form."""
+    def velocity(z, t):
+        var = (1 - t) ** 2 * std**2 + t**2
+        return (t - (1 - t) * std**2) / var * (z - (1 - t) * mean) - mean
+
+    return velocity
+
+
+@pytest.mark.parametrize(
+    "solver, schedule, order",
+    [("euler", "paper", 1), ("euler", "sd3_release", 1), ("heun", "paper", 2), ("heun", "sd3_release", 2),
+     ("dpmpp_2m", "sd3_release", 2), ("dpmpp_2m", "paper", 1)],
+)  # fmt: skip
+def test_the_order_of_each_solver(solver, schedule, order):
+    """Four times the steps: the error of a first-order method falls by 4, of a second-order one by 16. The steps of the
+    paper's schedule never become small in log t, which costs DPM-Solver++ its order at the end."""
+    mean, std, noise = 2.0, 0.5, torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    errors = [
+        (flow.SOLVERS[solver](gaussian_velocity(mean, std), noise, flow.times(n, 3.0, schedule)) - (mean + std * noise))
+        .abs().max().item() for n in (16, 64)
+    ]  # fmt: skip
+    assert errors[0] / errors[1] > 0.7 * 4**order
+
+
+def test_the_released_schedule_is_diffusers_to_the_bit():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for shift in (1.0, 3.0, 6.5):
+        theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+        for steps in (1, 4, 28, 50):
+            theirs.set_timesteps(steps)
+            assert torch.equal(flow.times(steps, shift, "sd3_release"), theirs.sigmas)
+    assert flow.times(28, 3.0, "sd3_release")[-2].item() == pytest.approx(0.008929, abs=1e-6)
+    with pytest.raises(ValueError, match="schedule is 'karras'; expected one of paper, sd3_release"):
+        flow.times(4, 1.0, "karras")
+
+
+def test_starting_below_noise_and_constraints_after_each_step():
+    ts = flow.starting_at(flow.times(4), 0.6)
+    assert ts.tolist() == [0.6, 0.5, 0.25, 0.0]
+    with pytest.raises(ValueError, match="start is 0"):
+        flow.starting_at(flow.times(4), 0)
+    for solver in flow.SOLVERS.values():
+        seen = []
+        out = solver(lambda z, t: z, torch.ones(1, 1), ts, constrain=lambda z, t, seen=seen: seen.append(t) or 0 * z)
+        assert seen == [0.5, 0.25, 0.0]
+        assert not out.any()
 
 
 def test_paper_schedule_at_28_steps_shift_3():

@@ -53,6 +53,8 @@ class _Pretrained:
 
     kind = ""
     beside = False
+    dim: int
+    pooled_dim: int
 
     def __init__(self, folder: str, tokenizer: str, max_tokens: int, dtype: str | None, weights: str | None) -> None:
         self.folder, self.tokenizer_folder, self.max_tokens, self._dtype = folder, tokenizer, max_tokens, dtype
@@ -92,7 +94,8 @@ class _Pretrained:
 
     def spec(self) -> dict[str, Any]:
         where = {"kind": self.kind, "folder": self.folder, "tokenizer": self.tokenizer_folder}
-        return where | {"weights": self._weights, "max_tokens": self.max_tokens, "dtype": self._dtype}
+        sizes = {"dim": self.dim, "pooled_dim": self.pooled_dim, "max_tokens": self.max_tokens}
+        return where | {"weights": self._weights, "dtype": self._dtype} | sizes
 
 
 class Clip(_Pretrained):
@@ -157,7 +160,12 @@ class T5(_Pretrained):
         return model(ids)[0], torch.zeros(len(ids), 0)
 
 
-ENCODERS |= {"clip": Clip, "t5": T5}
+def _from_spec(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Sizes are in a spec so that they can be told without loading the weights."""
+    return lambda dim=0, pooled_dim=0, **arguments: kind(**arguments)
+
+
+ENCODERS |= {"clip": _from_spec(Clip), "t5": _from_spec(T5)}
 
 
 class Sd3Text:

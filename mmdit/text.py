@@ -149,6 +149,14 @@ def build(spec: dict[str, Any]) -> TextEncoder:
     return ENCODERS[kind](**arguments)
 
 
+def sizes(spec: dict[str, Any]) -> tuple[int, int]:
+    """(channels of a token, of the pooled vector) of the encoder a spec describes, from the spec where it tells."""
+    if "pooled_dim" in spec:
+        return spec["dim"], spec["pooled_dim"]
+    encoder = build(spec)
+    return encoder.dim, encoder.pooled_dim
+
+
 def fingerprint(spec: dict[str, Any]) -> str:
     """Changes whenever a spec changes."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]

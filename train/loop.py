@@ -170,12 +170,12 @@ def check_fit(config: Config, cache: Cache) -> None:
     """The model must read what the cache holds."""
     settings, model = cache.settings, config.model
     vae = autoencoder.build(settings["autoencoder"])
-    encoders = [text.build(spec) for spec in settings["encoders"]]
+    dims, pooled = zip(*map(text.sizes, settings["encoders"]), strict=True)
     needed = {
         "in_channels": vae.channels,
         "token_pixels": vae.factor * model.patch_size,
-        "pooled_dim": sum(e.pooled_dim for e in encoders),
-        "context_dim": max(model.context_dim, *(e.dim for e in encoders)),      # wider is zero-padded
+        "pooled_dim": sum(pooled),
+        "context_dim": max(model.context_dim, *dims),                           # wider is zero-padded
     }
     for name, need in needed.items():
         if getattr(model, name) != need:

@@ -86,7 +86,7 @@ def pieces(config: MMDiTConfig) -> tuple[list[Piece], dict[str, tuple[int, ...]]
     if config.weight_sets != 2:
         return [Piece(name, shape, "", ()) for name, shape in shapes.items()], shapes
     table = dict(_table(config))
-    found = []
+    found: list[Piece] = []
     for name, shape in shapes.items():
         if name.startswith(MODULATION):
             found += _modulation(model, name, shape, config)

@@ -14,12 +14,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from mmdit import autoencoder, keyed, text
+from mmdit import autoencoder, encoders, keyed, text
 from mmdit.files import write_atomically
 from train.data.shards import INDEX, Index, Sample, write_shard
 from train.data.sources import DataError, Record, fit_into, open_source
 
 Size = tuple[int, int]
+RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
 REMEMBERED = 20_000          # captions whose features are kept, for data sets that repeat them
 
 
@@ -34,9 +35,17 @@ class Precompute:
     sizes: tuple[Size, ...] = ((32, 32),)
     """Buckets, height x width in pixels; an image goes to the one closest in aspect ratio."""
     encoders: tuple[str, ...] = ("words",)
-    """Text encoders: words, minilm."""
+    """Text encoders: words, minilm; clip_l, clip_g and t5 of the pipeline."""
     pixel_factor: int = 2
     """Pixel space: a block of this many pixels squared becomes one latent pixel."""
+    pipeline: Path | None = None
+    """Folder of a StableDiffusion3Pipeline: its autoencoder instead of pixel space, and its text encoders."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """Of the pipeline's autoencoder: the posterior's mean, or one draw of it for each image."""
+    t5_tokens: int = 77
+    """Length of T5's part."""
+    device: str = "cpu"
+    """Where the pipeline's parts run."""
     val_share: float = 0.02
     """Share held out for validation, by key, where the source has no split of its own."""
     copies: int = 12
@@ -56,15 +65,15 @@ def precompute(config: Precompute) -> Index:
     records = open_source(config.source, copies=config.copies)
     if not records:
         raise DataError(f"source {config.source!r} holds no records")
-    cache, vae = config.cache, autoencoder.PixelSpace(config.pixel_factor)
+    cache, vae = config.cache, _autoencoder(config)
     _check_sizes(config.sizes, vae.factor)
-    encoders = _encoders(config, records)
+    readers = _encoders(config, records)
     settings = {
         "source": config.source,
         "contents": _digest(records),
         "sizes": [list(size) for size in config.sizes],
         "autoencoder": vae.spec(),
-        "encoders": [encoder.spec() for encoder in encoders],
+        "encoders": [encoder.spec() for encoder in readers],
         "val_share": config.val_share,
     }
     index = _begin(cache, settings)
@@ -82,7 +91,7 @@ def precompute(config: Precompute) -> Index:
             if len(memory) > REMEMBERED:
                 memory.clear()
             if caption not in memory:
-                memory[caption] = [encoder.encode([caption])[0] for encoder in encoders]
+                memory[caption] = [encoder.encode([caption])[0] for encoder in readers]
             samples.append(Sample(i, record.key, caption, latent, memory[caption]))
         write_shard(cache, index, bucket, samples)
 
@@ -116,20 +125,42 @@ def precompute(config: Precompute) -> Index:
     return index
 
 
+def _autoencoder(config: Precompute) -> autoencoder.Autoencoder:
+    if config.pipeline is None:
+        return autoencoder.PixelSpace(config.pixel_factor)
+    return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=config.device)
+
+
+def _encoder(config: Precompute, name: str) -> text.TextEncoder:
+    if name not in RELEASED:
+        return text.build({"kind": name})
+    if config.pipeline is None:
+        raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")
+    suffix = RELEASED[name]
+    folders = [str(config.pipeline / (part + suffix)) for part in ("text_encoder", "tokenizer")]
+    encoder: encoders.Clip | encoders.T5
+    if name == "t5":
+        encoder = encoders.T5(folders[0], folders[1], max_tokens=config.t5_tokens)
+    else:
+        encoder = encoders.Clip(folders[0], folders[1], beside=name == "clip_g")
+    encoder.model.to(config.device)
+    return encoder
+
+
 def _encoders(config: Precompute, records: list[Record]) -> list[text.TextEncoder]:
     """Those of a cache that is there already (a caption mended since must not refit them), or new ones."""
     if (config.cache / INDEX).exists():
         specs = Index.load(config.cache).settings["encoders"]
         if tuple(spec["kind"] for spec in specs) == config.encoders:
             return [text.build(spec) for spec in specs]
-    encoders = [text.build({"kind": kind}) for kind in config.encoders]
+    found = [_encoder(config, name) for name in config.encoders]
     captions = [r.caption for r in records if r.caption and _split(r, config.val_share) == "train"]
-    for encoder in encoders:
+    for encoder in found:
         if isinstance(encoder, text.MiniLM):
             if not captions:
                 raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
             encoder.fit(captions[:: max(1, len(captions) // 2000)])
-    return encoders
+    return found
 
 
 def _begin(cache: Path, settings: dict) -> Index:

@@ -37,6 +37,7 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     skip_blocks: tuple[int, ...] = (),
+    graph: bool = False,
     device: str | None = None,
     weights: Path | None = None,
     dtype: Dtype | None = None,
@@ -66,6 +67,7 @@ def sample(
         shift: alpha of the schedule; that of the training, or of the scheduler's configuration, unless given.
         interval: Times at which guidance acts.
         skip_blocks: Skip-layer guidance: 7 8 9 for SD3.5 medium.
+        graph: On a GPU, replay the model as a CUDA graph.
         device: cpu, cuda, ...; a GPU if there is one.
         weights: Pipeline: the model's weights from another file, in any layout.
         dtype: Pipeline: of the model; as stored unless given.
@@ -80,7 +82,7 @@ def sample(
         tiled: Pipeline: decode in tiles.
         batch: Pipeline: images at a time.
     """
-    settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks}
+    settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks, "graph": graph}
     settings |= {k: v for k, v in {"schedule": schedule, "shift": shift}.items() if v is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
     if (source / "model_index.json").is_file():

@@ -12,10 +12,24 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
 def test_the_example_of_the_ops_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(example, {})
+    exec(EXAMPLES[0], {})
     assert capsys.readouterr().out.startswith("adaln: ")
+
+
+def test_the_example_of_released_weights_runs_on_small_ones(tmp_path, monkeypatch):
+    import mmdit
+    from tests.mmdit.pipelines import made
+
+    monkeypatch.chdir(tmp_path)
+    made((0, 1)).save_pretrained("stable-diffusion-3.5-medium")
+    mmdit.checkpoint.convert("stable-diffusion-3.5-medium", "sd3.5_large.safetensors", layout="sd3")
+    small = EXAMPLES[1].replace("(7, 8, 9)", "(1,)")                                 # of the three blocks here
+    exec(small, {"mmdit": mmdit, "torch": __import__("torch")})
+    assert (tmp_path / "x.png").is_file() and (tmp_path / "folder" / "config.json").is_file()
 
 
 def test_links_lead_somewhere():

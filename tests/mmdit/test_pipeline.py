@@ -140,6 +140,17 @@ def test_an_image_to_start_from_and_a_mask(pipe):
     assert np.abs(draw(pipe, "a", image=picture, mask_image=nothing, strength=1.0, **steps)[0] - decoded).max() <= 1
 
 
+def test_what_a_mask_keeps_is_noised_to_the_time_of_the_step(pipe):
+    picture, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 0)
+    noise = torch.randn(1, 16, 8, 8)
+    z, constrain = pipe._started(noise, picture, mask, 0.7)
+    x0 = pipe.autoencoder.encode(to_float(np.array(picture)[None]))
+    torch.testing.assert_close(z, 0.3 * x0 + 0.7 * noise)
+    torch.testing.assert_close(constrain(torch.zeros_like(z), 0.4), 0.6 * x0 + 0.4 * noise)
+    _, constrain = pipe._started(noise, picture, Image.new("L", (64, 64), 255), 0.7)
+    assert not constrain(torch.zeros_like(z), 0.4).any()
+
+
 def test_modulations_of_all_steps_are_made_at_once(pipe, monkeypatch):
     from mmdit import sample
 

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 from mmdit.blocks import JointBlock
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import FREQUENCIES, FinalLayer, VectorEmbedder, patch_embed, timestep_features
-from rfkernels.nn import Modulation, PatchEmbed
+from rfkernels.nn import Modulation
+
+
+def fill(name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
+    """Writes the initial value of the parameter `name`: Xavier for every projection, N(0, 0.02) for the time and pooled
+    embedders, zero for biases, modulations and the final projection (each block starts as the identity, the model as
+    zero), one for norm weights. From torch's global generator unless one is given."""
+    if name.endswith("norm.weight"):
+        tensor.fill_(1.0)
+    elif name.endswith("bias") or name.startswith(("modulation.", "final_layer.")):
+        tensor.zero_()
+    elif name.startswith(("time_embed.", "pooled_embed.")):
+        tensor.normal_(std=0.02, generator=generator)
+    else:
+        nn.init.xavier_uniform_(tensor.view(tensor.shape[0], -1), generator=generator)
 
 
 class MMDiT(nn.Module):
@@ -37,23 +51,10 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Xavier for every projection, N(0, 0.02) for the time and pooled embedders, zero for modulations and the final
-        projection (each block starts as the identity, the model as zero), one for norm weights."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, PatchEmbed):
-                nn.init.xavier_uniform_(module.proj.weight.view(module.proj.weight.shape[0], -1))
-                nn.init.zeros_(module.proj.bias)                                                    # type: ignore[arg-type]
-                module.fill_positions()
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        for embedder in (self.time_embed, self.pooled_embed):
-            nn.init.normal_(embedder.fc1.weight, std=0.02)
-            nn.init.normal_(embedder.fc2.weight, std=0.02)
-        nn.init.zeros_(self.modulation.linear.weight)
-        nn.init.zeros_(self.final_layer.unembed.linear.weight)
+        """See `fill`; the position table by the paper's formula."""
+        for name, parameter in self.named_parameters():
+            fill(name, parameter)
+        self.patch_embed.fill_positions()
 
     def condition(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         """The modulations of all blocks, which depend on time and pooled text alone: [N, vectors * width] for timestep

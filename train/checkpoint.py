@@ -1,20 +1,32 @@
-"""The state of a run on disk: weights, average, optimizer moments, and where the run stands. One safetensors file,
-written atomically; no pickle."""
+"""The state of a run on disk: weights, average, optimizer moments, and where the run stands.
+
+Written by torch.distributed.checkpoint: each process its shards, read back onto any number of processes. A checkpoint
+is written beside (`step-N.partial`) in the background and takes its name when it is whole, so a kill at any moment
+leaves the former one. `run.json` in it says what it belongs to.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import shutil
+import threading
+import warnings
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mmdit.files import replacing
+from mmdit.files import write_atomically
 from train.ema import EmaWeights
+from train.parallel import World
+
+ABOUT = "run.json"
 
 
 @dataclass
@@ -25,79 +37,123 @@ class Progress:
     """Finished steps."""
     seconds: float = 0.0
     """Spent so far."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite: they changed nothing."""
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"))
+def _finished(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".partial" and (p / ABOUT).is_file())
 
 
-def _moments(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names: dict[Any, str] = {p: n for n, p in model.named_parameters()}
     return {
-        f"optimizer.{names[parameter]}.{key}": value
+        f"{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        if isinstance(value, Tensor)
     }
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    ema: EmaWeights,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    decides: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes the state after progress.step steps, then removes all but the newest `keep` files."""
-    path = folder / f"step-{progress.step:08d}.safetensors"
-    names = {p: n for n, p in model.named_parameters()}
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
-    tensors |= _moments(optimizer, names)
-    metadata = {"step": str(progress.step), "seconds": repr(progress.seconds), "config": json.dumps(decides)}
-    with replacing(path) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-    for old in _files(folder)[:-keep]:
-        old.unlink()
-    return path
+def _reason(error: BaseException) -> str:
+    """DCP's errors hold the traceback of the process that failed; its last line says why."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
-def restore(
-    folder: Path,
-    model: nn.Module,
-    ema: EmaWeights,
-    optimizer: torch.optim.Optimizer,
-    decides: dict[str, Any],
-) -> Progress:
-    """Loads the newest checkpoint of a run, if there is one, into model, ema and optimizer.
+class Checkpoints:
+    """Those of one run.
 
-    Raises: ValueError if the run was made with another configuration, or its newest checkpoint is damaged.
+    Args: folder: where they lie. keep: how many of the newest stay.
     """
-    files = _files(folder)
-    if not files:
-        return Progress()
-    path = files[-1]
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to go on from the checkpoint before it") from error
-    written = json.loads(metadata["config"])
-    changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
-    if changed:
-        raise ValueError(f"{folder.parent} holds a run with other settings ({', '.join(changed)}); choose another")
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        ema.weights[name].copy_(tensors[f"ema.{name}"])
-        state = {
-            key: tensors[f"optimizer.{name}.{key}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.{name}.{key}" in tensors
-        }
-        fused = any(group.get("fused") for group in optimizer.param_groups) # it wants its step there too
-        optimizer.state[parameter] = {
-            k: v.to(parameter.device) if fused or k != "step" else v for k, v in state.items()
-        }
-    return Progress(int(metadata["step"]), float(metadata["seconds"]))
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self._writing: Future | None = None
+        self._failure: BaseException | None = None
+        self._published = threading.Event()
+
+    def save(
+        self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, progress: Progress,
+        decides: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Copies the state after progress.step steps and writes it in the background; `wait` waits for it.
+
+        Raises: what kept the former one from being written: a full disk, for one. The one before it stays."""
+        self.wait()
+        partial = self.folder / f"step-{progress.step:08d}.partial"
+        if self.world.main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.world.largest(0)                                            # the folder is there for everybody
+        about = json.dumps({**asdict(progress), "processes": self.world.size, "decides": decides}, indent=1)
+        state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": _moments(model, optimizer)}
+        self._published.clear()
+        if self.world.mesh is None:                                      # what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        self._writing = dcp.async_save(                                                             # type: ignore[assignment]
+            state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None
+        )
+        self._writing.add_done_callback(lambda done: self._publish(done, partial, about))           # type: ignore[union-attr]
+
+    def _publish(self, done: Future, partial: Path, about: str) -> None:
+        try:
+            done.result()
+            if self.world.main:
+                write_atomically(partial / ABOUT, about.encode())
+                final = partial.with_suffix("")
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                for old in _finished(self.folder)[: -self.keep]:
+                    shutil.rmtree(old)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._published.set()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises: as `save`."""
+        if self._writing is None:
+            return
+        self._published.wait()
+        self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise OSError(f"a checkpoint in {self.folder} was not written: {_reason(failure)}") from failure
+
+    def restore(
+        self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, decides: dict[str, Any]
+    ) -> Progress:
+        """Loads the newest checkpoint, if there is one, whatever number of processes wrote it.
+
+        Raises: ValueError if the run was made with another configuration, or its newest checkpoint is damaged."""
+        found = _finished(self.folder)
+        if not found:
+            return Progress()
+        path = found[-1]
+        about = json.loads((path / ABOUT).read_text())
+        written = about["decides"]
+        changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
+        if changed:
+            run = self.folder.parent
+            raise ValueError(f"{run} holds a run with other settings ({', '.join(changed)}); choose another")
+        parameters = dict(model.named_parameters())
+        try:
+            held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            moments: dict[str, Tensor] = {}
+            for name in (key.removeprefix("optimizer.") for key in held if key.startswith("optimizer.")):
+                owner, kind = name.rsplit(".", 1)
+                parameter = parameters[owner]
+                moments[name] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+            state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": moments}
+            dcp.load(state, checkpoint_id=path, process_group=self.world.side, no_dist=self.world.mesh is None)
+        except (Exception, CheckpointException) as error:                # a bad file is any of many errors to DCP
+            raise ValueError(
+                f"{path} is damaged ({_reason(error)}); remove it to go on from the checkpoint before it"
+            ) from error
+        model.load_state_dict(state["model"])
+        fused = any(group.get("fused") for group in optimizer.param_groups)      # it wants its step there too
+        for name, value in moments.items():
+            owner, kind = name.rsplit(".", 1)
+            parameter = parameters[owner]
+            optimizer.state[parameter][kind] = value.to(parameter.device) if fused and kind == "step" else value
+        return Progress(about["step"], about["seconds"], about["skipped"])

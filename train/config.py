@@ -11,6 +11,9 @@ from typing import Any, Literal
 from mmdit import presets
 from mmdit.config import MMDiTConfig
 
+SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
+        "skip_nonfinite")  # fmt: skip
+"""What may change when a run goes on: it does not decide the weights."""
 Grid = Literal["paper", "midpoints", "mlperf"]
 
 
@@ -73,6 +76,22 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How a run is spread over the processes that torchrun started; the weights do not depend on it."""
+
+    replicas: int = 1
+    """Groups of processes, each of which shards a whole model (HSDP); 1: all processes shard one (FSDP)."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of a batch, one after another, to hold fewer activations."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations of a block that are computed again in the backward: none; all but products and attention; all."""
+    compile: bool = False
+    """torch.compile each block."""
+    timeout_minutes: float = 10.0
+    """How long processes wait for each other before the run ends."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run. Exactly one of `steps` and `minutes` is its budget."""
 
@@ -110,6 +129,9 @@ class Config:
     """bf16: autocast over fp32 master weights. auto: bf16 on a GPU, fp32 on a CPU."""
     threads: int = 0
     """CPU threads; 0: PyTorch's choice."""
+    skip_nonfinite: int = 10
+    """Steps in a row whose loss or gradient is not finite that are passed over before the run stops."""
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -118,6 +140,7 @@ class Config:
             raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
         least_one = {name: getattr(self, name) for name in ("batch", "keep", "checkpoint_every")}
         least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
+        least_one |= {"parallel.replicas": self.parallel.replicas, "parallel.accumulate": self.parallel.accumulate}
         least_one |= {"validation.samples": self.validation.samples, "steps": 1 if self.steps is None else self.steps}
         for name, value in least_one.items():
             if value < 1:
@@ -131,6 +154,6 @@ class Config:
     def decides(self) -> dict[str, Any]:
         """The part of the configuration that decides the weights: a run can only go on with the same."""
         values = json.loads(self.to_json())
-        for name in ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation"):
+        for name in SIDE:
             values.pop(name)
         return values

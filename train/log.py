@@ -14,18 +14,25 @@ from mmdit.sample import grid
 
 
 class Log:
-    """Metrics of a run; lines after `step` (a resume) are dropped, so that no step is logged twice."""
+    """Metrics of a run; lines after `step` (a resume) are dropped, so that no step is logged twice.
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.run, self.path = run, run / "metrics.jsonl"
+    Args: writes: False for a process that only computes along.
+    """
+
+    def __init__(self, run: Path, step: int, writes: bool = True) -> None:
+        self.run, self.path, self.writes = run, run / "metrics.jsonl", writes
+        self._board: Any = None
+        if not writes:
+            return
+        run.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         except ImportError:
-            self._board = None
+            pass
 
     def _lines(self) -> list[str]:
         if not self.path.is_file():
@@ -35,6 +42,8 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         """Names as "train/loss" become tags in tensorboard."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
@@ -50,13 +59,14 @@ class Log:
     def validated(self, step: int) -> bool:
         return any((e := json.loads(line))["step"] == step and "validation/loss" in e for line in self._lines())
 
-    def picture(self, step: int, images: np.ndarray) -> Path:
+    def picture(self, step: int, images: np.ndarray) -> None:
+        if not self.writes:
+            return
         path = self._picture(step)
         path.parent.mkdir(exist_ok=True)
         grid(images, scale=max(1, 96 // images.shape[1])).save(path)
         if self._board is not None:
             self._board.add_images("samples", images, step, dataformats="NHWC")
-        return path
 
     def close(self) -> None:
         if self._board is not None:
@@ -64,6 +74,8 @@ class Log:
 
     def plot(self) -> Path | None:
         """Draws loss.png from metrics.jsonl; None without matplotlib or without anything to draw."""
+        if not self.writes:
+            return None
         try:
             import matplotlib
         except ImportError:

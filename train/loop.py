@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from mmdit import autoencoder, flow, text
 from mmdit import checkpoint as weights
 from mmdit.files import write_atomically
-from mmdit.model import MMDiT
 from mmdit.sample import WEIGHTS, Sampler
-from train import checkpoint
+from train import parallel
+from train.checkpoint import Checkpoints, Progress
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
@@ -26,6 +29,7 @@ from train.data.sources import DataError
 from train.ema import EmaWeights
 from train.log import Log
 from train.objective import Objective
+from train.parallel import World
 from train.validate import validate
 
 
@@ -39,20 +43,30 @@ class Outcome:
 
 
 def train(config: Config) -> Outcome:
-    """Trains until the budget is spent, or until SIGINT or SIGTERM, after which the state is saved.
+    """Trains until the budget is spent, or until SIGINT, SIGTERM or SIGUSR1, after which the state is saved.
 
-    A run found in config.run goes on from its newest checkpoint.
+    Started with torchrun, the run is spread over its processes; losses and weights do not depend on their number. A run
+    found in config.run goes on from its newest checkpoint, on any number of processes.
     Raises: DataError for a bad cache; ValueError if the cache does not fit the model, the run folder holds another run,
-        or the loss is not finite.
+        or too many losses in a row are not finite; OSError if a checkpoint cannot be written.
     """
-    device = pick_device(config)
+    with parallel.world(pick_device(config), config.parallel) as world:
+        return train_in(config, world)
+
+
+def train_in(config: Config, world: World) -> Outcome:
+    """`train` for one of several processes."""
+    device = world.device
     if config.threads:
         torch.set_num_threads(config.threads)
     cache = Cache(config.cache)
     check_fit(config, cache)
+    parts = config.parallel.accumulate
+    if config.batch < world.size * parts:
+        wanted = f"a sample for each of {world.size} x {parts} parts"
+        raise ValueError(f"batch is {config.batch}; expected at least {wanted}")
 
-    torch.manual_seed(config.seed)
-    model = MMDiT(config.model).to(device)
+    model = parallel.build(config.model, config.parallel, world, config.seed, autocasts(config, device))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.lr,
@@ -69,70 +83,81 @@ def train(config: Config) -> Outcome:
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
     decides = {**config.decides(), "data": cache.contents}
-    progress = checkpoint.restore(config.run / "checkpoints", model, ema, optimizer, decides)
-    config.run.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.run / "config.json", config.to_json().encode())
-    log = Log(config.run, progress.step)
+    checkpoints = Checkpoints(config.run / "checkpoints", config.keep, world)
+    progress = checkpoints.restore(model, ema, optimizer, decides)
+    log = Log(config.run, progress.step, world.main)
+    if world.main:
+        write_atomically(config.run / "config.json", config.to_json().encode())
     extra = sampling_extra(config, cache)
-    if progress.step:
+    if progress.step and world.main:
         print(f"going on from step {progress.step} of {config.run}")
 
     def save() -> None:
-        checkpoint.save(config.run / "checkpoints", model, ema, optimizer, progress, decides, config.keep)
-        averaged = {**model.state_dict(), **ema.weights}
-        weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra)
+        checkpoints.save(model, ema, optimizer, progress, decides)
+        averaged = {k: parallel.whole(v) for k, v in {**model.state_dict(), **ema.weights}.items()}
+        if world.main:
+            weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra)
 
     def look(*, draw: bool, check: bool) -> None:
         model.eval()
         with ema.applied(model), autocast(config, device):
             if check and (held_out := cache.buckets("val")):
                 v = config.validation
-                losses = validate(model, objective, held_out, v.grid, v.samples, config.batch)
+                losses = validate(model, objective, held_out, v.grid, v.samples, config.batch, world)
                 log.write(progress.step, **{f"validation/{name}": loss for name, loss in losses.items()})
             if draw and (prompts := sample_prompts(config, cache)):
                 s = config.samples
-                sampler = Sampler.from_extra(model, extra)
-                log.picture(progress.step, sampler(prompts, steps=s.steps, guidance=s.guidance))
+                with parallel.gathered_root(model):
+                    sampler = Sampler.from_extra(model, extra)
+                    images = sampler(prompts, steps=s.steps, guidance=s.guidance)
+                log.picture(progress.step, images)
         model.train()
 
-    budget = Budget(config, progress.seconds)
-    with Interrupts() as interrupts, ProgressBar(config, progress.step) as bar:
+    budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
+    with Interrupts() as interrupts, ProgressBar(config, progress.step, world.main) as bar:
         model.train()
-        while not budget.spent(progress.step) and interrupts.received is None:
+        stopped = 0
+        over = budget.spent(progress.step)
+        while not over and not stopped:
             name, rows = plan.at(progress.step)
-            batch = objective.draw(training[name], rows, progress.step).to(device)
-            with autocast(config, device):
-                loss = objective.loss(model, batch)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or math.inf)
+            value = 0.0
+            for i, part in enumerate(np.array_split(world.mine(rows), parts)):
+                parallel.reduce_gradients(model, i == parts - 1)
+                batch = objective.draw(training[name], part, progress.step).to(device)
+                with autocast(config, device):
+                    loss = objective.loss(model, batch) * (len(part) / config.batch)
+                loss.backward()
+                value += loss.item()
+            norm = gradient_norm(model, config.optimizer.clip)
             lr = learning_rate(config.optimizer, progress.step, budget.fraction(progress.step))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            value = loss.item()
-            if not math.isfinite(value) or not math.isfinite(norm):
-                raise ValueError(
-                    f"step {progress.step}: loss {value}, gradient norm {norm.item()}; the last good state is in "
-                    f"{config.run / 'checkpoints'}"
-                )
-            optimizer.step()
+            (value,) = world.sums(value)
+            if bad.passes(progress, value, norm, (name, rows)):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
-            log.write(progress.step, **{"train/loss": value, "train/gradient_norm": norm.item(), "train/lr": lr})
+            log.write(progress.step, **{"train/loss": value, "train/gradient_norm": norm, "train/lr": lr})
             bar.advance(value, budget.fraction(progress.step))
             if due(config.checkpoint_every, progress.step):
                 save()                                              # before anything that may fail
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
             if draw or check:
                 look(draw=draw, check=check)
+            # one clock and any process's signal decide for all
+            over = bool(world.largest(budget.spent(progress.step) and world.main)[0])
+            stopped = int(world.largest(interrupts.received or 0)[0])
         save()
-    if interrupts.received is None:         # also if a former process ended before its last look
-        look(draw=not log.drawn(progress.step), check=not log.validated(progress.step))
+        checkpoints.wait()
+    if not stopped:                         # also if a former process ended before its last look
+        drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
+        look(draw=not drawn, check=not validated)
     log.close()
     log.plot()
-    return Outcome(progress.step, interrupts.received)
+    return Outcome(progress.step, signal.Signals(stopped) if stopped else None)
 
 
 # --- the parts of it --------------------------------------------------------------------------------------------------
@@ -142,15 +167,51 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def pick_device(config: Config) -> torch.device:
+def pick_device(config: Config) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; use --device auto or cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def autocasts(config: Config, device: torch.device) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, device))
+
+
+def gradient_norm(model: nn.Module, clip: float) -> float:
+    """Of all gradients, over all processes; they are scaled down to `clip` if it is above 0."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+class Nonfinite:
+    """Passes over steps whose loss or gradient is not finite; after too many in a row the run stops, and what they
+    were made of is on disk."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.last: list[dict] = []
+
+    def passes(self, progress: Progress, loss: float, norm: float, batch: tuple[str, np.ndarray]) -> bool:
+        """Whether the step may be taken. Raises: ValueError when the limit is passed."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.last.clear()
+            return True
+        progress.skipped += 1
+        found = {"step": progress.step, "loss": str(loss), "gradient_norm": str(norm)}
+        self.last.append({**found, "bucket": batch[0], "rows": batch[1].tolist()})
+        if len(self.last) > self.config.skip_nonfinite:
+            path = self.config.run / "nonfinite.json"
+            if self.world.main:
+                write_atomically(path, json.dumps(self.last, indent=1).encode())
+            raise ValueError(
+                f"step {progress.step}: loss {loss}, gradient norm {norm}, the last of {len(self.last)} in a row; "
+                f"their samples are in {path}, the last good state in {self.config.run / 'checkpoints'}"
+            )
+        return False
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -239,8 +300,9 @@ class Budget:
 class ProgressBar:
     """A bar over steps or over minutes."""
 
-    def __init__(self, config: Config, step: int) -> None:
+    def __init__(self, config: Config, step: int, shown: bool) -> None:
         self._bar = tqdm(
+            disable=not shown,
             total=config.steps or 100,
             initial=step if config.steps else 0,
             desc=config.run.name,
@@ -263,8 +325,8 @@ class ProgressBar:
 
 
 class Interrupts:
-    """Remembers SIGINT and SIGTERM while inside, so that the loop can finish its step and save. A second SIGINT ends
-    the process at once."""
+    """Remembers SIGINT, SIGTERM and SIGUSR1 while inside, so that the loop can finish its step and save. A second
+    SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -277,7 +339,7 @@ class Interrupts:
         print(f"\n{self.received.name}: saving after this step", flush=True)
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -8,6 +8,7 @@ from torch import nn
 from train.config import Grid
 from train.data.shards import Bucket, Sample
 from train.objective import Objective
+from train.parallel import World
 
 LEVELS = 8
 
@@ -26,9 +27,11 @@ def times(grid: Grid) -> tuple[list[float], list[float]]:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, objective: Objective, buckets: dict[str, Bucket], grid: Grid, samples: int, batch: int
-) -> dict[str, float]:
-    """{"loss": mean, "t=0.125": loss at that time, ...} over at most `samples` samples."""
+    model: nn.Module, objective: Objective, buckets: dict[str, Bucket], grid: Grid, samples: int, batch: int,
+    world: World | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """{"loss": mean, "t=0.125": loss at that time, ...} over at most `samples` samples, each process a part of them."""
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
     device = next(model.parameters()).device
     chosen: dict[str, list[Sample]] = {}
     left = samples
@@ -41,9 +44,12 @@ def validate(
         total = count = 0.0
         for rows in chosen.values():
             for start in range(0, len(rows), batch):
-                part = rows[start : start + batch]
-                total += objective.loss(model, objective.at(part, t).to(device)).item() * len(part)
+                part = rows[start : start + batch][rank::size]
+                asked = part or rows[:1]               # every process computes, or those that do would wait for it
+                total += objective.loss(model, objective.at(asked, t).to(device)).item() * len(part)
                 count += len(part)
+        if world is not None:
+            total, count = world.sums(total, count)
         losses[t] = total / count
     mean = sum(losses[t] for t in averaged) / len(averaged)
     return {"loss": mean, **{f"t={t:g}": loss for t, loss in losses.items()}}

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from mmdit import MMDiT
@@ -30,10 +32,7 @@ def test_a_run_leaves_what_it_promises(config):
     levels = {k for e in entries for k in e if k.startswith("validation/t=")}
     assert levels == {f"validation/t={i / 8:g}" for i in range(1, 9)}
     assert [e["step"] for e in entries if "validation/loss" in e] == [6, 12]
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
-        "step-00000008.safetensors",
-        "step-00000012.safetensors",
-    ]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
     assert json.loads((run / "config.json").read_text())["optimizer"]["eps"] == 1e-15
     for picture in ("loss.png", "samples/step-00000012.png"):
         assert (run / picture).stat().st_size > 1000
@@ -42,6 +41,20 @@ def test_a_run_leaves_what_it_promises(config):
 
 class Killed(Exception):
     pass
+
+
+def state_of(run, step=12):
+    """All tensors of a checkpoint."""
+    path = run / "checkpoints" / f"step-{step:08d}"
+    held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in held.items()}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def same(one, two):
+    assert one.keys() == two.keys() and one
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("at", (2, 5, 8))
@@ -59,9 +72,9 @@ def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, 
         patch.setattr(Objective, "draw", dies)
         train(other)
     train(other)
-    for name in ("model.safetensors", "checkpoints/step-00000012.safetensors"):
-        one, two = load_file(config.run / name), load_file(other.run / name)
-        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    one, two = (load_file(run / "model.safetensors") for run in (config.run, other.run))
+    same(one, two)
+    same(*(state_of(run) for run in (config.run, other.run)))
     logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (config.run, other.run)]
     assert logs[0] == logs[1], "no step is missing from the log, none is there twice"
 
@@ -85,7 +98,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, number):
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == number, output
     assert "saving after this step" in output
-    steps = [int(p.stem[5:]) for p in (config.run / "checkpoints").iterdir()]
+    steps = [int(p.name[5:]) for p in (config.run / "checkpoints").iterdir()]
     assert len(steps) == 1 and steps[0] == log.read_text().count('"train/loss"')
 
 
@@ -96,7 +109,7 @@ def test_a_run_that_ended_before_its_last_look_is_looked_at(config, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr("train.log.Log.picture", full)
         train(changed(config, validation=Validation(every=0, samples=4)))
-    assert (config.run / "checkpoints" / "step-00000012.safetensors").is_file(), "saved before anything that may fail"
+    assert (config.run / "checkpoints" / "step-00000012").is_dir(), "saved before anything that may fail"
     train(config)
     assert (config.run / "samples" / "step-00000012.png").is_file()
     lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
@@ -130,19 +143,38 @@ def test_another_configuration_does_not_go_on_in_the_same_folder(config):
 
 def test_a_damaged_checkpoint_is_named(config):
     train(config)
-    newest = config.run / "checkpoints" / "step-00000012.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"step-00000012.safetensors is damaged .*; remove it to go on"):
+    newest = config.run / "checkpoints" / "step-00000012"
+    (shard,) = newest.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"step-00000012 is damaged .*; remove it to go on"):
         train(config)
-    newest.unlink()
+    shutil.rmtree(newest)
     assert train(config).step == 12
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     loss = Objective.loss
     monkeypatch.setattr(Objective, "loss", lambda *a: loss(*a) * float("nan"))
-    with pytest.raises(ValueError, match="step 0: loss nan"):
-        train(config)
+    with pytest.raises(ValueError, match=r"step 2: loss nan.* the last of 3 in a row; their samples are in"):
+        train(changed(config, skip_nonfinite=2))
+    found = json.loads((config.run / "nonfinite.json").read_text())
+    assert [entry["step"] for entry in found] == [0, 1, 2] and len(found[0]["rows"]) == config.batch
+
+
+def test_a_step_that_is_not_finite_changes_nothing(config, monkeypatch):
+    loss, calls = Objective.loss, []
+
+    def once(*args):
+        calls.append(args)
+        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(Objective, "loss", once)
+    train(changed(config, validation=Validation(every=0, samples=4)))
+    about = json.loads((config.run / "checkpoints" / "step-00000012" / "run.json").read_text())
+    assert about["skipped"] == 1 and about["step"] == 12
+    assert all(value.isfinite().all() for value in state_of(config.run).values())
+    steps = [value.item() for key, value in state_of(config.run).items() if key.endswith(".step")]
+    assert set(steps) == {11.0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Processes: who they are, how a model is spread over them, and what they agree on.
+
+A run started with torchrun is spread by FSDP2: every block is a unit, the stacked modulation (a third of all
+parameters, used once per sample) another, the rest the root. Gradients are sums over the processes: each process's loss
+is its samples' share of the whole batch's mean, so nothing is divided by a number of processes. Started without
+torchrun there is one process and nothing is spread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mmdit.config import MMDiTConfig
+from mmdit.model import MMDiT, fill
+from train.config import Parallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    """Of the processes that shard a model, or (replicas, shards); None without torchrun."""
+    side: Any = None
+    """A process group of its own for what goes on beside training: checkpoints."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes logs, pictures and weights."""
+        return self.rank == 0
+
+    def mine(self, rows: np.ndarray) -> np.ndarray:
+        """This process's part of a batch: all parts together are the batch, in order."""
+        return np.array_split(rows, self.size)[self.rank]
+
+    def sums(self, *values: float) -> list[float]:
+        """Of each value, over all processes; in fp64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, *values: float) -> list[float]:
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: tuple[float, ...], op: Any) -> list[float]:
+        if self.mesh is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+
+@contextmanager
+def world(device: str, parallel: Parallel) -> Iterator[World]:
+    """Joins the processes that torchrun started, for as long as it is open.
+
+    Args: device: "cuda" or "cpu".
+    Raises: ValueError if the replicas do not divide the processes.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield World(torch.device(device))
+        return
+    size, rank, local = (int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if size % parallel.replicas:
+        raise ValueError(f"parallel.replicas is {parallel.replicas}; expected a divisor of the {size} processes")
+    here = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+    try:
+        shape: tuple[int, ...] = (size,)
+        names: tuple[str, ...] = ("shard",)
+        if parallel.replicas > 1:
+            shape, names = (parallel.replicas, size // parallel.replicas), ("replicate", "shard")
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        yield World(here, rank, size, mesh, dist.new_group(backend="gloo", timeout=timeout))
+        dist.barrier()                                     # who leaves first takes the others' connections along
+    finally:
+        dist.destroy_process_group()
+
+
+def build(config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16: bool) -> MMDiT:
+    """A model with initial weights that are the same on any number of processes.
+
+    In this order: activation checkpointing, compilation per block, sharding. Master weights are fp32; with `bf16` they
+    are gathered in bf16 and gradients reduced in fp32. Inputs are not cast: timesteps stay fp32.
+    """
+    with torch.device("meta"):
+        model = MMDiT(config)
+    for block in model.blocks:
+        if parallel.checkpointing != "none":
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, **_contexts(parallel.checkpointing)
+            )
+        if parallel.compile:
+            block.compile(fullgraph=True)
+    if world.mesh is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for unit in (*model.blocks, model.modulation.linear, model):
+            fully_shard(unit, mesh=world.mesh, mp_policy=policy)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)     # Gloo has no scaled sums: its average silently sums
+    model.to_empty(device=world.device)
+    initialise(model, seed)
+    return model
+
+
+def _contexts(kind: str) -> dict[str, Any]:
+    """Selective: the outputs of matrix products and attention are kept, all else is computed again."""
+    if kind == "full":
+        return {}
+    keep = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.rfkernels.joint_attention.default}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+
+
+@torch.no_grad()
+def initialise(model: MMDiT, seed: int) -> None:
+    """Each parameter from a generator keyed by (seed, its name); a parameter is whole in memory one at a time."""
+    for name, parameter in model.named_parameters():
+        key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        whole = torch.empty(parameter.shape)
+        fill(name, whole, generator)
+        parameter.copy_(like(parameter, whole))
+    model.patch_embed.fill_positions()
+
+
+def like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, which every process has, spread as a parameter is."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU; every process has to ask."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward reduces gradients over the processes, or only adds them up here."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Inside, parts of a model that are no unit of their own may be called by themselves, as sampling does; afterwards
+    they are spread again."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()

@@ -22,8 +22,9 @@ import torch
 
 from bench import counting, gate, models, tables
 from bench.counting import Kernel, Trace
-from bench.environment import GPUS, Ceilings, Gpu, gpu
+from bench.environment import Ceilings
 from bench.models import Size
+from mmdit.hardware import GPUS, Gpu, gpu
 
 MATMUL_SHARE, ATTENTION_SHARE, COPY_SHARE, LAUNCH = 0.70, 0.35, 0.90, 3e-6
 """Of the data sheet's FLOP/s and bandwidth, and seconds of the shortest kernel, where nothing was measured. Attention's

@@ -1,4 +1,4 @@
-"""python -m train precompute | run RECIPE | score RUN"""
+"""python -m train precompute | verify CACHE | run RECIPE | score RUN"""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from train import evaluate
 from train.config import Config
 from train.data.precompute import Precompute
 from train.data.precompute import precompute as fill
+from train.data.shards import check
 from train.loop import train
 from train.recipes import RECIPES
 
-USAGE = "usage: python -m train {precompute,run,score} ... (each takes --help)"
+USAGE = "usage: python -m train {precompute,verify,run,score} ... (each takes --help)"
 
 
 def precompute(arguments: list[str]) -> None:
@@ -23,6 +24,24 @@ def precompute(arguments: list[str]) -> None:
     index = fill(config)
     for bucket, shards in sorted(index.shards.items()):
         print(f"{config.cache}/{bucket}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards")
+
+
+def verify(arguments: list[str]) -> None:
+    def main(cache: tyro.conf.Positional[Path], repair: bool = False) -> None:
+        """Read all of a cache and compare checksums.
+
+        Args:
+            cache: Folder that precompute filled.
+            repair: Take damaged shards out of the cache, so that precompute, run again, makes what they held anew.
+        """
+        damaged = check(cache, repair=repair)
+        for line in damaged:
+            print(line)
+        if damaged and not repair:
+            sys.exit(f"error: {len(damaged)} damaged shards; --repair takes them out, precompute makes them anew")
+        print(f"{cache}: " + (f"{len(damaged)} shards taken out; run precompute again" if damaged else "whole"))
+
+    tyro.cli(main, prog="python -m train verify", args=arguments)
 
 
 def run(arguments: list[str]) -> None:
@@ -57,7 +76,7 @@ def score(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train score", args=arguments)
 
 
-COMMANDS = {"precompute": precompute, "run": run, "score": score}
+COMMANDS = {"precompute": precompute, "verify": verify, "run": run, "score": score}
 
 
 def main() -> None:

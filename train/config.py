@@ -89,6 +89,8 @@ class Parallel:
     """torch.compile each block."""
     timeout_minutes: float = 10.0
     """How long processes wait for each other before the run ends."""
+    watch_seconds: float = 120.0
+    """Time without progress after which each process says which ones are behind."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Config:
     """By the paper's name."""
     shift: float = 1.0
     """alpha of the timestep shift, in training and sampling."""
+    initial: Path | None = None
+    """Weights to start from, in any layout; norms of q and k that they lack start at one."""
     batch: int = 64
     """Samples per step."""
     steps: int | None = None

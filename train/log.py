@@ -50,6 +50,16 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def speed(self, step: int, **values: float) -> None:
+        """How fast it went, apart from what was computed: speed.jsonl, which no two runs share."""
+        if not self.writes or not values:
+            return
+        with (self.run / "speed.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
     def _picture(self, step: int) -> Path:
         return self.run / "samples" / f"step-{step:08d}.png"
 

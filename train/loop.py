@@ -27,8 +27,10 @@ from train.data.plan import Plan
 from train.data.shards import Cache
 from train.data.sources import DataError
 from train.ema import EmaWeights
+from train.initial import start_from
 from train.log import Log
-from train.objective import Objective
+from train.meter import Meter, Watchdog
+from train.objective import Batch, Objective
 from train.parallel import World
 from train.validate import validate
 
@@ -67,6 +69,10 @@ def train_in(config: Config, world: World) -> Outcome:
         raise ValueError(f"batch is {config.batch}; expected at least {wanted}")
 
     model = parallel.build(config.model, config.parallel, world, config.seed, autocasts(config, device))
+    if config.initial is not None:
+        left = start_from(model, config.initial)
+        if world.main:
+            print(f"started from {config.initial}" + (f"; left as initialised: {', '.join(left)}" if left else ""))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.lr,
@@ -114,7 +120,9 @@ def train_in(config: Config, world: World) -> Outcome:
         model.train()
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
-    with Interrupts() as interrupts, ProgressBar(config, progress.step, world.main) as bar:
+    meter = Meter(config.model, world)
+    watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
+    with Interrupts() as interrupts, ProgressBar(config, progress.step, world.main) as bar, watchdog:
         model.train()
         stopped = 0
         over = budget.spent(progress.step)
@@ -123,7 +131,8 @@ def train_in(config: Config, world: World) -> Outcome:
             value = 0.0
             for i, part in enumerate(np.array_split(world.mine(rows), parts)):
                 parallel.reduce_gradients(model, i == parts - 1)
-                batch = objective.draw(training[name], part, progress.step).to(device)
+                with meter.waiting():
+                    batch = objective.draw(training[name], part, progress.step).to(device)
                 with autocast(config, device):
                     loss = objective.loss(model, batch) * (len(part) / config.batch)
                 loss.backward()
@@ -141,7 +150,9 @@ def train_in(config: Config, world: World) -> Outcome:
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
             log.write(progress.step, **{"train/loss": value, "train/gradient_norm": norm, "train/lr": lr})
+            log.speed(progress.step, **meter.step(config.batch, *tokens(batch, config)))
             bar.advance(value, budget.fraction(progress.step))
+            watchdog.beat(progress.step)
             if due(config.checkpoint_every, progress.step):
                 save()                                              # before anything that may fail
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
@@ -179,6 +190,12 @@ def autocasts(config: Config, device: torch.device) -> bool:
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, device))
+
+
+def tokens(batch: Batch, config: Config) -> tuple[int, int]:
+    """Image and text tokens of a sample."""
+    height, width = batch.x0.shape[2:]
+    return height * width // config.model.patch_size**2, batch.text.context.shape[1]
 
 
 def gradient_norm(model: nn.Module, clip: float) -> float:

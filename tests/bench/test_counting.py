@@ -15,6 +15,7 @@ from bench.counting import Kernel, stretches, trace
 from bench.environment import Ceilings
 from bench.models import Size
 from bench.saved_bytes import saved
+from mmdit.hardware import GPUS
 from rfkernels import dispatch
 
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def test_predictions_are_in_order(step):
 
 def test_ceilings_of_a_data_sheet_say_that_they_are_assumed(tmp_path):
     ceiling, sheet = roofline.ceilings("h100", tmp_path)
-    assert sheet == environment.GPUS["H100 80GB HBM3"] and ceiling.source.startswith("assumed: 70%")
+    assert sheet == GPUS["H100 80GB HBM3"] and ceiling.source.startswith("assumed: 70%")
     assert ceiling.matmul == pytest.approx(0.7 * 989e12)
     with pytest.raises(ValueError, match="gpu is 'abacus'; expected one of"):
         roofline.ceilings("abacus", tmp_path)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from mmdit.files import write_atomically
 from mmdit.text import TextFeatures, fingerprint
@@ -88,7 +89,8 @@ class Index:
 
 def write_shard(cache: Path, index: Index, bucket: str, samples: Sequence[Sample]) -> None:
     """Adds a shard to the cache and to its index: captions first, tensors next, index last."""
-    number = len(index.shards.get(bucket, []))
+    taken = [int(Path(entry["file"]).stem) for entry in index.shards.get(bucket, [])]
+    number = next(n for n in range(len(taken) + 1) if n not in taken)          # of one that was taken out, first
     stem = f"{bucket}/{number:05d}"
     tensors = {
         "latents": torch.stack([s.latent for s in samples]).to(torch.bfloat16),
@@ -152,6 +154,47 @@ class Cache:
             for name, entries in sorted(self.index.shards.items())
             if name.startswith(split + "/")
         }
+
+
+def check(cache: Path, *, repair: bool = False) -> list[str]:
+    """Every shard whose tensors or captions are missing or not those of the index, with what is wrong.
+
+    Args: repair: remove them from the index and the disk, and call the cache unfinished, so that precompute makes what
+        they held anew.
+    Raises: DataError if there is no index, or it is damaged."""
+    index = Index.load(cache)
+    found = []
+    for bucket, entries in index.shards.items():
+        whole = []
+        for entry in tqdm(entries, desc=bucket, disable=None):
+            path = cache / entry["file"]
+            why = _damage(path, entry)
+            if why is None:
+                whole.append(entry)
+                continue
+            found.append(f"{path}: {why}")
+            if repair:
+                for part in (path, path.with_suffix(".jsonl")):
+                    part.unlink(missing_ok=True)
+        if repair:
+            index.shards[bucket] = whole
+    if repair and found:
+        index.complete = False
+        index.save(cache)
+    return found
+
+
+def _damage(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"has {path.stat().st_size} bytes, the index says {entry['bytes']}"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        return "its checksum differs from the index"
+    captions = path.with_suffix(".jsonl")
+    if not captions.is_file() or len(captions.read_text(encoding="utf-8").splitlines()) != entry["samples"]:
+        return f"its captions in {captions.name} are missing or cut off"
+    return None
 
 
 class Bucket:

@@ -1,0 +1,131 @@
+"""Recipes, starts from other weights, speed, the watchdog, and the care of a cache."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmdit import MMDiT, checkpoint, presets
+from train.data.precompute import Precompute, precompute
+from train.data.shards import Cache, DataError, check
+from train.initial import start_from
+from train.loop import train
+from train.meter import Meter, Watchdog
+from train.parallel import World
+from train.recipes import RECIPES
+
+from .conftest import changed
+
+ALONE = World(torch.device("cpu"))
+
+
+def test_recipes_are_the_papers():
+    assert {f"d{d}-{s}" for d in (15, 18, 21, 24, 30, 38) for s in (256, 512, 1024)} <= RECIPES.keys()
+    config = RECIPES["d24-256"]()
+    assert (config.batch, config.steps, config.encoder_dropout, config.optimizer.eps) == (4096, 500_000, 0.464, 1e-15)
+    assert (config.ema.decay, config.ema.every, config.optimizer.lr) == (0.99, 100, 1e-4)
+    assert config.model == presets.by_depth(24) and config.formulation == "rf/lognorm(0.00,1.00)"
+    fine = RECIPES["d38-1024"]()
+    assert fine.shift == 3.0 and fine.model.qk_norm and fine.model.max_tokens == (96, 96)
+    assert str(fine.initial) == "runs/d38-512/model.safetensors"
+    for recipe in RECIPES.values():
+        assert (recipe.__doc__ or "").strip()
+
+
+def test_a_start_without_qk_norm_at_a_lower_resolution(config, tmp_path):
+    low = dataclasses.replace(config.model, qk_norm=False, max_height=32, max_width=32)
+    source = MMDiT(low)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    checkpoint.save(source, tmp_path / "start.safetensors")
+    model = MMDiT(config.model)
+    left = start_from(model, tmp_path / "start.safetensors")
+    assert "patch_embed.pos_embed" in left and len(left) == 1 + 2 * 4
+    for name, value in source.state_dict().items():
+        if name not in left:
+            assert torch.equal(model.state_dict()[name], value), name
+    assert (model.blocks[0].image.attn.q_norm.weight == 1).all()
+    assert torch.equal(model.patch_embed.pos_embed, MMDiT(config.model).patch_embed.pos_embed)
+    train(changed(config, steps=1, initial=tmp_path / "start.safetensors"))
+    other = MMDiT(dataclasses.replace(config.model, depth=3))
+    with pytest.raises(ValueError, match=r"is no start for this model: .*missing blocks\.2\."):
+        start_from(other, tmp_path / "start.safetensors")
+
+
+def test_readings_of_speed(config):
+    meter = Meter(config.model, ALONE)
+    readings = []
+    for _ in range(20):
+        with meter.waiting():
+            time.sleep(0.002)
+        readings.append(meter.step(8, 64, 10))
+    assert readings[:19] == [{}] * 19
+    found = readings[19]
+    assert found["speed/tokens_per_second"] == pytest.approx(74 * found["speed/images_per_second"])
+    assert 0.5 < found["speed/data_share"] <= 1 and "speed/MFU" not in found               # no GPU, no MFU
+    train(changed(config, steps=20))
+    lines = [json.loads(line) for line in (config.run / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20] and 0 <= lines[0]["speed/data_share"] < 1
+
+
+def test_the_watchdog_names_who_is_behind(tmp_path, capsys):
+    (tmp_path / "process-00000").write_text("7")
+    (tmp_path / "process-00001").write_text("5")
+    world = World(torch.device("cpu"), rank=2, size=4)
+    with Watchdog(tmp_path, world, 0.2) as watchdog:
+        watchdog.beat(7)
+        time.sleep(0.1)
+        assert not capsys.readouterr().err
+        time.sleep(0.5)
+    told = capsys.readouterr().err
+    assert told.count("no progress") == 1
+    assert "0: 7, 1: 5, 2: 7, 3: -1. Furthest behind: 3" in told
+
+
+@pytest.mark.parametrize("fault", ("flipped byte", "truncated", "missing", "captions"))
+def test_a_damaged_shard_is_named_and_made_anew(folder, tmp_path, fault):
+    settings = Precompute(source=str(folder), cache=tmp_path / "cache", val_share=0.0, shard_size=3)
+    precompute(settings)
+    whole = Cache(tmp_path / "cache").contents
+    shard = tmp_path / "cache" / "train" / "32x32" / "00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if fault == "flipped byte":
+        content[-7] ^= 1
+        shard.write_bytes(content)
+    elif fault == "truncated":
+        shard.write_bytes(content[:-20])
+    elif fault == "missing":
+        shard.unlink()
+    else:
+        shard.with_suffix(".jsonl").write_text("")
+    run = lambda *words: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "train", "verify", str(tmp_path / "cache"), *words], capture_output=True, text=True
+    )
+    told = run()
+    assert told.returncode == 1 and "00001.safetensors" in told.stdout and "1 damaged shards" in told.stderr
+    assert run("--repair").returncode == 0
+    with pytest.raises(DataError, match="precompute did not finish"):
+        Cache(tmp_path / "cache")
+    precompute(settings)
+    assert not check(tmp_path / "cache")
+    again = Cache(tmp_path / "cache")
+    assert sorted(again.buckets("train")["32x32"].captions()) == sorted(f"picture number {i}" for i in range(10))
+    assert len(whole) == len(again.contents)
+
+
+def test_plan_and_resume_of_a_hundred_thousand_samples_take_no_time():
+    from train.data.plan import Plan
+
+    sizes = {"a": 60_000, "b": 30_000, "c": 10_000}
+    start = time.perf_counter()
+    plan = Plan(sizes, 64, seed=1)
+    late = [plan.at(step) for step in (499_999, 250_000, 7)]
+    assert time.perf_counter() - start < 1.0
+    again = Plan(sizes, 64, seed=1)
+    for step, (name, rows) in zip((7, 250_000, 499_999), late[::-1], strict=True):
+        found, same = again.at(step)
+        assert found == name and (same == rows).all()

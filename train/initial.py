@@ -1,0 +1,51 @@
+"""Starting from the weights of another model: a lower resolution, or one without QK-norm."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mmdit import checkpoint
+from mmdit.checkpoint.layouts import POSITIONS
+from mmdit.model import MMDiT
+from train.parallel import like
+
+
+@torch.no_grad()
+def start_from(model: MMDiT, source: str | os.PathLike[str]) -> list[str]:
+    """Copies the weights of a checkpoint in any layout into a model, spread or not.
+
+    What the model has and the checkpoint has not may be norms of q and k, which stay at one, so that training begins
+    near where the other ended. The position table is taken if it has the same places and made anew if not, as for
+    another resolution.
+    Returns: the names that were left as they were.
+    Raises: ValueError for anything else that does not fit: all of it, by name.
+    """
+    opened = checkpoint.open_checkpoint(source)
+    pieces = opened.pieces()
+    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes: dict[str, list[int]] = {}
+    for piece in pieces:
+        rows = shapes.get(piece.native, [0])[0] + piece.shape[0]
+        shapes[piece.native] = [rows, *piece.shape[1:]]
+    positions = POSITIONS[0]
+    left = [name for name in ours if name not in shapes and name.endswith("_norm.weight")]
+    if shapes[positions] != list(ours[positions].shape):
+        left.append(positions)
+        del shapes[positions]
+    problems = [f"missing {name}" for name in ours if name not in shapes and name not in left]
+    problems += [f"unknown {name}" for name in shapes if name not in ours]
+    problems += [
+        f"{name} has shape {shape}, the model's is {list(ours[name].shape)}"
+        for name, shape in shapes.items()
+        if name in ours and shape != list(ours[name].shape)
+    ]
+    if problems:
+        raise ValueError(f"{opened.source.where} is no start for this model: " + "; ".join(sorted(problems)))
+    for name, shape in shapes.items():
+        whole = torch.empty(shape)
+        for piece in (p for p in pieces if p.native == name):
+            whole[piece.first : piece.first + piece.shape[0]] = opened.read(piece)
+        ours[name].copy_(like(ours[name], whole))
+    return left

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,10 +50,14 @@ def run(arguments: list[str]) -> None:
     choices = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
     config: Config = overridable_config_cli(choices, prog="python -m train run", args=arguments)
     outcome = train(config)
+    main = os.environ.get("RANK", "0") == "0"                # one of the processes that torchrun may have started
     if outcome.stopped_by is not None:
-        print(f"stopped at step {outcome.step}; the same command goes on from there")
-        sys.exit(128 + outcome.stopped_by)
-    print(f"{outcome.step} steps; weights, samples and loss curve in {config.run}")
+        if main:
+            print(f"stopped at step {outcome.step}; the same command goes on from there")
+        # SIGUSR1 is a scheduler's notice, and saving what it asks for: no failure that torchrun should mend by a restart
+        sys.exit(0 if outcome.stopped_by == signal.SIGUSR1 else 128 + outcome.stopped_by)
+    if main:
+        print(f"{outcome.step} steps; weights, samples and loss curve in {config.run}")
 
 
 def score(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import rfkernels
-from bench import environment, models, roofline
+from bench import models, roofline
 from bench.cases import cases
 from bench.counting import Kernel, stretches, trace
 from bench.environment import Ceilings

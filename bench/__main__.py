@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench import environment, report, roofline
 from bench.models import STEPS
+from mmdit.hardware import GPUS
 
 RESULTS = Path(__file__).resolve().with_name("results")
 
@@ -33,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
                       "own folder of results and no files are given")  # fmt: skip
     told.add_argument("--check", action="store_true", help="write nothing; exit 1 if that section is not up to date")
     predicted = commands.add_parser("roofline", help="time, memory and MFU of a step from counted FLOPs and bytes")
-    predicted.add_argument("--gpu", default=environment.device_name(), help=f"one of {', '.join(environment.GPUS)}, "
+    predicted.add_argument("--gpu", default=environment.device_name(), help=f"one of {', '.join(GPUS)}, "
                            "how its name begins, or a machine with results; default: this one")  # fmt: skip
     predicted.add_argument("--depth", type=positive, default=24, help="blocks; the width is 64 times that")
     predicted.add_argument("--pixels", type=pixels, default=256, help="of an image's side")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import rfkernels
 from bench import eager
-from bench.counting import rms_norm_as_on_a_gpu
 from bench.environment import importable
 from mmdit import presets
 from mmdit.blocks import JointBlock
+from mmdit.counting import rms_norm_as_on_a_gpu
 from mmdit.flops import TEXT_TOKENS
 from rfkernels import Stream
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,23 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a machine reaches on the pieces that a model is made of."""
-
-    copy: float
-    """Bytes per second of a copy, read plus written."""
-    matmul: float
-    """FLOP/s of a matrix product of the size of a block's."""
-    attention: float
-    """FLOP/s of PyTorch's attention, head dimension 64."""
-    launch: float
-    """Seconds that the shortest kernel takes."""
-    source: str = "measured"
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
+from mmdit.hardware import Ceilings
 
 
 def device() -> torch.device:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import counting, eager
-from bench.counting import Trace
+from bench import eager
 from bench.environment import importable
-from mmdit import MMDiT, presets
+from mmdit import MMDiT, counting, presets
+from mmdit.counting import Trace
 from mmdit.flops import TEXT_TOKENS, training_flops
 
 PIXELS_PER_TOKEN = 16

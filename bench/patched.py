@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import counting, tables
+from bench import tables
 from bench.eager import made_in
+from mmdit import counting
 from rfkernels import patch
 
 IMAGE, SD3_TEXT, FLUX_TEXT = 4096, 333, 512                   # tokens; SD3's text with T5 at 256

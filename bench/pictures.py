@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench import models, tables
-from bench.environment import Ceilings
 from bench.models import Size
+from mmdit.hardware import Ceilings
 
 TITLES = {
     "speedups": "Times as fast as eager PyTorch, by case",

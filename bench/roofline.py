@@ -20,15 +20,11 @@ from typing import Any
 
 import torch
 
-from bench import counting, gate, models, tables
-from bench.counting import Kernel, Trace
-from bench.environment import Ceilings
+from bench import gate, models, tables
 from bench.models import Size
-from mmdit.hardware import GPUS, Gpu, gpu
-
-MATMUL_SHARE, ATTENTION_SHARE, COPY_SHARE, LAUNCH = 0.70, 0.35, 0.90, 3e-6
-"""Of the data sheet's FLOP/s and bandwidth, and seconds of the shortest kernel, where nothing was measured. Attention's
-follows what the authors of FlashAttention-3 publish for head dimension 64 on an H100: 280 to 400 TFLOP/s of 989."""
+from mmdit import counting
+from mmdit.counting import Trace
+from mmdit.hardware import GPUS, Ceilings, Gpu, assumed, by_prefix, gpu, seconds
 
 WAYS = ("eager", "compiled", "fused", "ideal")
 STATE_BYTES = 18
@@ -48,7 +44,7 @@ def ceilings(name: str, folder: Path) -> tuple[Ceilings, Gpu | None]:
 
     Raises: ValueError for a machine of which nothing is known.
     """
-    part = next((p for p in GPUS if p.lower().startswith(name.lower())), "")
+    part = by_prefix(name)
     known = gpu(part or name)
     results = results_of(name, folder)
     if results is not None and (found := results["machine_info"]["rfkernels"].get("ceilings")):
@@ -58,14 +54,7 @@ def ceilings(name: str, folder: Path) -> tuple[Ceilings, Gpu | None]:
             f"roofline: gpu is {name!r}; expected one of {', '.join(GPUS)} (or how its name begins), or a machine with "
             f"results in {folder}"
         )
-    shares = f"{MATMUL_SHARE:.0%}, {ATTENTION_SHARE:.0%} and {COPY_SHARE:.0%} of the data sheet of {part or name}"
-    rates = (known.bandwidth * COPY_SHARE, known.flops * MATMUL_SHARE, known.flops * ATTENTION_SHARE)
-    return Ceilings(*rates, LAUNCH, f"assumed: {shares}"), known
-
-
-def seconds(kernel: Kernel, ceiling: Ceilings) -> float:
-    rate = ceiling.attention if kernel.kind == "attention" else ceiling.matmul
-    return max(kernel.flops / rate, kernel.bytes / ceiling.copy, ceiling.launch * kernel.launches)
+    return assumed(known, part or name), known
 
 
 @dataclass(frozen=True)

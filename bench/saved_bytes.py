@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import rfkernels
-from bench.counting import keeping
 from mmdit import presets
 from mmdit.blocks import JointBlock
+from mmdit.counting import keeping
 from rfkernels import dispatch
 from rfkernels.testing import mend_interpreter
 from rfkernels.triton_support import INSTALLED, INTERPRETED

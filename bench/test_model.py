@@ -15,6 +15,7 @@ from bench import environment, models
 from bench.breakdown import breakdown
 from bench.measure import Call, Samples, interleaved
 from bench.models import STEPS
+from mmdit.hardware import gpu
 
 DEVICE = environment.device()
 CASES = [(size, step) for size in (models.GPU if DEVICE.type == "cuda" else models.CPU) for step in STEPS]
@@ -99,7 +100,7 @@ def record(name: str, way: str) -> dict[str, Any]:
     found["breakdown"] = {kind: round(one.median * s / total, 6) for kind, s in seconds.items()}
     if kernels is not None:
         found["launches_profiled"] = kernels
-    if known := environment.gpu(environment.device_name()):
+    if known := gpu(environment.device_name()):
         found["MFU"] = round(flops / one.median / known.flops, 4)
     if way in ("ours", "eager"):
         count = models.counted(size, step, way, DTYPE)

@@ -14,8 +14,9 @@ import rfkernels
 from bench import environment
 from bench.breakdown import breakdown
 from bench.cases import HEAD_DIM, BlockOp, Case, Op, cases
-from bench.counting import Made, Trace, trace
 from bench.measure import Samples, copies_beyond_cache, interleaved
+from mmdit.counting import Made, Trace, trace
+from mmdit.hardware import gpu
 
 DEVICE = environment.device()
 CASES = {case.name: case for case in cases(DEVICE)}
@@ -120,7 +121,7 @@ def record(case: Case, direction: str, contender: str) -> dict[str, Any]:
         found["of_copy"] = round(moved / one.median / environment.copy_bandwidth(), 3)
     if flops:
         found["TFLOP/s"] = round(flops / one.median / 1e12, 3)
-        if known := environment.gpu(environment.device_name()):
+        if known := gpu(environment.device_name()):
             found["MFU"] = round(flops / one.median / known.flops, 4)
     if contender in ("ours", "eager"):
         count = counted(case, contender, direction)

@@ -1,7 +1,8 @@
-"""python -m train precompute | verify CACHE | run RECIPE | score RUN"""
+"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import tyro
 from tyro.extras import overridable_config_cli
 
-from train import evaluate
+from train import evaluate, planning
 from train.config import Config
 from train.data.precompute import Precompute
 from train.data.precompute import precompute as fill
@@ -18,7 +19,7 @@ from train.data.shards import check
 from train.loop import train
 from train.recipes import RECIPES
 
-USAGE = "usage: python -m train {precompute,verify,run,score} ... (each takes --help)"
+USAGE = "usage: python -m train {precompute,verify,plan,run,score} ... (each takes --help)"
 
 
 def precompute(arguments: list[str]) -> None:
@@ -46,15 +47,30 @@ def verify(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train verify", args=arguments)
 
 
+def recipes() -> dict[str, tuple[str, Config]]:
+    return {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
+
+
+def plan(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--pixels", type=int)
+    own, rest = parser.parse_known_args(arguments)
+    if not rest or {"-h", "--help"} & set(rest):
+        print("usage: python -m train plan RECIPE [--gpus 8] [--gpu h100] [--pixels N] [flags of the recipe]\n")
+    config: Config = overridable_config_cli(recipes(), prog="python -m train plan", args=rest)
+    print(planning.report(config, own.gpus, own.gpu, own.pixels))
+
+
 def run(arguments: list[str]) -> None:
-    choices = {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
-    config: Config = overridable_config_cli(choices, prog="python -m train run", args=arguments)
+    config: Config = overridable_config_cli(recipes(), prog="python -m train run", args=arguments)
     outcome = train(config)
     main = os.environ.get("RANK", "0") == "0"                # one of the processes that torchrun may have started
     if outcome.stopped_by is not None:
         if main:
             print(f"stopped at step {outcome.step}; the same command goes on from there")
-        # SIGUSR1 is a scheduler's notice, and saving what it asks for: no failure that torchrun should mend by a restart
+        # SIGUSR1 is a scheduler's notice, and saving what it asks for: no failure for torchrun to mend by a restart
         sys.exit(0 if outcome.stopped_by == signal.SIGUSR1 else 128 + outcome.stopped_by)
     if main:
         print(f"{outcome.step} steps; weights, samples and loss curve in {config.run}")
@@ -82,7 +98,7 @@ def score(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train score", args=arguments)
 
 
-COMMANDS = {"precompute": precompute, "verify": verify, "run": run, "score": score}
+COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from bench import environment, gate
 from bench.cases import cases
 from bench.measure import Samples, copies_beyond_cache, interleaved
 from bench.test_ops import agrees
+from mmdit.hardware import gpu
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_results_carry_what_they_ran_on():
     found = environment.environment()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["device"] == environment.device_name()
-    assert environment.gpu("Some GPU 9000") is None and environment.gpu("NVIDIA H200").flops == 989e12
+    assert gpu("Some GPU 9000") is None and gpu("NVIDIA H200").flops == 989e12
     assert copies_beyond_cache(CPU, 1 << 20) == 1
 
 

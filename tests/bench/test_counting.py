@@ -11,11 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import rfkernels
 from bench import models, roofline
 from bench.cases import cases
-from bench.counting import Kernel, stretches, trace
-from bench.environment import Ceilings
 from bench.models import Size
 from bench.saved_bytes import saved
-from mmdit.hardware import GPUS
+from mmdit.counting import Kernel, stretches, trace
+from mmdit.hardware import GPUS, Ceilings
 from rfkernels import dispatch
 
 CPU = torch.device("cpu")

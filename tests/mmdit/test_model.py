@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench.counting  # noqa: F401 - lets older versions of torch count attention on a CPU
+import mmdit.counting  # noqa: F401 - lets older versions of torch count attention on a CPU
 from mmdit import MMDiT, MMDiTConfig, presets
 from mmdit.embeddings import timestep_features
 from mmdit.flops import training_flops

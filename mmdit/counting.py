@@ -159,7 +159,7 @@ class _Counter(TorchDispatchMode):
 def sizes(tensors: list[Tensor]) -> dict[Key, int]:
     """Bytes by part of a storage: each element once, however often it is expanded."""
     return {
-        (storage(t), t.storage_offset(), *t.shape): min(t.untyped_storage().nbytes(), t.numel() * t.element_size())
+        (storage(t), int(t.storage_offset()), *t.shape): min(t.untyped_storage().nbytes(), t.numel() * t.element_size())
         for t in tensors
     }
 

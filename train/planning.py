@@ -1,0 +1,244 @@
+"""What a run needs and how long its steps should take, on GPUs that need not be here:
+python -m train plan d38-256 --gpus 64 --gpu h100
+
+Memory by component from shapes alone, activations from tracing a step on fake tensors, time from the roofline: every
+kernel takes what its FLOPs or bytes demand at stated shares of a data sheet, or what was measured. Communication is put
+beside the computation, not on top: FSDP overlaps them where it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmdit import MMDiT
+from mmdit.counting import Kernel, Made, trace
+from mmdit.flops import TEXT_TOKENS, training_flops
+from mmdit.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
+from train.config import Config
+
+NETWORK = {"within a node": 450e9, "between nodes": 50e9}
+"""Bytes per second and GPU, each way: NVLink 4, and a 400 Gb/s adapter for each GPU; by their data sheets."""
+PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread."""
+
+    gpus: int
+    replicas: int
+    batch: int
+    """Samples of the whole batch."""
+    accumulate: int
+
+    @property
+    def shards(self) -> int:
+        return self.gpus // self.replicas
+
+    @property
+    def local(self) -> int:
+        """Samples of one process at a time, at most."""
+        return -(-self.batch // (self.gpus * self.accumulate))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast, per GPU."""
+
+    memory: dict[str, float]
+    """Bytes, by component."""
+    sent: dict[str, float]
+    """Bytes a GPU receives a step, by collective."""
+    compute: float
+    """Seconds of kernels a step."""
+    network: float
+    """Seconds of communication a step, were nothing else going on."""
+    mfu: float
+    """Model FLOPs over the peak, of the kernels alone."""
+    mfu_bound: float
+    """With the longer of kernels and communication."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def link(gpus: int) -> float:
+    """Bytes per second of the slowest link between so many."""
+    return NETWORK["within a node" if gpus <= PER_NODE else "between nodes"]
+
+
+def units(model: MMDiT) -> dict[str, int]:
+    """Parameters of FSDP's units: each block, the stacked modulation, the rest."""
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    found = {f"block {i}": count(block) for i, block in enumerate(model.blocks)}
+    found["modulation"] = count(model.modulation)
+    found["rest"] = count(model) - sum(found.values())
+    return found
+
+
+def model_on_meta(config: Config) -> MMDiT:
+    with torch.device("meta"):
+        return MMDiT(config.model)
+
+
+def made(config: Config, batch: int, pixels: int, part: Callable[[MMDiT], nn.Module]) -> Made:
+    """A call of a part of the model in bf16 on fake tensors: the whole, or a block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = MMDiT(config.model)
+    finally:
+        torch.set_default_dtype(before)
+    c, side = config.model, pixels // (config.model.token_pixels // config.model.patch_size)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    if part(model) is model:
+        context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
+        args: list[Any] = [normal(batch, c.in_channels, side, side), torch.rand(batch), context, pooled]
+        return model, args, list(model.parameters())
+    tokens = (side // c.patch_size) ** 2
+    xs = [normal(batch, n, c.width).requires_grad_() for n in (TEXT_TOKENS, tokens)]
+    vectors = [tuple(normal(batch, c.width).requires_grad_() for _ in range(n)) for n in model.blocks[0].vectors]  # type: ignore[union-attr]
+    block = part(model)
+    inputs = [*xs, *(v for half in vectors for v in half)]
+    return lambda *_: block(xs, vectors, [None, None]), inputs, list(block.parameters())
+
+
+def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:
+    """(bytes kept between forward and backward, kernels of a step with what is computed again)."""
+    whole = trace(lambda: made(config, batch, pixels, lambda m: m), backward=True)
+    if config.parallel.checkpointing == "none":
+        return whole.kept, whole.kernels
+    block = trace(lambda: made(config, batch, pixels, lambda m: m.blocks[0]), backward=True)
+    c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
+    inputs = 2 * batch * c.width * (TEXT_TOKENS + tokens)                                             # a block's, bf16
+    forward = block.kernels[: block.forward]
+    kept, again = inputs, forward
+    if config.parallel.checkpointing == "selective":
+        stay = [k for k in forward if k.kind in ("matmul", "attention")]
+        kept += sum(sum(k.writes.values()) for k in stay)
+        again = [k for k in forward if k not in stay]
+    outside = max(0, whole.kept - c.depth * block.kept)
+    return c.depth * kept + block.kept + outside, [*whole.kernels, *again * c.depth]
+
+
+def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> Plan:
+    """The forecast of a run at `pixels` squared on `layout.gpus` of a GPU."""
+    model = model_on_meta(config)
+    sizes, parameters = units(model), sum(p.numel() for p in model.parameters())
+    kept, kernels = activations(config, layout.local, pixels)
+    shard = parameters / layout.shards
+    blocks = [n for unit, n in sizes.items() if unit.startswith("block")]
+    gathered = sizes["rest"] + max(sizes["modulation"], 2 * max(blocks))       # a block and the next, or the modulation
+    memory = {
+        "weights, fp32, sharded": 4 * shard,
+        "gradients, fp32, sharded": 4 * shard,
+        "AdamW's moments, fp32, sharded": 8 * shard,
+        "average (EMA), fp32, sharded": 4 * shard,
+        "gathered units, bf16": 2 * gathered,
+        "a unit's gradient before it is reduced, bf16 and fp32": 6 * max(sizes.values()),
+        f"activations of {layout.local} samples": float(kept),
+    }
+    if layout.gpus == 1:
+        memory["a unit's gradient before it is reduced, bf16 and fp32"] = 0.0
+    share = (layout.shards - 1) / layout.shards
+    sent = {
+        "all-gather of weights, bf16, forward and backward": 2 * 2 * parameters * share * layout.accumulate,
+        "reduce-scatter of gradients, fp32": 4 * parameters * share,
+        "all-reduce over replicas, fp32": 8 * shard * (layout.replicas - 1) / layout.replicas,
+    }
+    gather, reduce, across = sent.values()                  # shards of one model are neighbours; replicas are not
+    network = (gather + reduce) / link(layout.shards) + across / link(layout.gpus)
+    ceiling = assumed(sheet, name)
+    compute = layout.accumulate * sum(seconds(k, ceiling) for k in kernels)
+    compute += 4 * 8 * shard / ceiling.copy                                    # AdamW and the average: eight passes
+    tokens = (pixels // config.model.token_pixels) ** 2
+    flops = layout.local * layout.accumulate * training_flops(config.model, tokens).total
+    mfu, bound = flops / compute / sheet.flops, flops / max(compute, network) / sheet.flops
+    return Plan(memory, sent, compute, network, mfu, bound)
+
+
+def find_gpu(name: str) -> tuple[Gpu, str]:
+    """Raises: ValueError for a GPU that is not known."""
+    full = by_prefix(name) or name
+    known = gpu(full)
+    if known is None:
+        raise ValueError(f"plan: gpu is {name!r}; expected how one of these begins: {', '.join(GPUS)}")
+    return known, full
+
+
+def advice(config: Config, layout: Layout, sheet: Gpu, found: Plan, name: str, pixels: int) -> list[str]:
+    """Whether it fits, and the first changes that make it fit, each tried."""
+    room = 0.92 * sheet.memory                                   # the rest: CUDA's context, workspaces, fragmentation
+    if found.total <= room:
+        return [f"fits: {found.total / 1e9:.1f} of {sheet.memory / 1e9:.0f} GB"]
+    lines = [f"does not fit: {found.total / 1e9:.1f} GB, {room / 1e9:.0f} of {sheet.memory / 1e9:.0f} can be used"]
+    for kind in ("selective", "full"):
+        changed = replace(config, parallel=replace(config.parallel, checkpointing=kind))
+        tried = plan(changed, layout, sheet, name, pixels).total
+        lines.append(f"  with --parallel.checkpointing {kind}: {tried / 1e9:.1f} GB")
+        if tried <= room:
+            return lines
+    while layout.local > 1 and tried > room:
+        layout = replace(layout, accumulate=layout.accumulate * 2)
+        tried = plan(changed, layout, sheet, name, pixels).total
+        lines.append(f"  and --parallel.accumulate {layout.accumulate}: {tried / 1e9:.1f} GB")
+    if tried > room:
+        lines.append("  more GPUs are needed: shards become smaller, activations and gathered units do not")
+    return lines
+
+
+def nearer(config: Config, layout: Layout, sheet: Gpu, found: Plan, name: str, pixels: int) -> list[str]:
+    """If a step waits for the network: what a whole model in each node (HSDP) would change."""
+    if found.network <= found.compute or layout.gpus <= PER_NODE or layout.shards <= PER_NODE or layout.gpus % PER_NODE:
+        return []
+    tried = plan(config, replace(layout, replicas=layout.gpus // PER_NODE), sheet, name, pixels)
+    return [
+        f"  with --parallel.replicas {layout.gpus // PER_NODE}, a model in each node: {tried.network:.2f} s, "
+        f"{tried.total / 1e9:.1f} GB"
+    ]
+
+
+def report(config: Config, gpus: int, name: str, pixels: int | None) -> str:
+    """The plan as text. Raises: ValueError for an unknown GPU, or a batch or replicas that do not fit the GPUs."""
+    sheet, full = find_gpu(name)
+    pixels, p = pixels or config.model.resolution, config.parallel
+    if gpus < 1 or gpus % p.replicas:
+        raise ValueError(f"plan: gpus is {gpus}; expected a multiple of parallel.replicas = {p.replicas}")
+    if config.batch < gpus * p.accumulate:
+        raise ValueError(f"plan: batch is {config.batch}; expected a sample for each of {gpus} x {p.accumulate} parts")
+    layout = Layout(gpus, p.replicas, config.batch, p.accumulate)
+    found, model = plan(config, layout, sheet, full, pixels), model_on_meta(config)
+    count, sizes = sum(x.numel() for x in model.parameters()), units(model)
+    per_step = max(found.compute, found.network)
+    lines = [
+        f"{config.run.name}: {count / 1e9:.2f}B parameters ({sizes['modulation'] / count:.0%} of them modulation), "
+        f"{pixels} pixels, batch {config.batch}, on {gpus} x {full}: {layout.shards} shards, "
+        f"{layout.replicas} replicas, {layout.local} samples at a time, {layout.accumulate} times a step",
+        "",
+        "memory of a GPU",
+        *(f"  {value / 1e9:8.2f} GB  {part}" for part, value in found.memory.items()),
+        f"  {found.total / 1e9:8.2f} GB  together",
+        *advice(config, layout, sheet, found, full, pixels),
+        "",
+        "received by a GPU a step",
+        *(f"  {value / 1e9:8.2f} GB  {part}" for part, value in found.sent.items()),
+        f"  {found.network:8.2f} s   at {link(layout.shards) / 1e9:.0f} GB/s among shards, "
+        f"{link(gpus) / 1e9:.0f} among replicas",
+        *nearer(config, layout, sheet, found, full, pixels),
+        "",
+        f"kernels of a step: {found.compute:.2f} s, MFU {found.mfu:.0%} ({assumed(sheet, full).source})",
+        f"a step takes at least {per_step:.2f} s ({'network' if found.network > found.compute else 'kernels'}), "
+        f"{config.batch / per_step:.0f} images/s, MFU {found.mfu_bound:.0%}: if communication hides behind kernels",
+    ]
+    if config.steps:
+        lines.append(f"{config.steps:,} steps: {config.steps * per_step / 86400:.1f} days")
+    lines.append("no GPU has confirmed this: the shares are assumptions, see mmdit/hardware.py")
+    return "\n".join(lines)
+
+

@@ -60,6 +60,9 @@ class PixelSpace:
         return {"kind": "pixels", "factor": self.factor}
 
 
+KL_IMAGES = 8           # at a time: one of 1024 pixels takes gigabytes in the first level of the released autoencoder
+
+
 def _key(image: Tensor) -> int:
     """A number that is the image's own."""
     digest = hashlib.blake2b(image.float().cpu().numpy().tobytes(), digest_size=8).digest()
@@ -112,8 +115,11 @@ class KL:
     def factor(self) -> int:
         return int(2 ** (len(self.model.config.block_out_channels) - 1))
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([self._encode(part) for part in images.split(KL_IMAGES)])
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
         posterior = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
         z = posterior.mean.float()
         if self.posterior == "sample":
@@ -122,8 +128,11 @@ class KL:
         config = self.model.config
         return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([self._decode(part) for part in latents.split(KL_IMAGES)])
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
         config = self.model.config
         z = latents.to(self.model.device) / config.scaling_factor + (config.shift_factor or 0.0)
         decoded: Tensor = self.model.decode(z.to(self.model.dtype), return_dict=False)[0]

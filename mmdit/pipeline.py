@@ -198,7 +198,7 @@ class Pipeline:
         start = 1.0
         if image is not None and strength < 1:
             ts = chosen.times()
-            start = float(ts[min(len(ts) - 2, max(0, chosen.steps - int(chosen.steps * strength)))])
+            start = float(ts[min(len(ts) - 2, max(0, int(chosen.steps - chosen.steps * strength)))])
         drawn = []
         for first in range(0, len(prompts), batch):
             rows = slice(first, first + batch)

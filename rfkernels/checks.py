@@ -124,7 +124,7 @@ def positive(op: str, **numbers: float) -> None:
 
 def positive_int(op: str, **numbers: int) -> None:
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} is {type(value).__name__}; expected an int")
         if value < 1:
             raise ValueError(f"{op}: {name} is {value}; expected at least 1")

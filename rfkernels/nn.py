@@ -20,6 +20,12 @@ from rfkernels.adaln.op import NORMS, Norm
 from rfkernels.joint_attention.stream import Rope, Stream
 
 
+def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether a layer's weights are all there is to it: no adapter, no hook, no other class. If not, it is called."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is kind and not hooked and "forward" not in layer.__dict__
+
+
 class AdaLN(nn.Module):
     """``norm(x) * (1 + scale) + shift`` without parameters of its own; see `rfkernels.adaln`."""
 
@@ -85,7 +91,7 @@ class Modulation(nn.Module):
 
 class StreamAttention(nn.Module):
     """The projections of one stream around a joint attention: `qkv` and `proj`, and the weights of `q_norm` and
-    `k_norm`, which are applied inside it.
+    `k_norm`, which are applied inside it, with its eps.
 
     Args:
         dim: channels of the stream.
@@ -103,7 +109,6 @@ class StreamAttention(nn.Module):
         qk_norm: bool = True,
         bias: bool = True,
         project_out: bool = True,
-        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -114,8 +119,8 @@ class StreamAttention(nn.Module):
         inner = heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
         self.proj = nn.Linear(inner, dim, bias=bias) if project_out else None
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
 
     def stream(
         self, x: Tensor, lengths: Tensor | None = None, rope: Rope | None = None, *, queries: bool = True
@@ -125,6 +130,8 @@ class StreamAttention(nn.Module):
         q, k = (norm if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         if queries:
             return Stream.packed(self.qkv(x).unflatten(-1, heads), q, k, lengths, rope)
+        if not plain(self.qkv):
+            return Stream.packed(self.qkv(x).unflatten(-1, heads)[:, :, 1:], None, k, lengths, rope, queries=False)
         inner = self.heads * self.head_dim          # keys and values only: a third of the projection is not needed
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         kv = F.linear(x, self.qkv.weight[inner:], bias).unflatten(-1, heads)
@@ -153,13 +160,16 @@ class JointAttention(nn.Module):
         self, dims: Sequence[int], heads: int, *, silent: Sequence[int] = (), eps: float = 1e-6, **settings: Any
     ) -> None:
         super().__init__()
+        if not dims:
+            raise ValueError("JointAttention: dims is empty; expected the channels of each stream")
+        checks.positive_int("JointAttention", heads=heads, **{f"dims[{i}]": dim for i, dim in enumerate(dims)})
         outside = [i for i in silent if not 0 <= i < len(dims)]
         if outside:
             raise ValueError(f"JointAttention: silent names streams {outside}; expected 0 to {len(dims) - 1}")
         self.silent, self.eps = frozenset(silent), eps
         settings.setdefault("head_dim", max(dims) // heads if max(dims) % heads == 0 else None)
         self.streams = nn.ModuleList(
-            StreamAttention(dim, heads, project_out=i not in self.silent, eps=eps, **settings)
+            StreamAttention(dim, heads, project_out=i not in self.silent, **settings)
             for i, dim in enumerate(dims)
         )
 
@@ -206,6 +216,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out or dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (plain(self.fc1) and plain(self.fc2)):
+            out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+            return out
         return rfkernels.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
@@ -275,6 +288,9 @@ class PatchEmbed(nn.Module):
         """latent [B, in_channels, H, W] -> [B, H/p * W/p, dim]."""
         p = self.patch_size
         positions = self.crop(latent.shape[-2] // p, latent.shape[-1] // p)
+        if not plain(self.proj, nn.Conv2d):
+            tokens = self.proj(latent).flatten(2).transpose(1, 2)
+            return (tokens.float() + positions).to(tokens.dtype)
         return rfkernels.patch_embed(latent, self.proj.weight, self.proj.bias, positions, patch_size=p)
 
     def extra_repr(self) -> str:
@@ -292,6 +308,9 @@ class PatchUnembed(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """x [B, h*w, dim] -> [B, out_channels, height, width], of the latent."""
         linear, p = self.linear, self.patch_size
+        if not plain(linear):
+            cells = linear(x).unflatten(2, (p, p, -1)).unflatten(1, (height // p, width // p))     # [B, h, w, p, p, C]
+            return cells.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height, width)
         return rfkernels.patch_unembed(x, linear.weight, linear.bias, height=height, width=width, patch_size=p)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,9 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,20 @@ class Checkpoints:
         self._writing: Future | None = None
         self._failure: BaseException | None = None
         self._published = threading.Event()
+        self._newest = -1
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """At the end, and if something fails inside, what is being written is waited for: else it would be lost."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except Exception as error:                                   # the first failure is the one to tell of
+                print(f"error: {error}", flush=True)
+            raise
+        self.wait()
 
     def save(
         self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, progress: Progress,
@@ -80,6 +96,9 @@ class Checkpoints:
 
         Raises: what kept the former one from being written: a full disk, for one. The one before it stays."""
         self.wait()
+        if progress.step == self._newest:                                # there already, whole: it is not touched again
+            return
+        self._newest = progress.step
         partial = self.folder / f"step-{progress.step:08d}.partial"
         if self.world.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -156,4 +175,5 @@ class Checkpoints:
             owner, kind = name.rsplit(".", 1)
             parameter = parameters[owner]
             optimizer.state[parameter][kind] = value.to(parameter.device) if fused and kind == "step" else value
+        self._newest = about["step"]
         return Progress(about["step"], about["seconds"], about["skipped"])

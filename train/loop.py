@@ -100,29 +100,30 @@ def train_in(config: Config, world: World) -> Outcome:
 
     def save() -> None:
         checkpoints.save(model, ema, optimizer, progress, decides)
-        averaged = {k: parallel.whole(v) for k, v in {**model.state_dict(), **ema.weights}.items()}
-        if world.main:
-            weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra)
+        averaged = parallel.gathered({**model.state_dict(), **ema.weights}, world)
+        if world.main:                                              # one file, so that it is whole or the former one
+            weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra, max_shard_bytes=1 << 62)
 
     def look(*, draw: bool, check: bool) -> None:
         model.eval()
-        with ema.applied(model), autocast(config, device):
+        with autocast(config, device), ema.applied(model), parallel.resharded(model, settle=not stepped):
             if check and (held_out := cache.buckets("val")):
                 v = config.validation
                 losses = validate(model, objective, held_out, v.grid, v.samples, config.batch, world)
                 log.write(progress.step, **{f"validation/{name}": loss for name, loss in losses.items()})
             if draw and (prompts := sample_prompts(config, cache)):
                 s = config.samples
-                with parallel.gathered_root(model):
-                    sampler = Sampler.from_extra(model, extra)
-                    images = sampler(prompts, steps=s.steps, guidance=s.guidance)
-                log.picture(progress.step, images)
+                parallel.gather_root(model)
+                sampler = Sampler.from_extra(model, extra)
+                log.picture(progress.step, sampler(prompts, steps=s.steps, guidance=s.guidance))
         model.train()
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     meter = Meter(config.model, world)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
-    with Interrupts() as interrupts, ProgressBar(config, progress.step, world.main) as bar, watchdog:
+    stepped = False
+    shown = ProgressBar(config, progress.step, world.main)
+    with Interrupts() as interrupts, shown as bar, watchdog, checkpoints.finished():
         model.train()
         stopped = 0
         over = budget.spent(progress.step)
@@ -146,6 +147,7 @@ def train_in(config: Config, world: World) -> Outcome:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            stepped = True
             progress.step += 1
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
@@ -162,7 +164,6 @@ def train_in(config: Config, world: World) -> Outcome:
             over = bool(world.largest(budget.spent(progress.step) and world.main)[0])
             stopped = int(world.largest(interrupts.received or 0)[0])
         save()
-        checkpoints.wait()
     if not stopped:                         # also if a former process ended before its last look
         drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
         look(draw=not drawn, check=not validated)

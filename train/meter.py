@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from mmdit.config import MMDiTConfig
-from mmdit.files import write_atomically
 from mmdit.flops import training_flops
 from mmdit.hardware import gpu
 from train.parallel import World
@@ -93,7 +92,7 @@ class Watchdog:
         self._step, self._beaten, self._told = step, time.monotonic(), False
         if self._beaten - self._written > min(5.0, self.seconds / 4):
             self._written = self._beaten
-            write_atomically(self._file(self.world.rank), str(step).encode())
+            self._file(self.world.rank).write_text(str(step))
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"process-{rank:05d}"
@@ -106,11 +105,11 @@ class Watchdog:
 
     def told(self) -> str:
         """What is known of all processes."""
-        write_atomically(self._file(self.world.rank), str(self._step).encode())
+        self._file(self.world.rank).write_text(str(self._step))
         steps = {}
         for rank in range(self.world.size):
             path = self._file(rank)
-            steps[rank] = int(path.read_text()) if path.is_file() else -1
+            steps[rank] = int(path.read_text() or -1) if path.is_file() else -1       # empty: just being written
         behind = [str(rank) for rank, step in steps.items() if step == min(steps.values())]
         listed = ", ".join(f"{rank}: {step}" for rank, step in steps.items())
         return (

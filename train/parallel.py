@@ -159,9 +159,15 @@ def like(parameter: Tensor, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; every process has to ask."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the main process; the others, which all have to take part, keep nothing."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.main:
+            found[name] = whole.detach().cpu()
+        del whole
+    return found
 
 
 def reduce_gradients(model: nn.Module, now: bool) -> None:
@@ -171,13 +177,28 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
 
 
 @contextmanager
-def gathered_root(model: nn.Module) -> Iterator[None]:
-    """Inside, parts of a model that are no unit of their own may be called by themselves, as sampling does; afterwards
-    they are spread again."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
+def resharded(model: MMDiT, *, settle: bool) -> Iterator[None]:
+    """Around a look at a model whose weights are others for a while: FSDP leaves the root gathered after a forward, and
+    the next one would compute with what it gathered before, not with the shards that have come back.
+
+    Args: settle: no forward has been run yet. FSDP takes for its root whatever runs first, which sampling must not be.
+    """
+    spread = isinstance(model, FSDPModule)
+    if spread and settle:
+        c, device = model.config, model.patch_embed.pos_embed.device
+        shapes = (1, c.in_channels, c.patch_size, c.patch_size), (1,), (1, 1, c.context_dim), (1, c.pooled_dim)
+        with torch.no_grad():
+            model(*(torch.zeros(shape, device=device) for shape in shapes))
     try:
+        if spread:
+            model.reshard()                                                                         # type: ignore[operator]
         yield
     finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
+        if spread:
+            model.reshard()                                                                         # type: ignore[operator]
+
+
+def gather_root(model: nn.Module) -> None:
+    """Until the model is resharded, parts that are no unit may be called by themselves, as sampling does."""
+    if isinstance(model, FSDPModule):
+        model.unshard()

@@ -144,6 +144,8 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
         "a unit's gradient before it is reduced, bf16 and fp32": 6 * max(sizes.values()),
         f"activations of {layout.local} samples": float(kept),
     }
+    if layout.accumulate > 1 and layout.gpus > 1:                # added up here, reduced after the last part
+        memory["gradients before they are reduced, whole, fp32"] = 4.0 * parameters
     if layout.gpus == 1:
         memory["a unit's gradient before it is reduced, bf16 and fp32"] = 0.0
     share = (layout.shards - 1) / layout.shards

@@ -15,7 +15,7 @@ srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
   -m -- train run d24-256 --cache cache/256 --run runs/d24-256 --parallel.checkpointing selective &
 PID=$!
-trap 'REQUEUE=1; srun --overlap --ntasks-per-node 1 pkill -USR1 -f "[ ]train run"' USR1
+trap 'REQUEUE=1; srun --overlap --ntasks-per-node 1 pkill -USR1 -f "[-]m train run"' USR1      # not torchrun
 while kill -0 "$PID" 2>/dev/null; do wait "$PID"; CODE=$?; done
 [ "$REQUEUE" -eq 1 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$CODE"

@@ -117,7 +117,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     Raises: FileNotFoundError; ValueError for a folder that holds pickles only."""
     path = Path(source)
     if not path.is_dir():
-        return path
+        index = path.with_name(path.name + ".index.json")
+        return index if index.is_file() and not path.is_file() else path
     if (path / "transformer").is_dir():
         path = path / "transformer"
     for stem in ("model", "diffusion_pytorch_model"):

@@ -40,10 +40,10 @@ class _Gradient:
         self._taken.add(i)
         return whole[:, i * width : (i + 1) * width]
 
-    def finish(self) -> Tensor | None:
-        """All of it, or None if no op has written a part."""
+    def finish(self) -> tuple[Tensor, set[int]]:
+        """All of it, and which parts were given to ops to write."""
         whole, self._buffer = self.whole(), None
-        return whole if self._taken else None
+        return whole, self._taken
 
 
 class _Part:
@@ -56,6 +56,10 @@ class _Part:
 
 
 _alive: WeakValueDictionary[int, _Part] = WeakValueDictionary()          # by the chunk's address
+
+
+def _is(grad: Tensor | None, part: Tensor) -> bool:
+    return grad is not None and grad.data_ptr() == part.data_ptr() and grad.stride() == part.stride()
 
 
 class _Chunks(torch.autograd.Function):
@@ -71,15 +75,20 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        whole, like = ctx.gradient.finish(), ctx.gradient.like
-        if whole is None:                                                 # of a compiled region, for one: all at once
+        gradient: _Gradient = ctx.gradient
+        like = gradient.like
+        whole, taken = gradient.finish()
+        parts = whole.chunk(len(grads), dim=-1)
+        if not taken or not all(_is(grads[i], parts[i]) for i in taken):
+            # None is in place, as of a compiled region; or a part is a sum of several uses, or was written for a chunk
+            # of the same memory that another call made, which still needs it: nothing of it may be touched
             nothing = like.new_zeros(1, 1).expand(like.shape[0], like.shape[1] // len(grads))
             return torch.cat([nothing if grad is None else grad for grad in grads], -1), None
-        for part, grad in zip(whole.chunk(len(grads), dim=-1), grads, strict=True):
+        for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
             if grad is None:
                 part.zero_()
-            elif grad.data_ptr() != part.data_ptr() or grad.stride() != part.stride():
-                part.copy_(grad)                                          # from another op, or a sum of several uses
+            elif i not in taken:
+                part.copy_(grad)                                          # from another op
         return whole, None
 
 

@@ -16,4 +16,4 @@ def rectified_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     wide = torch.promote_types(prediction.dtype, torch.float32)
     error = (prediction.to(wide) - target.to(wide)).square()
-    return (error.flatten(1).sum(1) * weight.to(wide)).sum() / prediction.numel()
+    return (error.reshape(error.shape[0], -1).sum(1) * weight.to(wide)).sum() / prediction.numel()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rfkernels
+from rfkernels.nn import plain
 from rfkernels.patch.swap import Fused
 
 
@@ -206,16 +207,10 @@ class QwenImageTransformerBlock(Fused):
 # --- the MLP ----------------------------------------------------------------------------------------------------------
 
 
-def plain_linear(module: nn.Module) -> bool:
-    """Whether calling a linear is the same as multiplying by its weight: no adapter, no hook, no other class."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooked and "forward" not in module.__dict__
-
-
 class FeedForward(Fused):
     def forward(self: Any, hidden_states, *args, **kwargs):
         first, dropout, last = self.net[:3]
         dropped = self.training and dropout.p > 0
-        if args or kwargs or dropped or not (plain_linear(first.proj) and plain_linear(last)):
+        if args or kwargs or dropped or not (plain(first.proj) and plain(last)):
             return super().forward(hidden_states, *args, **kwargs)           # type: ignore[misc]
         return rfkernels.gelu_mlp(hidden_states, first.proj.weight, first.proj.bias, last.weight, last.bias)

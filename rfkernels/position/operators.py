@@ -122,7 +122,7 @@ def _differentiate_unembed(ctx: Any, call: Any, dlatent: Tensor) -> tuple[Tensor
 
 patch_unembed = Operator(
     "patch_unembed",
-    forward_schema="(Tensor x, Tensor weight, Tensor? bias, int height, int width, int patch_size) -> Tensor",
+    forward_schema="(Tensor x, Tensor weight, Tensor? bias, SymInt height, SymInt width, int patch_size) -> Tensor",
     backward_schema="(Tensor dlatent, Tensor x, Tensor weight, bool wants_x, bool wants_weight, int patch_size)"
     " -> (Tensor, Tensor)",
     forward=_unembed,

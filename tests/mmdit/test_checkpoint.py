@@ -176,6 +176,7 @@ def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
     *shards, index = files
     assert shards[0].name == f"m-00001-of-{len(shards):05d}.safetensors"
     same(checkpoint.load(index).state_dict(), model.state_dict())
+    same(checkpoint.load(tmp_path / "m.safetensors").state_dict(), model.state_dict())  # its name leads there
     table = json.loads(index.read_text())
     table["weight_map"]["absent.weight"] = shards[0].name
     index.write_text(json.dumps(table))

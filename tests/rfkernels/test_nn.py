@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from diffusers.models.embeddings import PatchEmbed as DiffusersPatchEmbed
 
@@ -120,6 +121,57 @@ def test_the_gradient_of_a_stack_is_one_tensor(backend, batch):
     assert sum(part is not None for part in written) == (4 if backend == "triton" else 0)
 
 
+def test_chunks_of_one_modulation_taken_twice_have_their_own_gradients():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    m, x = torch.randn(2, 4 * C, requires_grad=True), torch.randn(2, 5, C)
+
+    def loss(chunk, first):
+        whole = m * 1.0
+        a, b = chunk(whole), chunk(whole)
+        y, z = rfkernels.adaln(x, a[0], a[1]), rfkernels.adaln(x, b[2], b[3])
+        return ((y.sin() + z.cos()) if first else (z.cos() + y.sin())).sum()
+
+    for first in (True, False):
+        want = torch.autograd.grad(loss(lambda w: w.chunk(4, -1), first), m)
+        with rfkernels.backend("triton", "adaln"):
+            got = torch.autograd.grad(loss(lambda w: rfkernels.chunk_modulation(w, 4), first), m)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_hooks_or_adapters_are_called():
+    x = torch.randn(2, 12, C)
+    modules = {
+        "fc1": (rnn.Mlp(C), lambda m: m(x)),
+        "proj": (rnn.PatchEmbed(4, C, resolution=64, max_height=64, max_width=64), lambda m: m(torch.ones(2, 4, 6, 8))),
+        "linear": (rnn.PatchUnembed(C, 4), lambda m: m(x, 6, 8)),
+        "qkv": (rnn.StreamAttention(C, HEADS), lambda m: m.stream(x, queries=False).k),
+    }
+    for name, (module, call) in modules.items():
+        before, called = call(module), []
+        getattr(module, name).register_forward_hook(lambda *a, called=called: called.append(a))
+        torch.testing.assert_close(call(module), before)
+        assert len(called) == 1, name
+
+
+def test_resolutions_do_not_recompile_and_export():
+    class Through(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = rnn.PatchEmbed(4, C, resolution=128, max_height=128, max_width=128)
+            self.unembed = rnn.PatchUnembed(C, 4)
+
+        def forward(self, latent):
+            return self.unembed(self.embed(latent).sin(), *latent.shape[2:])
+
+    model, counted = Through(), torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counted, dynamic=True, fullgraph=True)
+    with torch.no_grad(), rfkernels.backend("triton", "patch_embed", "patch_unembed"):
+        for side in (4, 6, 8, 12):
+            latent = torch.randn(2, 4, side, side + 2)
+            torch.testing.assert_close(compiled(latent), model(latent), rtol=1e-4, atol=1e-5)
+    assert counted.frame_count <= 2
+
+
 def test_a_position_table_stays_fp32_and_crops_the_centre():
     module = rnn.PatchEmbed(4, C, resolution=128, max_height=128, max_width=192)
     table = module.pos_embed.clone()
@@ -144,6 +196,8 @@ def test_bad_arguments_are_named():
         (ValueError, "xs has 1 entries; expected 2",
          lambda: rnn.JointAttention((C, C), HEADS)([torch.randn(1, 2, C)])),
         (ValueError, r"counts\[1\] is 0; expected at least 1", lambda: rnn.Modulation(4, 4, (1, 0))),
+        (ValueError, "heads is 0; expected at least 1", lambda: rnn.JointAttention((C, C), 0)),
+        (ValueError, "dims is empty", lambda: rnn.JointAttention((), 8)),
         (ValueError, "counts is empty", lambda: rnn.Modulation(4, 4, ())),
     ):  # fmt: skip
         with pytest.raises(error, match=match):

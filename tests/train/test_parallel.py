@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -161,6 +162,41 @@ def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path, launch):
     assert "saving after this step" in output
     (saved,) = (long.run / "checkpoints").iterdir()
     assert int(saved.name[5:]) == log.read_text().count('"train/loss"')
+
+
+def test_looking_at_the_average_leaves_no_trace_in_the_weights(alone, tmp_path, launch):
+    """Validation gathers the average's weights; the step after it must see its own again."""
+    looked = changed(alone, run=tmp_path / "run", validation=Validation(every=1, samples=6))
+    launch(looked, 2)
+    (a, _), (b, checks) = losses(alone.run), losses(looked.run)
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=0)
+    assert len(checks) == 10
+
+
+def test_a_finished_run_that_was_not_drawn_is_drawn_by_two(alone, tmp_path, launch):
+    config = changed(alone, run=tmp_path / "run", validation=Validation(every=5, samples=6))
+    launch(config, 2)
+    (config.run / "samples" / "step-00000010.png").unlink()
+    launch(config, 2)
+    assert (config.run / "samples" / "step-00000010.png").is_file()
+
+
+def test_what_fails_later_does_not_take_a_checkpoint_along(alone, tmp_path, monkeypatch):
+    import torch.distributed.checkpoint.filesystem as filesystem
+
+    from train import loop
+
+    write = filesystem.FileSystemWriter.write_data
+    monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", lambda *a: time.sleep(1) or write(*a))
+
+    def failing(*args):
+        raise RuntimeError("validation failed")
+
+    monkeypatch.setattr(loop, "validate", failing)
+    config = changed(alone, run=tmp_path / "run", validation=Validation(every=5, samples=6))
+    with pytest.raises(RuntimeError, match="validation failed"):
+        train(config)
+    assert (config.run / "checkpoints" / "step-00000005" / "run.json").is_file()
 
 
 def test_what_cannot_be_spread_is_said(alone, tmp_path, launch):

@@ -107,6 +107,7 @@ def write_shard(cache: Path, index: Index, bucket: str, samples: Sequence[Sample
     write_atomically(cache / f"{stem}.safetensors", content)
     entry = {"file": f"{stem}.safetensors", "samples": len(samples), "bytes": len(content)}
     index.shards.setdefault(bucket, []).append({**entry, "sha256": hashlib.sha256(content).hexdigest()})
+    index.shards[bucket].sort(key=lambda shard: shard["file"])          # one made anew takes its former place
     index.save(cache)
 
 

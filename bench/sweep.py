@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from mmdit.files import write_atomically
 from rfkernels import launch_tables
 from rfkernels.adaln import launch as adaln
 from rfkernels.joint_attention import launch as attention
-from rfkernels.launch_tables import AttentionLaunch, RowLaunch, attention_launch, row_launch
+from rfkernels.launch_tables import AttentionLaunch, PatchLaunch, RowLaunch, attention_launch, patch_launch, row_launch
+from rfkernels.position import launch as patches
+from rfkernels.position.launch import Patches
 from rfkernels.triton_support import capability
 
 TEXT = 154
+Setting = RowLaunch | AttentionLaunch | PatchLaunch
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Task:
 
     kernel: str
     key: str
-    now: RowLaunch | AttentionLaunch
-    candidates: tuple[RowLaunch | AttentionLaunch, ...]
+    now: Setting
+    candidates: tuple[Setting, ...]
     call: Callable[[], list[Tensor]]
 
     @property
@@ -94,7 +98,36 @@ def attention_tasks(device: torch.device) -> Iterator[Task]:
             yield Task(kernel, f"{dim}/2", attention_launch(kernel, dim, 2, arch), tuple(tried), call)
 
 
-def using(task: Task, setting: RowLaunch | AttentionLaunch, table: dict[str, Any]) -> None:
+def patch_tasks(device: torch.device, batch: int = 64, widths: tuple[int, ...] = (1536, 2432)) -> Iterator[Task]:
+    """The kernels between a latent and its tokens, at the widths of d = 24 and 38."""
+    tiles = [(64, 128, 64, 4), (64, 64, 64, 4), (128, 128, 64, 8), (128, 64, 64, 4), (64, 256, 64, 8), (32, 128, 64, 4)]
+    tried = tuple(PatchLaunch(*tile, stages) for stages in (2, 3, 4) for tile in tiles)
+    for width in widths:
+        normal = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        latent, x, weight, bias = normal(batch, 16, 32, 32), normal(batch, 256, width), normal(width, 64), normal(width)
+        positions = torch.randn(256, width, device=device)
+        embedded, rows = Patches(latent, 2, True), (64, 1)
+
+        def gradient(x: Tensor = x, p: Patches = embedded, w: Tensor = weight, b: Tensor = bias) -> list[Tensor]:
+            dweight, sums = torch.empty_like(w), torch.empty_like(b)
+            patches.weight_gradient(x, p, dweight, (64, 1), sums)
+            return [dweight, sums]
+
+        calls: dict[str, Callable[[], list[Tensor]]] = {
+            "patches_to_tokens": partial(
+                lambda *a: [patches.to_tokens(*a)], embedded, weight, rows, width, bias, positions
+            ),
+            "tokens_to_patches": partial(
+                lambda x, like, w, s: [patches.to_latent(x, Patches(torch.empty_like(like), 2, False), w, s)],
+                x, latent, weight, rows,
+            ),
+            "patch_weight_bwd": gradient,
+        }  # fmt: skip
+        for kernel, call in calls.items():
+            yield Task(kernel, f"{width}/2", patch_launch(kernel, width, 2), tried, call)
+
+
+def using(task: Task, setting: Any, table: dict[str, Any]) -> None:
     table.setdefault(task.kernel, {})[task.key] = asdict(setting)
     adaln._settings_at.cache_clear()
     attention._settings_at.cache_clear()
@@ -124,7 +157,7 @@ def main(out: Path, minutes: float = 8.0, only: str = "") -> None:
     table = launch_tables.table(name)             # the one the launchers read, changed in place
     kept = json.loads(json.dumps(table))
     stopped = False
-    for tasks in (attention_tasks, row_tasks):
+    for tasks in (attention_tasks, row_tasks, patch_tasks):
         for task in tasks(device):
             if only not in task.name or stopped:
                 continue

@@ -80,6 +80,19 @@ def test_bytes_and_flops_are_those_of_the_tensors():
     assert counted.get_total_flops() == attention.forward_flops
 
 
+def test_the_sweep_calls_the_patch_kernels():
+    """In the interpreter, at a small size: each call gives what its product says."""
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    from bench import sweep
+
+    tasks = {t.kernel: t for t in sweep.patch_tasks(torch.device("cpu"), batch=1, widths=(16,))}
+    assert set(tasks) == {"patches_to_tokens", "tokens_to_patches", "patch_weight_bwd"}
+    shapes = {name: [list(t.shape) for t in task.call()] for name, task in tasks.items()}
+    assert shapes == {"patches_to_tokens": [[1, 256, 16]], "tokens_to_patches": [[1, 16, 32, 32]],
+                      "patch_weight_bwd": [[16, 64], [16]]}  # fmt: skip
+    assert all(t.isfinite().all() for task in tasks.values() for t in task.call())
+
+
 def test_results_carry_what_they_ran_on():
     found = environment.environment()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__

@@ -17,7 +17,7 @@ from bench import eager
 from bench.environment import importable
 from mmdit import presets
 from mmdit.blocks import JointBlock
-from mmdit.counting import rms_norm_as_on_a_gpu
+from mmdit.counting import made_in
 from mmdit.flops import TEXT_TOKENS
 from rfkernels import Stream
 
@@ -182,7 +182,7 @@ def attention_case(batch: int, tokens: int, heads: int, device: torch.device, dt
     flops = 4 * batch * heads * length**2 * HEAD_DIM
     return Case(
         f"joint_attention-H{heads}-B{batch}-S{TEXT_TOKENS}+{tokens}", make, attention_contenders(), 4 * one, 8 * one,
-        flops, 5 * flops // 2, {"eager": around(eager.sdpa, rms_norm_as_on_a_gpu)},
+        flops, 5 * flops // 2, {"eager": around(eager.sdpa, eager.rms_norm_as_on_a_gpu)},
     )  # fmt: skip
 
 
@@ -264,7 +264,7 @@ class _Weights:
 
     @cached_property
     def block(self) -> JointBlock:
-        with self.device, eager.made_in(self.dtype):
+        with self.device, made_in(self.dtype):
             made = JointBlock(presets.by_depth(self.depth), 0)
         for parameter in made.parameters():
             nn.init.normal_(parameter, std=0.03)
@@ -320,7 +320,7 @@ def block_case(batch: int, tokens: int, depth: int, device: torch.device, dtype:
         found["max-autotune"] = plain(eager.Block, compile={"mode": "max-autotune-no-cudagraphs"})
     forward = 2 * 12 * config.width**2 * batch * (TEXT_TOKENS + tokens)              # qkv, proj, fc1, fc2
     forward += 4 * batch * config.width * (TEXT_TOKENS + tokens) ** 2
-    counted: dict[str, Op] = {"eager": plain(partial(eager.Block, norm=rms_norm_as_on_a_gpu))}
+    counted: dict[str, Op] = {"eager": plain(partial(eager.Block, norm=eager.rms_norm_as_on_a_gpu))}
     return Case(
         f"block-{config.width}-B{batch}-S{TEXT_TOKENS}+{tokens}", make, found,
         forward_flops=forward, backward_flops=2 * forward, counted=counted,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,17 +123,6 @@ class Chunks(nn.Module):
         return [part.chunk(n, -1) for part, n in zip(parts, counts, strict=True)]
 
 
-@contextmanager
-def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have parameters of this dtype; fake ones cannot be converted afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def twin(module: nn.Module) -> Any:
     """Another module on the same parameters, to be changed or compiled apart from the first."""
     made = copy.copy(module)
@@ -151,3 +139,29 @@ def model(ours: MMDiT, norm: Norm = F.rms_norm) -> nn.Module:
     made.final_layer, made.patch_embed = Final(ours.final_layer), Embed(ours.patch_embed)
     made.modulation = Chunks(ours.modulation)
     return made  # type: ignore[no-any-return]
+
+
+# --- F.rms_norm, which PyTorch takes apart where there is no GPU ------------------------------------------------------
+
+
+@torch.library.custom_op("rfkernels_bench::rms_norm", mutates_args=())
+def _one_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@torch.library.custom_op("rfkernels_bench::rms_norm_backward", mutates_args=())
+def _one_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    raise NotImplementedError("counted, never run")
+
+
+_one_rms_norm.register_fake(lambda x, weight, eps: x.new_empty(x.shape))
+_one_rms_norm_backward.register_fake(lambda grad, x, weight: [x.new_empty(x.shape), weight.new_empty(weight.shape)])
+_one_rms_norm.register_autograd(
+    lambda ctx, grad: (*_one_rms_norm_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+)
+
+
+def rms_norm_as_on_a_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    """One operator each way, as F.rms_norm is on a GPU; on a CPU, and in fake tensors, PyTorch takes it apart."""
+    return _one_rms_norm(x, weight, eps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench import eager
 from bench.environment import importable
 from mmdit import MMDiT, counting, presets
-from mmdit.counting import Trace
+from mmdit.counting import Trace, made_in
 from mmdit.flops import TEXT_TOKENS, training_flops
 
 PIXELS_PER_TOKEN = 16
@@ -115,7 +115,7 @@ def contenders(
 ) -> dict[str, nn.Module]:
     """Those (or `only` these), as one function on the same weights; memory is shared by all but diffusers'."""
     wanted = names() if only is None else list(only)
-    with device, eager.made_in(dtype):
+    with device, made_in(dtype):
         source = ours(size)
         found: dict[str, nn.Module] = {"ours": source, "eager": eager.model(source)}
         if "diffusers" in wanted:
@@ -136,10 +136,10 @@ def counted(size: Size, step: str, way: str, dtype: torch.dtype = torch.bfloat16
     """What a step of "ours" or "eager" launches on a GPU."""
 
     def make() -> counting.Made:
-        with eager.made_in(dtype):
+        with made_in(dtype):
             made: nn.Module = MMDiT(presets.by_depth(size.depth, resolution=size.pixels))
         if way == "eager":
-            made = eager.model(made, counting.rms_norm_as_on_a_gpu)
+            made = eager.model(made, eager.rms_norm_as_on_a_gpu)
         return made, list(inputs(size, dtype=dtype)), list(made.parameters())
 
     return counting.trace(make, backward=step == "training")

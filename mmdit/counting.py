@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -165,6 +164,17 @@ def sizes(tensors: list[Tensor]) -> dict[Key, int]:
 
 
 @contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have parameters of this dtype; fake ones cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def keeping(weights: list[Tensor]) -> Iterator[dict[int, int]]:
     """Bytes by storage of what autograd keeps inside, `weights` left out."""
     left_out, kept = {storage(w) for w in weights}, {}
@@ -214,32 +224,6 @@ def trace(make: Callable[[], Made], *, backward: bool, on_gpu: bool = True) -> T
             found.forward = len(counter.kernels)
         found.kernels = counter.kernels
     return found
-
-
-# --- F.rms_norm, which PyTorch takes apart where there is no GPU ------------------------------------------------------
-
-
-@torch.library.custom_op("rfkernels_bench::rms_norm", mutates_args=())
-def _one_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-@torch.library.custom_op("rfkernels_bench::rms_norm_backward", mutates_args=())
-def _one_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    raise NotImplementedError("counted, never run")
-
-
-_one_rms_norm.register_fake(lambda x, weight, eps: x.new_empty(x.shape))
-_one_rms_norm_backward.register_fake(lambda grad, x, weight: [x.new_empty(x.shape), weight.new_empty(weight.shape)])
-_one_rms_norm.register_autograd(
-    lambda ctx, grad: (*_one_rms_norm_backward(grad, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
-)
-
-
-def rms_norm_as_on_a_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    """One operator each way, as F.rms_norm is on a GPU; on a CPU, and in fake tensors, PyTorch takes it apart."""
-    return _one_rms_norm(x, weight, eps)
 
 
 # --- What a compiler could fuse ---------------------------------------------------------------------------------------

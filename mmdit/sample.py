@@ -108,10 +108,10 @@ class _Field:
         self.pooled = torch.cat([side.pooled for side in sides]).to(self.device, self.dtype)
         self.lengths = torch.cat([side.lengths for side in sides]).to(self.device) if masked else None
         count = len(ts) - 1
-        window = range(count + 1)
+        within = range(count) if settings.skip_blocks else ()
         self.skipping = {
-            float(ts[i]) for i in window if settings.skip_from * count < i < settings.skip_until * count
-        } if settings.skip_blocks else set()  # fmt: skip
+            float(ts[i]) for i in within if settings.skip_from * count < i < settings.skip_until * count
+        }
         self.modulations = self._all_at_once([float(t) for t in ts[:-1]])
         self.run: Callable[..., Tensor] = model
         if settings.graph and self.device.type == "cuda":

@@ -8,15 +8,13 @@ beside the computation, not on top: FSDP overlaps them where it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import nn
 
 from mmdit import MMDiT
-from mmdit.counting import Kernel, Made, trace
+from mmdit.blocks import JointBlock
+from mmdit.counting import Kernel, Made, made_in, trace
 from mmdit.flops import TEXT_TOKENS, training_flops
 from mmdit.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
 from train.config import Config
@@ -87,34 +85,34 @@ def model_on_meta(config: Config) -> MMDiT:
         return MMDiT(config.model)
 
 
-def made(config: Config, batch: int, pixels: int, part: Callable[[MMDiT], nn.Module]) -> Made:
-    """A call of a part of the model in bf16 on fake tensors: the whole, or a block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+def whole_model(config: Config, batch: int, pixels: int) -> Made:
+    """A call of the model in bf16, to be traced."""
+    with made_in(torch.bfloat16):
         model = MMDiT(config.model)
-    finally:
-        torch.set_default_dtype(before)
     c, side = config.model, pixels // (config.model.token_pixels // config.model.patch_size)
     normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
-    if part(model) is model:
-        context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
-        args: list[Any] = [normal(batch, c.in_channels, side, side), torch.rand(batch), context, pooled]
-        return model, args, list(model.parameters())
-    tokens = (side // c.patch_size) ** 2
-    xs = [normal(batch, n, c.width).requires_grad_() for n in (TEXT_TOKENS, tokens)]
-    vectors = [tuple(normal(batch, c.width).requires_grad_() for _ in range(n)) for n in model.blocks[0].vectors]  # type: ignore[union-attr]
-    block = part(model)
+    context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
+    return model, [normal(batch, c.in_channels, side, side), torch.rand(batch), context, pooled], [*model.parameters()]
+
+
+def one_block(config: Config, batch: int, pixels: int) -> Made:
+    """A call of the first block."""
+    with made_in(torch.bfloat16):
+        block = JointBlock(config.model, 0)
+    c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
+    leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
+    xs = [leaf(batch, n, c.width) for n in (TEXT_TOKENS, tokens)]
+    vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
     inputs = [*xs, *(v for half in vectors for v in half)]
     return lambda *_: block(xs, vectors, [None, None]), inputs, list(block.parameters())
 
 
 def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:
     """(bytes kept between forward and backward, kernels of a step with what is computed again)."""
-    whole = trace(lambda: made(config, batch, pixels, lambda m: m), backward=True)
+    whole = trace(lambda: whole_model(config, batch, pixels), backward=True)
     if config.parallel.checkpointing == "none":
         return whole.kept, whole.kernels
-    block = trace(lambda: made(config, batch, pixels, lambda m: m.blocks[0]), backward=True)
+    block = trace(lambda: one_block(config, batch, pixels), backward=True)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     inputs = 2 * batch * c.width * (TEXT_TOKENS + tokens)                                             # a block's, bf16
     forward = block.kernels[: block.forward]

@@ -40,10 +40,11 @@ class _Gradient:
         self._taken.add(i)
         return whole[:, i * width : (i + 1) * width]
 
-    def finish(self) -> tuple[Tensor, set[int]]:
-        """All of it, and which parts were given to ops to write."""
-        whole, self._buffer = self.whole(), None
-        return whole, self._taken
+    def finish(self) -> tuple[Tensor | None, set[int]]:
+        """All of it, and which parts ops were given to write in this backward; (None, nothing) if none was."""
+        here = self._buffer is not None and self._task == torch._C._current_graph_task_id()
+        whole, self._buffer = (self._buffer if here else None), None
+        return whole, self._taken if here else set()
 
 
 class _Part:
@@ -78,8 +79,8 @@ class _Chunks(torch.autograd.Function):
         gradient: _Gradient = ctx.gradient
         like = gradient.like
         whole, taken = gradient.finish()
-        parts = whole.chunk(len(grads), dim=-1)
-        if not taken or not all(_is(grads[i], parts[i]) for i in taken):
+        parts = () if whole is None else whole.chunk(len(grads), dim=-1)
+        if whole is None or not all(_is(grads[i], parts[i]) for i in taken):
             # None is in place, as of a compiled region; or a part is a sum of several uses, or was written for a chunk
             # of the same memory that another call made, which still needs it: nothing of it may be touched
             nothing = like.new_zeros(1, 1).expand(like.shape[0], like.shape[1] // len(grads))

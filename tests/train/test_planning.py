@@ -39,7 +39,7 @@ def test_activations_are_what_autograd_keeps():
     inputs = [torch.randn(2, 16, 32, 32).bfloat16(), torch.rand(2), torch.randn(2, 154, 4096).bfloat16(),
               torch.randn(2, 2048).bfloat16()]  # fmt: skip
     whole = saved(lambda: model(*inputs), list(model.parameters()))
-    found = planning.trace(lambda: planning.made(config, 2, 256, lambda m: m), backward=True, on_gpu=False)
+    found = planning.trace(lambda: planning.whole_model(config, 2, 256), backward=True, on_gpu=False)
     assert found.kept == pytest.approx(whole, rel=0.05)
 
 
@@ -56,7 +56,7 @@ def test_checkpointing_keeps_less_and_computes_more():
     assert flops[0] == flops[1] < flops[2] < 1.4 * flops[0]
 
 
-def test_sharded_bytes_are_those_of_a_model_that_is_really_sharded():
+def test_sharded_bytes_are_those_of_the_rows_that_a_process_gets():
     """Two processes' shards, gradients, moments and averages: a quarter of a percent off for padding of odd rows."""
     config, layout = small(), Layout(2, 1, 8, 1)
     found = plan(config, layout, H100, "h100", 256)

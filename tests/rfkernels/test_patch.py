@@ -96,8 +96,8 @@ def test_every_part_takes_the_fused_op(name, taken):
 
 def assert_within_rule_by_norm(got, exact, eager):
     """By the largest of a few elements 10 of 1,872 tensors missed the error rule by chance (8 seeds, fp32); by norm the
-    worst came to 0.8 of what it allows. In fp32 three times eager's: an EPYC's eager sums, whose order follows threads and
-    alignment, were 2.3 times luckier once (a norm weight of 16 elements); a wrong gradient is off by far more."""
+    worst came to 0.8 of what it allows. In fp32 three times eager's: an EPYC's eager sums, whose order follows threads
+    and alignment, were 2.3 times luckier once (a norm weight of 16 elements); a wrong gradient is off by far more."""
     assert got.keys() == eager.keys()
     for key, want in exact.items():
         error, allowed = ((x[key].double() - want).norm() for x in (got, eager))

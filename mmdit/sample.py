@@ -280,23 +280,29 @@ class Sampler:
             part = prompts[start : start + batch]
             noise = keyed.normals(shape, seed, "sampling noise", [(first + start + i,) for i in range(len(part))])
             label = f"drawing {start + 1}-{start + len(part)} of {len(prompts)}"
+            with_text, without = conditioned(
+                self.encoders, part, self.model.config.context_dim, chosen.guidance != 1.0
+            )
             z = denoise(
-                self.model, noise, *self._text(part, chosen.guidance != 1.0), chosen, formulation=self.formulation,
+                self.model, noise, with_text, without, chosen, formulation=self.formulation,
                 progress=bar(label, progress), masked=True,
             )  # fmt: skip
             images.append(autoencoder.to_uint8(self.autoencoder.decode(z)))
         return np.concatenate(images)
 
-    def _text(self, prompts: Sequence[str], guided: bool) -> tuple[Conditioning, Conditioning | None]:
-        """Of the prompts, and, where guided, with the encoders' outputs zeroed, as in training."""
-        encoded = [encoder.encode(prompts) for encoder in self.encoders]
-        features = [list(sample) for sample in zip(*encoded, strict=True)]
-        beside, dim = [encoder.beside for encoder in self.encoders], self.model.config.context_dim
-        conditional = text.assemble(features, dim, None, beside)
-        if not guided:
-            return conditional, None
-        dropped = torch.zeros(len(prompts), len(self.encoders), dtype=torch.bool)
-        return conditional, text.assemble(features, dim, dropped, beside)
+
+def conditioned(
+    encoders: Sequence[text.TextEncoder], prompts: Sequence[str], context_dim: int, guided: bool
+) -> tuple[Conditioning, Conditioning | None]:
+    """Text of the prompts, and, where guided, of none: with the encoders' outputs zeroed, as in training."""
+    encoded = [encoder.encode(prompts) for encoder in encoders]
+    features = [list(sample) for sample in zip(*encoded, strict=True)]
+    beside = [encoder.beside for encoder in encoders]
+    conditional = text.assemble(features, context_dim, None, beside)
+    if not guided:
+        return conditional, None
+    dropped = torch.zeros(len(prompts), len(encoders), dtype=torch.bool)
+    return conditional, text.assemble(features, context_dim, dropped, beside)
 
 
 def bar(label: str, shown: bool) -> Progress:

@@ -21,9 +21,9 @@ class TextFeatures(NamedTuple):
     """What an encoder says of one caption."""
 
     tokens: Tensor
-    """[L, dim] fp32, L the real length, no padding."""
+    """[L, dim], L the real length, no padding; fp32 from an encoder, bf16 from a cache."""
     pooled: Tensor
-    """[pooled_dim] fp32."""
+    """[pooled_dim], likewise."""
 
 
 class TextEncoder(Protocol):
@@ -191,8 +191,9 @@ def assemble(
     beside = beside or [False] * len(features[0])
     own = [[f.tokens for f, joined in zip(sample, beside, strict=True) if not joined] for sample in features]
     lengths = torch.tensor([sum(len(tokens) for tokens in sample) for sample in own])
-    context = torch.zeros(len(features), int(lengths.max()), context_dim)
-    pooled = torch.zeros(len(features), sum(f.pooled.numel() for f in features[0]))
+    first = features[0][0]
+    context = torch.zeros(len(features), int(lengths.max()), context_dim, dtype=first.tokens.dtype)
+    pooled = torch.zeros(len(features), sum(f.pooled.numel() for f in features[0]), dtype=first.pooled.dtype)
     for i, sample in enumerate(features):
         row = end = channel = column = 0
         for j, (tokens, vector) in enumerate(sample):

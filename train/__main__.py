@@ -13,9 +13,10 @@ from tyro.extras import overridable_config_cli
 
 from train import evaluate, planning
 from train.config import Config
+from train.data import costs
+from train.data.blocks import check
 from train.data.precompute import Precompute
 from train.data.precompute import precompute as fill
-from train.data.shards import check
 from train.loop import train
 from train.recipes import RECIPES
 
@@ -24,25 +25,35 @@ USAGE = "usage: python -m train {precompute,verify,plan,run,score} ... (each tak
 
 def precompute(arguments: list[str]) -> None:
     config = tyro.cli(Precompute, prog="python -m train precompute", args=arguments)
+    if config.report:
+        print(costs.report(config))
+        return
     index = fill(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
     for bucket, shards in sorted(index.shards.items()):
         print(f"{config.cache}/{bucket}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards")
 
 
 def verify(arguments: list[str]) -> None:
-    def main(cache: tyro.conf.Positional[Path], repair: bool = False) -> None:
+    def main(cache: tyro.conf.Positional[Path], repair: bool = False, quarantine: bool = False) -> None:
         """Read all of a cache and compare checksums.
 
         Args:
             cache: Folder that precompute filled.
-            repair: Take damaged shards out of the cache, so that precompute, run again, makes what they held anew.
+            repair: Move damaged shards to CACHE/quarantine, and let precompute, run again, make what they held anew.
+            quarantine: Move them there, and go on without what they held.
         """
-        damaged = check(cache, repair=repair)
+        damaged = check(cache, take_out=quarantine, make_anew=repair)
         for line in damaged:
             print(line)
-        if damaged and not repair:
-            sys.exit(f"error: {len(damaged)} damaged shards; --repair takes them out, precompute makes them anew")
-        print(f"{cache}: " + (f"{len(damaged)} shards taken out; run precompute again" if damaged else "whole"))
+        if damaged and not (repair or quarantine):
+            sys.exit(
+                f"error: {len(damaged)} damaged shards; --repair takes them out, precompute makes them anew; "
+                "--quarantine goes on without them"
+            )
+        left = "run precompute again" if repair else "what they held is missing from now on"
+        print(f"{cache}: " + (f"{len(damaged)} shards taken out; {left}" if damaged else "whole"))
 
     tyro.cli(main, prog="python -m train verify", args=arguments)
 
@@ -108,6 +119,9 @@ def main() -> None:
         COMMANDS[sys.argv[1]](sys.argv[2:])
     except (FileNotFoundError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmdit.files import write_atomically
 from train.ema import EmaWeights
@@ -74,6 +75,8 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._published = threading.Event()
         self._newest = -1
+        pinned = world.device.type == "cuda"                                 # the copy's memory stays between saves
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -110,8 +113,9 @@ class Checkpoints:
         if self.world.mesh is None:                                      # what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._writing = dcp.async_save(                                                             # type: ignore[assignment]
-            state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None
-        )
+            state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None,
+            async_stager=self._stager,
+        )  # fmt: skip
         self._writing.add_done_callback(lambda done: self._publish(done, partial, about))           # type: ignore[union-attr]
 
     def _publish(self, done: Future, partial: Path, about: str) -> None:

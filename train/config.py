@@ -12,7 +12,7 @@ from mmdit import presets
 from mmdit.config import MMDiTConfig
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
-        "skip_nonfinite")  # fmt: skip
+        "skip_nonfinite", "read_ahead", "wandb")  # fmt: skip
 """What may change when a run goes on: it does not decide the weights."""
 Grid = Literal["paper", "midpoints", "mlperf"]
 
@@ -87,6 +87,8 @@ class Parallel:
     """Activations of a block that are computed again in the backward: none; all but products and attention; all."""
     compile: bool = False
     """torch.compile each block."""
+    prefetch: int = 1
+    """Blocks whose weights are gathered while the one before them computes, forward and backward."""
     timeout_minutes: float = 10.0
     """How long processes wait for each other before the run ends."""
     watch_seconds: float = 120.0
@@ -133,6 +135,10 @@ class Config:
     """bf16: autocast over fp32 master weights. auto: bf16 on a GPU, fp32 on a CPU."""
     threads: int = 0
     """CPU threads; 0: PyTorch's choice."""
+    read_ahead: int = 2
+    """Parts of steps that are read before they are needed, each by a thread of its own; 0: when they are needed."""
+    wandb: str = ""
+    """Weights & Biases project to which metrics go too, by the package wandb; WANDB_MODE=offline keeps them here."""
     skip_nonfinite: int = 10
     """Steps in a row whose loss or gradient is not finite that are passed over before the run stops."""
     parallel: Parallel = field(default_factory=Parallel)
@@ -145,10 +151,13 @@ class Config:
         least_one = {name: getattr(self, name) for name in ("batch", "keep", "checkpoint_every")}
         least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
         least_one |= {"parallel.replicas": self.parallel.replicas, "parallel.accumulate": self.parallel.accumulate}
+        least_one |= {"parallel.prefetch": self.parallel.prefetch}
         least_one |= {"validation.samples": self.validation.samples, "steps": 1 if self.steps is None else self.steps}
         for name, value in least_one.items():
             if value < 1:
                 raise ValueError(f"Config: {name} is {value}; expected at least 1")
+        if self.read_ahead < 0:
+            raise ValueError(f"Config: read_ahead is {self.read_ahead}; expected 0 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"Config: minutes is {self.minutes}; expected a number above 0")
 

@@ -1,7 +1,9 @@
-"""What a run leaves to look at: metrics as JSON lines and in tensorboard, sample grids and a loss plot as PNG."""
+"""What a run leaves to look at: metrics as JSON lines, in tensorboard and, where asked for, in Weights & Biases; sample
+grids and a loss plot as PNG."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -11,6 +13,20 @@ import numpy as np
 
 from mmdit.files import write_atomically
 from mmdit.sample import grid
+from train.config import Config
+
+
+def _wandb(config: Config) -> Any:
+    """One run in wandb for a run folder, which goes on where it was. Raises: ImportError without the package."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"wandb is {config.wandb!r}, but the package is not there: pip install wandb") from error
+    key = hashlib.blake2b(str(config.run.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(
+        project=config.wandb, name=config.run.name, id=key, resume="allow", dir=str(config.run),
+        config=json.loads(config.to_json()),
+    )  # fmt: skip
 
 
 class Log:
@@ -19,9 +35,11 @@ class Log:
     Args: writes: False for a process that only computes along.
     """
 
-    def __init__(self, run: Path, step: int, writes: bool = True) -> None:
+    def __init__(self, config: Config, step: int, writes: bool = True) -> None:
+        run = config.run
         self.run, self.path, self.writes = run, run / "metrics.jsonl", writes
         self._board: Any = None
+        self._wandb: Any = None
         if not writes:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -33,6 +51,8 @@ class Log:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         except ImportError:
             pass
+        if config.wandb:
+            self._wandb = _wandb(config)
 
     def _lines(self) -> list[str]:
         if not self.path.is_file():
@@ -44,21 +64,22 @@ class Log:
         """Names as "train/loss" become tags in tensorboard."""
         if not self.writes:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._append(self.path, step, values)
 
     def speed(self, step: int, **values: float) -> None:
         """How fast it went, apart from what was computed: speed.jsonl, which no two runs share."""
         if not self.writes or not values:
             return
-        with (self.run / "speed.jsonl").open("a") as file:
+        self._append(self.run / "speed.jsonl", step, values)
+
+    def _append(self, path: Path, step: int, values: dict[str, float]) -> None:
+        with path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def _picture(self, step: int) -> Path:
         return self.run / "samples" / f"step-{step:08d}.png"
@@ -77,10 +98,16 @@ class Log:
         grid(images, scale=max(1, 96 // images.shape[1])).save(path)
         if self._board is not None:
             self._board.add_images("samples", images, step, dataformats="NHWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def plot(self) -> Path | None:
         """Draws loss.png from metrics.jsonl; None without matplotlib or without anything to draw."""

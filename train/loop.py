@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import time
 from dataclasses import dataclass
-from types import FrameType
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from mmdit import autoencoder, flow, text
 from mmdit import checkpoint as weights
+from mmdit import flow
 from mmdit.files import write_atomically
-from mmdit.sample import WEIGHTS, Sampler
+from mmdit.sample import WEIGHTS
 from train import parallel
-from train.checkpoint import Checkpoints, Progress
+from train.budget import Budget, ProgressBar
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
 from train.data.shards import Cache
-from train.data.sources import DataError
 from train.ema import EmaWeights
+from train.fit import check_fit
 from train.initial import start_from
+from train.interrupts import Interrupts
 from train.log import Log
+from train.looks import Looks, sampling_extra
 from train.meter import Meter, Watchdog
+from train.nonfinite import Nonfinite
 from train.objective import Batch, Objective
 from train.parallel import World
-from train.validate import validate
+from train.reader import Reader
 
 
 @dataclass
@@ -91,12 +90,13 @@ def train_in(config: Config, world: World) -> Outcome:
     decides = {**config.decides(), "data": cache.contents}
     checkpoints = Checkpoints(config.run / "checkpoints", config.keep, world)
     progress = checkpoints.restore(model, ema, optimizer, decides)
-    log = Log(config.run, progress.step, world.main)
+    log = Log(config, progress.step, world.main)
     if world.main:
         write_atomically(config.run / "config.json", config.to_json().encode())
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
         print(f"going on from step {progress.step} of {config.run}")
+    look = Looks(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 
     def save() -> None:
         checkpoints.save(model, ema, optimizer, progress, decides)
@@ -104,38 +104,24 @@ def train_in(config: Config, world: World) -> Outcome:
         if world.main:                                              # one file, so that it is whole or the former one
             weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra, max_shard_bytes=1 << 62)
 
-    def look(*, draw: bool, check: bool) -> None:
-        model.eval()
-        with autocast(config, device), ema.applied(model), parallel.resharded(model, settle=not stepped):
-            if check and (held_out := cache.buckets("val")):
-                v = config.validation
-                losses = validate(model, objective, held_out, v.grid, v.samples, config.batch, world)
-                log.write(progress.step, **{f"validation/{name}": loss for name, loss in losses.items()})
-            if draw and (prompts := sample_prompts(config, cache)):
-                s = config.samples
-                parallel.gather_root(model)
-                sampler = Sampler.from_extra(model, extra)
-                log.picture(progress.step, sampler(prompts, steps=s.steps, guidance=s.guidance))
-        model.train()
-
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     meter = Meter(config.model, world)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
-    stepped = False
+    reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main)
-    with Interrupts() as interrupts, shown as bar, watchdog, checkpoints.finished():
+    interrupts = Interrupts("saving after this step")
+    with interrupts, shown as bar, watchdog, checkpoints.finished(), reader:
         model.train()
         stopped = 0
         over = budget.spent(progress.step)
         while not over and not stopped:
-            name, rows = plan.at(progress.step)
-            value = 0.0
-            for i, part in enumerate(np.array_split(world.mine(rows), parts)):
+            value, batches = 0.0, reader.parts(progress.step)
+            for i in range(parts):
                 parallel.reduce_gradients(model, i == parts - 1)
                 with meter.waiting():
-                    batch = objective.draw(training[name], part, progress.step).to(device)
+                    batch = next(batches)
                 with autocast(config, device):
-                    loss = objective.loss(model, batch) * (len(part) / config.batch)
+                    loss = objective.loss(model, batch) * (len(batch.t) / config.batch)
                 loss.backward()
                 value += loss.item()
             norm = gradient_norm(model, config.optimizer.clip)
@@ -143,11 +129,11 @@ def train_in(config: Config, world: World) -> Outcome:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             (value,) = world.sums(value)
-            if bad.passes(progress, value, norm, (name, rows)):
+            if bad.passes(progress, value, norm, plan.at(progress.step)):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            stepped = True
+            look.settled = True
             progress.step += 1
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
@@ -159,14 +145,14 @@ def train_in(config: Config, world: World) -> Outcome:
                 save()                                              # before anything that may fail
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
             if draw or check:
-                look(draw=draw, check=check)
+                look(progress.step, draw=draw, check=check)
             # one clock and any process's signal decide for all
             over = bool(world.largest(budget.spent(progress.step) and world.main)[0])
             stopped = int(world.largest(interrupts.received or 0)[0])
         save()
     if not stopped:                         # also if a former process ended before its last look
         drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
-        look(draw=not drawn, check=not validated)
+        look(progress.step, draw=not drawn, check=not validated)
     log.close()
     log.plot()
     return Outcome(progress.step, signal.Signals(stopped) if stopped else None)
@@ -205,33 +191,6 @@ def gradient_norm(model: nn.Module, clip: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-class Nonfinite:
-    """Passes over steps whose loss or gradient is not finite; after too many in a row the run stops, and what they
-    were made of is on disk."""
-
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
-        self.last: list[dict] = []
-
-    def passes(self, progress: Progress, loss: float, norm: float, batch: tuple[str, np.ndarray]) -> bool:
-        """Whether the step may be taken. Raises: ValueError when the limit is passed."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.last.clear()
-            return True
-        progress.skipped += 1
-        found = {"step": progress.step, "loss": str(loss), "gradient_norm": str(norm)}
-        self.last.append({**found, "bucket": batch[0], "rows": batch[1].tolist()})
-        if len(self.last) > self.config.skip_nonfinite:
-            path = self.config.run / "nonfinite.json"
-            if self.world.main:
-                write_atomically(path, json.dumps(self.last, indent=1).encode())
-            raise ValueError(
-                f"step {progress.step}: loss {loss}, gradient norm {norm}, the last of {len(self.last)} in a row; "
-                f"their samples are in {path}, the last good state in {self.config.run / 'checkpoints'}"
-            )
-        return False
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -243,124 +202,3 @@ def learning_rate(config: OptimizerConfig, step: int, spent: float) -> float:
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     decay = {"none": 1.0, "linear": 1 - spent, "cosine": 0.5 * (1 + math.cos(math.pi * spent))}[config.decay]
     return config.lr * warm * decay
-
-
-def check_fit(config: Config, cache: Cache) -> None:
-    """The model must read what the cache holds."""
-    settings, model = cache.settings, config.model
-    vae = autoencoder.build(settings["autoencoder"])
-    dims, pooled = zip(*map(text.sizes, settings["encoders"]), strict=True)
-    needed = {
-        "in_channels": vae.channels,
-        "token_pixels": vae.factor * model.patch_size,
-        "pooled_dim": sum(pooled),
-        "context_dim": max(model.context_dim, *dims),                           # wider is zero-padded
-    }
-    for name, need in needed.items():
-        if getattr(model, name) != need:
-            raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
-    if model.weight_sets == 3:
-        raise ValueError("model.weight_sets is 3; training joins all encoders' tokens into one stream: use 1 or 2")
-    for height, width in settings["sizes"]:
-        if height % model.token_pixels or width % model.token_pixels:
-            raise ValueError(
-                f"the cache {config.cache} holds {height} x {width} images; expected multiples of token_pixels = "
-                f"{model.token_pixels}"
-            )
-        if height > model.max_height or width > model.max_width:
-            raise ValueError(
-                f"the cache {config.cache} holds {height} x {width} images; the model's positions end at "
-                f"{model.max_height} x {model.max_width}"
-            )
-    if not cache.buckets("train"):
-        raise DataError(f"{config.cache} holds no training samples")
-
-
-def sampling_extra(config: Config, cache: Cache) -> dict:
-    """What Sampler needs beside the weights."""
-    settings = cache.settings
-    return {
-        "encoders": settings["encoders"],
-        "autoencoder": settings["autoencoder"],
-        "formulation": config.formulation,
-        "shift": config.shift,
-        "size": settings["sizes"][0],
-    }
-
-
-def sample_prompts(config: Config, cache: Cache) -> list[str]:
-    if config.samples.prompts:
-        return list(config.samples.prompts)
-    captions = [c for bucket in cache.buckets("val").values() for c in bucket.captions()]
-    return list(dict.fromkeys(captions))[: config.samples.count]
-
-
-class Budget:
-    """Steps or minutes, whichever the configuration names."""
-
-    def __init__(self, config: Config, seconds: float) -> None:
-        self._steps, self._minutes = config.steps, config.minutes
-        self._before, self._start = seconds, time.monotonic()
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._start
-
-    def fraction(self, step: int) -> float:
-        if self._steps is not None:
-            return min(1.0, step / self._steps)
-        assert self._minutes is not None
-        return min(1.0, self.seconds() / (60 * self._minutes))
-
-    def spent(self, step: int) -> bool:
-        return self.fraction(step) >= 1.0
-
-
-class ProgressBar:
-    """A bar over steps or over minutes."""
-
-    def __init__(self, config: Config, step: int, shown: bool) -> None:
-        self._bar = tqdm(
-            disable=not shown,
-            total=config.steps or 100,
-            initial=step if config.steps else 0,
-            desc=config.run.name,
-            mininterval=0.5,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {postfix}",
-        )
-        self._config, self._step, self._average = config, step, math.nan
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def advance(self, loss: float, fraction: float) -> None:
-        self._step += 1
-        self._average = loss if math.isnan(self._average) else 0.98 * self._average + 0.02 * loss
-        self._bar.set_postfix_str(f"step {self._step}, loss {self._average:.4f}", refresh=False)
-        self._bar.update(1 if self._config.steps else round(100 * fraction) - self._bar.n)
-
-
-class Interrupts:
-    """Remembers SIGINT, SIGTERM and SIGUSR1 while inside, so that the loop can finish its step and save. A second
-    SIGINT ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: saving after this step", flush=True)
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)   # type: ignore[arg-type]

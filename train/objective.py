@@ -20,16 +20,23 @@ class Batch(NamedTuple):
     """What the model is trained on in one step."""
 
     x0: Tensor
-    """[B, C, h, w] fp32."""
+    """[B, C, h, w]; bf16 as in the cache, fp32 after `to`."""
     noise: Tensor
-    """Like x0."""
+    """[B, C, h, w] fp32."""
     t: Tensor
     """[B] fp32."""
     text: text.Conditioning
+    """bf16 as in the cache, fp32 after `to`."""
 
     def to(self, device: torch.device) -> Batch:
-        x0, noise, t = (v.to(device, non_blocking=True) for v in self[:3])
-        return Batch(x0, noise, t, text.Conditioning(*(v.to(device, non_blocking=True) for v in self.text)))
+        """On a device, in fp32 from there on: half as much is copied."""
+        x0, noise, t, context, lengths, pooled = (v.to(device, non_blocking=True) for v in (*self[:3], *self.text))
+        return Batch(x0.float(), noise, t, text.Conditioning(context.float(), lengths, pooled.float()))
+
+    def pinned(self) -> Batch:
+        """In memory from which a GPU copies while it computes."""
+        x0, noise, t, context, lengths, pooled = (v.pin_memory() for v in (*self[:3], *self.text))
+        return Batch(x0, noise, t, text.Conditioning(context, lengths, pooled))
 
 
 @dataclass(frozen=True)

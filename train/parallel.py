@@ -59,6 +59,14 @@ class World:
     def largest(self, *values: float) -> list[float]:
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def shared(self, value: Any) -> Any:
+        """What the main process has, for all: anything that can be pickled."""
+        if self.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.side)
+        return box[0]
+
     def _reduced(self, values: tuple[float, ...], op: Any) -> list[float]:
         if self.mesh is None:
             return list(values)
@@ -122,9 +130,18 @@ def build(config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)     # Gloo has no scaled sums: its average silently sums
+        _prefetch(model, parallel.prefetch)
     model.to_empty(device=world.device)
     initialise(model, seed)
     return model
+
+
+def _prefetch(model: MMDiT, ahead: int) -> None:
+    """While a unit computes, the weights of the next blocks are gathered."""
+    order: list[Any] = [model.modulation.linear, *model.blocks]
+    for i, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(order[i + 1 : i + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(order[max(0, i - ahead) : i][::-1])
 
 
 def _contexts(kind: str) -> dict[str, Any]:

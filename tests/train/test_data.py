@@ -7,11 +7,20 @@ import torch
 from PIL import Image
 
 from mmdit import text
+from mmdit.autoencoder import PixelSpace
 from train.data import shapes, shards
+from train.data.blocks import Block
 from train.data.plan import Plan
 from train.data.precompute import Precompute, precompute
 from train.data.shards import Cache
 from train.data.sources import DataError, fit_into, open_source
+
+
+def count_encoded(monkeypatch):
+    """Images in each call of the autoencoder from now on."""
+    calls, encode = [], PixelSpace.encode
+    monkeypatch.setattr(PixelSpace, "encode", lambda self, images: calls.append(len(images)) or encode(self, images))
+    return calls
 
 
 def options(folder, tmp_path, **values):
@@ -29,24 +38,53 @@ def test_a_folder_becomes_shards_and_comes_back(folder, tmp_path):
     sample = bucket[4]
     want = fit_into(Image.open(folder / "4.png"), 16, 32)
     latent = torch.nn.functional.pixel_unshuffle(torch.tensor(want).permute(2, 0, 1).float() / 127.5 - 1, 2)
-    torch.testing.assert_close(sample.latent, latent.bfloat16().float())
+    torch.testing.assert_close(sample.latent, latent.bfloat16())
     features = text.build({"kind": "words"}).encode(["picture number 4"])[0]
-    torch.testing.assert_close(sample.features[0].tokens, features.tokens.bfloat16().float())
+    torch.testing.assert_close(sample.features[0].tokens, features.tokens.bfloat16())
     assert sample.features[0].tokens.shape == (3, 64), "no padding is stored"
 
 
-def test_metadata_jsonl_and_webdataset_give_the_same_records(folder, tmp_path):
+def test_every_layout_gives_the_same_records(folder, tmp_path):
+    """Sidecars, metadata.jsonl, WebDataset and parquet: captions, synthetic captions of the even ones, pixels."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="extra [parquet] is not installed")
+    import pyarrow
+
     names = sorted(p.name for p in folder.glob("*.png"))
-    lines = [json.dumps({"file_name": n, "text": (folder / n).with_suffix(".txt").read_text()}) for n in names]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    with tarfile.open(tmp_path / "set.tar", "w") as tar:
-        for name in names:
-            for path in (folder / name, (folder / name).with_suffix(".txt")):
-                tar.add(path, path.name)
-    listed, packed = open_source(str(folder)), open_source(str(tmp_path / "set.tar"))
-    assert [r.caption for r in listed] == [r.caption for r in packed] == [f"picture number {i}" for i in range(10)]
-    for a, b in zip(listed, packed, strict=True):
-        assert (np.asarray(a.image()) == np.asarray(b.image())).all()
+    for i in range(0, 10, 2):
+        (folder / f"{i}.synthetic.txt").write_text(f"a synthetic caption of {i}\n")
+    sources = [open_source(str(folder))]
+    (tmp_path / "tars").mkdir()
+    for part in range(2):
+        with tarfile.open(tmp_path / "tars" / f"set-{part:03d}.tar", "w") as tar:
+            for name in names[5 * part : 5 * part + 5]:
+                for path in sorted(folder.glob(f"{name[0]}.*")):
+                    tar.add(path, path.name)
+    for name in ("tars", "tars/set-{000..001}.tar", "tars/set-*.tar"):
+        sources.append(open_source(str(tmp_path / name)))
+    rows = [
+        {"image": {"bytes": (folder / n).read_bytes(), "path": n}, "text": f"picture number {n[0]}",
+         "synthetic_caption": f"a synthetic caption of {n[0]}" if int(n[0]) % 2 == 0 else None}
+        for n in names
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet", row_group_size=3)
+    sources.append(open_source(str(tmp_path / "set.parquet")))
+    lines = [{"file_name": row["image"]["path"], **{k: row[k] for k in ("text", "synthetic_caption")}} for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources.append(open_source(str(folder)))
+    for records in sources:
+        assert [r.caption for r in records] == [f"picture number {i}" for i in range(10)]
+        assert [r.synthetic for r in records[::2]] == [f"a synthetic caption of {i}" for i in range(0, 10, 2)]
+        assert not any(r.synthetic for r in records[1::2])
+        for record, name in reversed(list(zip(records, names, strict=True))):
+            assert (np.asarray(record.image()) == np.asarray(Image.open(folder / name))).all()
+    with pytest.raises(DataError, match=r"set-002.tar' does not exist"):
+        open_source(str(tmp_path / "tars/set-{000..002}.tar"))
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "set.parquet").read_bytes()[:200])
+    with pytest.raises(DataError, match=r"cut.parquet: not a complete parquet file"):
+        open_source(str(tmp_path / "cut.parquet"))
+    parquet.write_table(pyarrow.table({"url": ["a"]}), tmp_path / "urls.parquet")
+    with pytest.raises(DataError, match="has columns url; expected image and caption or text"):
+        open_source(str(tmp_path / "urls.parquet"))
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -65,7 +103,7 @@ def test_empty_sources_say_so(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ("caption", "image", "empty file"))
-def test_a_bad_record_stops_with_its_name_and_loses_nothing(folder, tmp_path, fault):
+def test_a_bad_record_stops_with_its_name_and_loses_nothing(folder, tmp_path, monkeypatch, fault):
     if fault == "caption":
         (folder / "6.txt").unlink()
     else:
@@ -74,15 +112,17 @@ def test_a_bad_record_stops_with_its_name_and_loses_nothing(folder, tmp_path, fa
     message = "6.png: no caption" if fault == "caption" else "6.png: not a readable image"
     with pytest.raises(DataError, match=message):
         precompute(config)
-    kept = [e["samples"] for e in shards.Index.load(config.cache).shards["train/32x32"]]
-    assert sum(kept) == 6, "everything before the bad record was kept"
+    kept = {number: Block.load(config.cache, number).shards["train/32x32"] for number in (0, 1)}
+    assert [entry["samples"] for entry in kept.values()] == [4, 2], "everything before the bad record was kept"
     with pytest.raises(DataError, match="did not finish; run the same command again"):
         Cache(config.cache)
     if fault == "caption":
         (folder / "6.txt").write_text("picture number 6")
     else:
         Image.new("RGB", (30, 30)).save(folder / "6.png")
-    assert [e["samples"] for e in precompute(config).shards["train/32x32"]][: len(kept)] == kept
+    encoded = count_encoded(monkeypatch)
+    assert [e["samples"] for e in precompute(config).shards["train/32x32"]] == [4, 4, 2]
+    assert sum(encoded) == 4, "what was kept is not encoded again"
     bucket = Cache(config.cache).buckets("train")["32x32"]
     assert sorted(bucket[i].id for i in range(10)) == list(range(10))
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mmdit import MMDiT, checkpoint, presets
+from train.data.blocks import check
 from train.data.precompute import Precompute, precompute
-from train.data.shards import Cache, DataError, check
+from train.data.shards import Cache, DataError
 from train.initial import start_from
 from train.loop import train
 from train.meter import Meter, Watchdog

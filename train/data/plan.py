@@ -43,6 +43,5 @@ class Plan:
         bucket, before = self._turn(step)
         places = before * self.batch + np.arange(self.batch)
         epochs, rows = np.divmod(places, self.sizes[bucket])
-        return self.names[bucket], np.array(
-            [self._shuffle(bucket, int(e))[r] for e, r in zip(epochs, rows, strict=True)]
-        )
+        chosen = [self._shuffle(bucket, int(epoch))[rows[epochs == epoch]] for epoch in np.unique(epochs)]
+        return self.names[bucket], np.concatenate(chosen)

@@ -1,25 +1,36 @@
-"""Images and captions into shards: decode, fit into a bucket, encode, write. Interrupted, it goes on where it was."""
+"""Images and captions into shards: decode, fit into a bucket, encode, write. Interrupted, it goes on where it was; with
+torchrun its processes share the blocks (train/data/blocks.py), and the cache is the same for any number of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from mmdit import autoencoder, encoders, keyed, text
 from mmdit.files import write_atomically
-from train.data.shards import INDEX, Index, Sample, write_shard
+from train import parallel
+from train.config import Parallel
+from train.data.blocks import Block, gathered
+from train.data.shards import INDEX, Index, Sample, captions_of
 from train.data.sources import DataError, Record, fit_into, open_source
+from train.interrupts import Interrupts
+from train.parallel import World
 
 Size = tuple[int, int]
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
 REMEMBERED = 20_000          # captions whose features are kept, for data sets that repeat them
 
@@ -29,13 +40,18 @@ class Precompute:
     """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
 
     source: str = "shapes"
-    """shapes, openmoji, a folder with sidecar .txt or metadata.jsonl, or a WebDataset .tar."""
+    """shapes, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet files:
+    one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
     cache: Path = Path("cache/shapes")
     """Folder to write."""
     sizes: tuple[Size, ...] = ((32, 32),)
-    """Buckets, height x width in pixels; an image goes to the one closest in aspect ratio."""
+    """Buckets, height x width in pixels; an image is resized and cropped to the one closest in aspect ratio."""
+    area: int = 0
+    """Side of a square in pixels: instead of sizes, buckets of about this area with sides from 3/4 to 3/2 of it."""
     encoders: tuple[str, ...] = ("words",)
     """Text encoders: words, minilm; clip_l, clip_g and t5 of the pipeline."""
+    synthetic: float = 0.5
+    """Of samples with an original and a synthetic caption, the share that keeps the synthetic one, by key."""
     pixel_factor: int = 2
     """Pixel space: a block of this many pixels squared becomes one latent pixel."""
     pipeline: Path | None = None
@@ -45,93 +61,223 @@ class Precompute:
     t5_tokens: int = 77
     """Length of T5's part."""
     device: str = "cpu"
-    """Where the pipeline's parts run."""
+    """Where the pipeline's parts run: cpu or cuda, with torchrun one GPU for each process."""
     val_share: float = 0.02
     """Share held out for validation, by key, where the source has no split of its own."""
     copies: int = 12
     """For the source shapes: drawings per training caption."""
     shard_size: int = 4096
-    """Samples per shard."""
+    """Records of a block: one process's piece of work, which makes one shard of each bucket."""
+    batch: int = 32
+    """Samples encoded at a time."""
+    workers: int = 4
+    """Threads of a process that decode images."""
     on_error: Literal["stop", "skip"] = "stop"
     """A missing caption or unreadable image: stop with an error, or leave it out and list it in rejected.jsonl."""
+    report: bool = False
+    """Instead of filling the cache, measure what each encoder costs (the paper's table 7)."""
+    step_ms: float = 568.0
+    """For the report: milliseconds of a training step of `batch` samples; the paper's 2B step unless given."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "batch", "workers", "pixel_factor"):
+            if getattr(self, name) < 1:
+                raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.synthetic <= 1:
+            raise DataError(f"precompute: synthetic is {self.synthetic}; expected a share between 0 and 1")
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """(height, width) of each."""
+        if not self.area:
+            return self.sizes
+        eighths = [(rows, round(64 / rows)) for rows in range(6, 13)]
+        return tuple((self.area * h // 8, self.area * w // 8) for h, w in eighths)
 
 
 def precompute(config: Precompute) -> Index:
     """Fills config.cache and returns its index.
 
     Raises: DataError for an empty source, a bad record (with on_error="stop"; what was encoded is kept), or a cache
-        made with other settings.
+        made with other settings; KeyboardInterrupt after a signal, when what was encoded is on disk.
     """
+    patient = Parallel(timeout_minutes=7 * 24 * 60)                       # processes do not finish at the same time
+    with parallel.world(config.device, patient) as world:
+        return _precompute(config, world)
+
+
+def _precompute(config: Precompute, world: World) -> Index:
     records = open_source(config.source, copies=config.copies)
     if not records:
         raise DataError(f"source {config.source!r} holds no records")
-    cache, vae = config.cache, _autoencoder(config)
-    _check_sizes(config.sizes, vae.factor)
-    readers = _encoders(config, records)
+    cache, vae = config.cache, build_autoencoder(config, world.device)
+    _check_sizes(config.buckets, vae.factor)
+    readers = _encoders(config, records, world)
     settings = {
         "source": config.source,
         "contents": _digest(records),
-        "sizes": [list(size) for size in config.sizes],
+        "sizes": [list(size) for size in config.buckets],
         "autoencoder": vae.spec(),
         "encoders": [encoder.spec() for encoder in readers],
         "val_share": config.val_share,
+        "synthetic": config.synthetic,
+        "shard_size": config.shard_size,
     }
-    index = _begin(cache, settings)
-    done = _done(cache, index, records)
-    memory: dict[str, list[text.TextFeatures]] = {}
-    waiting: dict[str, list[tuple[int, Record, np.ndarray]]] = defaultdict(list)
-    rejected: list[dict[str, str]] = []
+    index = Index(settings)
+    todo: list[int] = []
+    if world.main:
+        index = _begin(cache, settings)
+        todo = _undone(cache, records, config)
+    todo = world.shared(todo)
+    work = _Work(config, records, vae, readers)
+    mine = todo[world.rank :: world.size]
+    count = sum(len(work.rows(number)) for number in mine)
+    label = f"precompute {config.source}" + (f", process 0 of {world.size}" if world.size > 1 else "")
+    with Interrupts("keeping what is encoded") as interrupts, tqdm(total=count, desc=label, unit="img",
+                                                                     disable=not world.main) as bar:  # fmt: skip
+        for number in mine:
+            work.make(Block.load(cache, number), bar.update, interrupts)
+            if interrupts.received:
+                raise KeyboardInterrupt(f"{interrupts.received.name}: the same command goes on from here")
+    world.largest(0)                                                                  # everybody has written its blocks
+    return world.shared(_finish(config, index, len(records)) if world.main else None)
 
-    def flush(bucket: str) -> None:
-        rows = waiting.pop(bucket)
-        latents = vae.encode(autoencoder.to_float(np.stack([image for *_, image in rows])))
-        samples = []
-        for (i, record, _), latent in zip(rows, latents, strict=True):
-            caption = record.caption or ""
-            if len(memory) > REMEMBERED:
-                memory.clear()
-            if caption not in memory:
-                memory[caption] = [encoder.encode([caption])[0] for encoder in readers]
-            samples.append(Sample(i, record.key, caption, latent, memory[caption]))
-        write_shard(cache, index, bucket, samples)
 
-    try:
-        for i, record in enumerate(tqdm(records, desc=f"precompute {config.source}", unit="img")):
-            if i in done:
-                continue
-            try:
-                if not record.caption:
-                    raise DataError(f"{record.key}: no caption")
-                image = record.image()
-            except DataError as error:
-                if config.on_error == "stop":
-                    raise DataError(f"{error}. Mend it, or pass --on-error skip; what was done is kept") from error
-                rejected.append({"key": record.key, "why": str(error)})
-                continue
-            height, width = _closest(image.height / image.width, config.sizes)
-            bucket = f"{_split(record, config.val_share)}/{height}x{width}"
-            waiting[bucket].append((i, record, fit_into(image, height, width)))
-            if len(waiting[bucket]) == config.shard_size:
-                flush(bucket)
-    finally:
-        for bucket in list(waiting):                  # also when stopped by an error: nothing done is lost
-            flush(bucket)
+def _finish(config: Precompute, index: Index, records: int) -> Index:
+    blocks = [Block.load(config.cache, number) for number in range(-(-records // config.shard_size))]
+    rejected = [entry for block in blocks for entry in block.rejected]
     if rejected:
-        write_atomically(cache / "rejected.jsonl", "".join(json.dumps(r) + "\n" for r in rejected).encode())
+        write_atomically(
+            config.cache / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in rejected).encode()
+        )
+    index.shards = gathered(blocks)
     if not any(bucket.startswith("train/") for bucket in index.shards):
-        raise DataError(f"source {config.source!r}: no usable training sample among {len(records)} records")
+        raise DataError(f"source {config.source!r}: no usable training sample among {records} records")
     index.complete = True
-    index.save(cache)
+    index.save(config.cache)
     return index
 
 
-def _autoencoder(config: Precompute) -> autoencoder.Autoencoder:
+Image = tuple[int, Record, str, np.ndarray]
+"""(id, record, bucket, pixels)"""
+
+
+class _Work:
+    """Encodes blocks."""
+
+    def __init__(
+        self, config: Precompute, records: list[Record], vae: autoencoder.Autoencoder, readers: list[text.TextEncoder]
+    ) -> None:
+        self.config, self.records, self.vae, self.readers = config, records, vae, readers
+        self._memory: dict[str, list[text.TextFeatures]] = {}
+
+    def rows(self, number: int) -> range:
+        """Ids of a block's records."""
+        size = self.config.shard_size
+        return range(number * size, min((number + 1) * size, len(self.records)))
+
+    def make(self, block: Block, advance: Callable[[int], object], interrupts: Interrupts) -> None:
+        """Encodes what the block lacks, and writes it, also when something stops it: nothing encoded is lost."""
+        samples = block.samples(self.config.cache)
+        rows = self.rows(block.number)
+        block.rejected = []
+        advance(len(samples))
+        waiting: dict[str, list[Image]] = defaultdict(list)
+
+        def flush(bucket: str) -> None:
+            batch = waiting.pop(bucket)
+            for sample in self._encode(batch):
+                samples[sample.id] = (bucket, sample)
+            advance(len(batch))
+
+        finished = False
+        try:
+            for image in self._images([i for i in rows if i not in samples], block):
+                waiting[image[2]].append(image)
+                if len(waiting[image[2]]) == self.config.batch:
+                    flush(image[2])
+                if interrupts.received:
+                    break
+            else:
+                finished = True
+        finally:
+            try:
+                for bucket in list(waiting):
+                    flush(bucket)
+                block.done = finished
+            finally:
+                block.write(self.config.cache, samples)
+
+    def _images(self, ids: list[int], block: Block) -> Iterator[Image]:
+        """Decoded and fitted into their buckets, in order."""
+        with ThreadPoolExecutor(self.config.workers) as pool:
+            for i, found in zip(ids, _ahead(pool, self._read, ids, 2 * self.config.batch), strict=True):
+                if not isinstance(found, DataError):
+                    yield found
+                elif self.config.on_error == "skip":
+                    block.rejected.append({"key": self.records[i].key, "why": str(found)})
+                else:
+                    raise DataError(f"{found}. Mend it, or pass --on-error skip; what was done is kept") from found
+
+    def _read(self, i: int) -> Image | DataError:
+        record = self.records[i]
+        try:
+            if not caption_of(record, self.config.synthetic):
+                raise DataError(f"{record.key}: no caption")
+            image = record.image()
+        except DataError as error:
+            return error
+        height, width = _closest(image.height / image.width, self.config.buckets)
+        bucket = f"{_split(record, self.config.val_share)}/{height}x{width}"
+        return i, record, bucket, fit_into(image, height, width)
+
+    def _encode(self, batch: list[Image]) -> list[Sample]:
+        latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels in batch]))).cpu()
+        captions = [caption_of(record, self.config.synthetic) or "" for _, record, *_ in batch]
+        if len(self._memory) > REMEMBERED:
+            self._memory.clear()
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._memory]
+        if new:
+            by_encoder = [encoder.encode(new) for encoder in self.readers]
+            self._memory |= {caption: list(said) for caption, *said in zip(new, *by_encoder, strict=True)}
+        return [
+            Sample(i, record.key, caption, latent, self._memory[caption])
+            for (i, record, *_), caption, latent in zip(batch, captions, latents, strict=True)
+        ]
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Found], items: Iterable[Item], window: int
+) -> Iterator[Found]:
+    """Results in order, at most `window` of them before they are asked for."""
+    futures: deque[Future[Found]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) == window:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def caption_of(record: Record, synthetic: float) -> str | None:
+    """The caption a sample keeps: of two, the synthetic one in the given share of samples, by key."""
+    if record.caption and record.synthetic:
+        drawn = keyed.generator(0, f"caption {record.key}").random()
+        return record.synthetic if drawn < synthetic else record.caption
+    return record.caption or record.synthetic
+
+
+def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.Autoencoder:
     if config.pipeline is None:
         return autoencoder.PixelSpace(config.pixel_factor)
-    return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=config.device)
+    return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=str(device))
 
 
-def _encoder(config: Precompute, name: str) -> text.TextEncoder:
+def build_encoder(config: Precompute, name: str, device: torch.device) -> text.TextEncoder:
     if name not in RELEASED:
         return text.build({"kind": name})
     if config.pipeline is None:
@@ -143,18 +289,25 @@ def _encoder(config: Precompute, name: str) -> text.TextEncoder:
         encoder = encoders.T5(folders[0], folders[1], max_tokens=config.t5_tokens)
     else:
         encoder = encoders.Clip(folders[0], folders[1], beside=name == "clip_g")
-    encoder.model.to(config.device)
+    encoder.model.to(device)
     return encoder
 
 
-def _encoders(config: Precompute, records: list[Record]) -> list[text.TextEncoder]:
+def _encoders(config: Precompute, records: list[Record], world: World) -> list[text.TextEncoder]:
     """Those of a cache that is there already (a caption mended since must not refit them), or new ones."""
-    if (config.cache / INDEX).exists():
-        specs = Index.load(config.cache).settings["encoders"]
-        if tuple(spec["kind"] for spec in specs) == config.encoders:
-            return [text.build(spec) for spec in specs]
-    found = [_encoder(config, name) for name in config.encoders]
-    captions = [r.caption for r in records if r.caption and _split(r, config.val_share) == "train"]
+    specs = world.shared(Index.load(config.cache).settings["encoders"] if (config.cache / INDEX).exists() else [])
+    if tuple(spec["kind"] for spec in specs) == config.encoders:
+        found = [text.build(spec) for spec in specs]
+        for encoder in found:
+            if isinstance(encoder, encoders.Clip | encoders.T5):
+                encoder.model.to(world.device)
+        return found
+    found = [build_encoder(config, name, world.device) for name in config.encoders]
+    captions = [
+        caption
+        for record in records
+        if _split(record, config.val_share) == "train" and (caption := caption_of(record, config.synthetic))
+    ]
     for encoder in found:
         if isinstance(encoder, text.MiniLM):
             if not captions:
@@ -183,16 +336,22 @@ def _digest(records: list[Record]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
-def _done(cache: Path, index: Index, records: list[Record]) -> set[int]:
-    """Ids already in the cache. Raises: DataError if a caption has changed since."""
-    done = set()
-    for entry in (e for entries in index.shards.values() for e in entries):
-        for line in (cache / entry["file"]).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines():
-            sample = json.loads(line)
-            if records[sample["id"]].caption != sample["caption"]:
-                raise DataError(f"{sample['key']}: its caption has changed since {cache} was made; choose another")
-            done.add(sample["id"])
-    return done
+def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]:
+    """Numbers of blocks to make. Raises: DataError if a caption has changed since, or a shard was lost."""
+    todo = []
+    for number in range(-(-len(records) // config.shard_size)):
+        block = Block.load(cache, number)
+        for entry in block.shards.values():
+            if not (cache / entry["file"]).with_suffix(".jsonl").is_file():
+                raise DataError(f"{cache / entry['file']} lacks its captions: python -m train verify --repair {cache}")
+            for sample in captions_of(cache / entry["file"]):
+                if caption_of(records[sample["id"]], config.synthetic) != sample["caption"]:
+                    raise DataError(
+                        f"{sample['key']}: its caption has changed since {cache} was made; choose another"
+                    )
+        if not block.done or (block.rejected and config.on_error == "stop"):
+            todo.append(number)
+    return todo
 
 
 def _split(record: Record, val_share: float) -> str:

@@ -1,6 +1,7 @@
 """The cache between precompute and training: safetensors shards, their captions, and an index that vouches for them.
 
     CACHE/index.json                    settings, their fingerprint, each shard's size and checksum
+    CACHE/blocks/00000.json             what came of the first records of the source (train/data/blocks.py)
     CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths,
                                         dim] bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
     CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample
@@ -22,13 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from mmdit.files import write_atomically
 from mmdit.text import TextFeatures, fingerprint
 from train.data.sources import DataError
 
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
 
 
@@ -87,11 +87,8 @@ class Index:
         return index
 
 
-def write_shard(cache: Path, index: Index, bucket: str, samples: Sequence[Sample]) -> None:
-    """Adds a shard to the cache and to its index: captions first, tensors next, index last."""
-    taken = [int(Path(entry["file"]).stem) for entry in index.shards.get(bucket, [])]
-    number = next(n for n in range(len(taken) + 1) if n not in taken)          # of one that was taken out, first
-    stem = f"{bucket}/{number:05d}"
+def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Writes CACHE/file and its captions. Returns: its entry for an index."""
     tensors = {
         "latents": torch.stack([s.latent for s in samples]).to(torch.bfloat16),
         "ids": torch.tensor([s.id for s in samples]),
@@ -102,13 +99,16 @@ def write_shard(cache: Path, index: Index, bucket: str, samples: Sequence[Sample
         tensors[f"{e}.offsets"] = lengths.cumsum(0)
         tensors[f"{e}.pooled"] = torch.stack([f.pooled for f in features]).to(torch.bfloat16)
     lines = [json.dumps({"id": s.id, "key": s.key, "caption": s.caption}, ensure_ascii=False) for s in samples]
-    write_atomically(cache / f"{stem}.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomically((cache / file).with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
     content = save(tensors)
-    write_atomically(cache / f"{stem}.safetensors", content)
-    entry = {"file": f"{stem}.safetensors", "samples": len(samples), "bytes": len(content)}
-    index.shards.setdefault(bucket, []).append({**entry, "sha256": hashlib.sha256(content).hexdigest()})
-    index.shards[bucket].sort(key=lambda shard: shard["file"])          # one made anew takes its former place
-    index.save(cache)
+    write_atomically(cache / file, content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"file": file, "samples": len(samples), "bytes": len(content), "sha256": sha256}
+
+
+def captions_of(shard: Path) -> list[dict[str, Any]]:
+    """{"id", "key", "caption"} of each sample."""
+    return [json.loads(line) for line in shard.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 class Cache:
@@ -157,35 +157,8 @@ class Cache:
         }
 
 
-def check(cache: Path, *, repair: bool = False) -> list[str]:
-    """Every shard whose tensors or captions are missing or not those of the index, with what is wrong.
-
-    Args: repair: remove them from the index and the disk, and call the cache unfinished, so that precompute makes what
-        they held anew.
-    Raises: DataError if there is no index, or it is damaged."""
-    index = Index.load(cache)
-    found = []
-    for bucket, entries in index.shards.items():
-        whole = []
-        for entry in tqdm(entries, desc=bucket, disable=None):
-            path = cache / entry["file"]
-            why = _damage(path, entry)
-            if why is None:
-                whole.append(entry)
-                continue
-            found.append(f"{path}: {why}")
-            if repair:
-                for part in (path, path.with_suffix(".jsonl")):
-                    part.unlink(missing_ok=True)
-        if repair:
-            index.shards[bucket] = whole
-    if repair and found:
-        index.complete = False
-        index.save(cache)
-    return found
-
-
-def _damage(path: Path, entry: dict[str, Any]) -> str | None:
+def damage(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a shard whose entry in the index is this; None: nothing."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != entry["bytes"]:
@@ -218,18 +191,17 @@ class Bucket:
             raise DataError(f"{self.files[number]}: not a complete shard ({error})") from error
 
     def __getitem__(self, row: int) -> Sample:
-        """Without key and caption, which training does not need; see `captions`."""
+        """In bf16, as stored; without key and caption, which training does not need: see `captions`."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         file, ids, offsets = self._open(number)
         i = row - int(self.starts[number])
         features = []
         for e, offset in enumerate(offsets):
             start, stop = int(offset[i]), int(offset[i + 1])
-            tokens = file.get_slice(f"{e}.tokens")[start:stop].float()
-            features.append(TextFeatures(tokens, file.get_slice(f"{e}.pooled")[i].float()))
-        return Sample(int(ids[i]), "", "", file.get_slice("latents")[i].float(), features)
+            tokens = file.get_slice(f"{e}.tokens")[start:stop]
+            features.append(TextFeatures(tokens, file.get_slice(f"{e}.pooled")[i]))
+        return Sample(int(ids[i]), "", "", file.get_slice("latents")[i], features)
 
     def captions(self) -> list[str]:
         """All captions, row by row."""
-        lines = (line for f in self.files for line in f.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
-        return [json.loads(line)["caption"] for line in lines]
+        return [sample["caption"] for file in self.files for sample in captions_of(file)]

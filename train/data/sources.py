@@ -1,14 +1,18 @@
-"""Where captioned images come from: a folder, a WebDataset tar, or one of the built-in sets."""
+"""Where captioned images come from: a folder, WebDataset tars, Hugging Face parquet, or one of the built-in sets."""
 
 from __future__ import annotations
 
+import glob
 import io
 import json
+import re
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,7 +27,7 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One captioned image, not yet read."""
 
@@ -34,6 +38,8 @@ class Record:
     open: Callable[[], Image.Image]
     split: str | None = None
     """"train" or "val", if the source says."""
+    synthetic: str | None = None
+    """A second caption, written by a model."""
 
     def image(self) -> Image.Image:
         """The image as RGB, transparency on white. Raises: DataError if it cannot be decoded."""
@@ -47,12 +53,17 @@ class Record:
         return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
 
 
+CAPTIONS, SYNTHETIC = ("caption", "text"), ("synthetic_caption", "synthetic")
+"""Names under which metadata holds a caption, and one that a model wrote; the first that is there counts."""
+
+
 def open_source(name: str, *, copies: int = 12) -> list[Record]:
     """The records of a source, in a fixed order.
 
     Args:
-        name: "shapes", "openmoji", a folder (images with sidecar .txt files, or a metadata.jsonl with file_name and
-            caption or text), or a .tar in WebDataset layout.
+        name: "shapes", "openmoji", a folder of images (with sidecar .txt files and .synthetic.txt for captions that a
+            model wrote, or a metadata.jsonl with file_name, caption or text, synthetic_caption), or WebDataset .tar or
+            Hugging Face .parquet files: one, a folder of them, a glob, or a range such as "set-{00000..00099}.tar".
         copies: for "shapes", drawings per training caption.
     Raises: DataError if there is nothing there.
     """
@@ -62,25 +73,54 @@ def open_source(name: str, *, copies: int = 12) -> list[Record]:
         from train.data import openmoji
 
         return list(openmoji.records())
-    path = Path(name)
-    if not path.exists():
-        raise DataError(f"source {name!r} does not exist; expected a folder, a .tar, 'shapes' or 'openmoji'")
-    if path.is_dir():
-        records = list(_jsonl(path) if (path / "metadata.jsonl").is_file() else _sidecars(path))
-    elif path.suffix == ".tar":
-        records = list(_webdataset(path))
-    else:
-        raise DataError(f"source {name!r} is neither a folder nor a .tar")
+    records = [record for path in _paths(name) for record in _reader(path)(path)]
     if not records:
         raise DataError(f"source {name!r} holds no images ({', '.join(sorted(IMAGES))})")
     return records
 
 
+def _paths(name: str) -> list[Path]:
+    """A folder of images, or the archives that a name stands for."""
+    path, span = Path(name), re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if path.is_dir():
+        archives = sorted(p for p in path.iterdir() if p.suffix in READERS)
+        return [path] if (path / "metadata.jsonl").is_file() or not archives else archives
+    if span:
+        first, last = span.groups()
+        numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+        found = [Path(name[: span.start()] + number + name[span.end() :]) for number in numbers]
+    else:
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name))]
+    missing = [p for p in found if not p.exists()]
+    if missing or not found:
+        raise DataError(
+            f"source {str(missing[0]) if missing else name!r} does not exist; expected a folder, .tar or .parquet "
+            "files, 'shapes' or 'openmoji'"
+        )
+    return found
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Record]]:
+    if path.is_dir():
+        return _jsonl if (path / "metadata.jsonl").is_file() else _sidecars
+    if path.suffix not in READERS:
+        raise DataError(f"source {str(path)!r} is neither a folder nor a .tar or .parquet")
+    return READERS[path.suffix]
+
+
+def _first(entry: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first text that is there and not empty."""
+    return next((text.strip() for name in names if isinstance(text := entry.get(name), str) and text.strip()), None)
+
+
 def _sidecars(folder: Path) -> Iterator[Record]:
+    def text(path: Path, ending: str) -> str | None:
+        beside = path.with_suffix(ending)
+        return (beside.read_text(encoding="utf-8").strip() or None) if beside.is_file() else None
+
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES):
-        text = path.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else None
-        yield Record(str(path.relative_to(folder)), caption or None, partial(Image.open, path))
+        key, opener = str(path.relative_to(folder)), partial(Image.open, path)
+        yield Record(key, text(path, ".txt"), opener, synthetic=text(path, ".synthetic.txt"))
 
 
 def _jsonl(folder: Path) -> Iterator[Record]:
@@ -92,42 +132,97 @@ def _jsonl(folder: Path) -> Iterator[Record]:
             path = folder / entry["file_name"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{folder / 'metadata.jsonl'}, line {number}: expected JSON with file_name") from error
-        caption = entry.get("caption", entry.get("text"))
-        yield Record(entry["file_name"], caption or None, partial(Image.open, path), entry.get("split"))
+        caption, synthetic = _first(entry, CAPTIONS), _first(entry, SYNTHETIC)
+        yield Record(entry["file_name"], caption, partial(Image.open, path), entry.get("split"), synthetic)
+
+
+def _span(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _image_at(path: Path, offset: int, size: int) -> Image.Image:
+    return Image.open(io.BytesIO(_span(path, offset, size)))
 
 
 def _webdataset(path: Path) -> Iterator[Record]:
+    """A sample's files share their name up to the first dot: 0001.jpg, 0001.txt, 0001.json, 0001.synthetic.txt."""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [m for m in tar.getmembers() if m.isfile()]
+            members = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: not a complete, uncompressed tar archive ({error})") from error
-
-    def read(member: tarfile.TarInfo) -> bytes:
-        with path.open("rb") as file:
-            file.seek(member.offset_data)
-            return file.read(member.size)
-
-    captions: dict[str, str] = {}
-    for member in members:
-        stem, _, extension = member.name.rpartition(".")
-        if extension in ("txt", "caption"):
-            captions[stem] = read(member).decode("utf-8").strip()
-        elif extension == "json":
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, offset, size in members:
+        folder, _, file = name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = (offset, size)
+    for key, parts in samples.items():
+        entry: dict[str, Any] = {}
+        if "json" in parts:
             try:
-                entry = json.loads(read(member))
+                loaded = json.loads(_span(path, *parts["json"]))
             except ValueError as error:
-                raise DataError(f"{path.name}:{member.name}: not valid JSON ({error})") from error
-            if isinstance(entry, dict) and (text := entry.get("caption", entry.get("text"))):
-                captions.setdefault(stem, text)
-    for member in members:
-        stem, _, extension = member.name.rpartition(".")
-        if f".{extension.lower()}" in IMAGES:
+                raise DataError(f"{path.name}:{key}.json: not valid JSON ({error})") from error
+            entry = loaded if isinstance(loaded, dict) else {}
+        for names, into in ((("txt", "caption"), "caption"), (("synthetic.txt",), "synthetic_caption")):
+            for name in names:
+                if name in parts:
+                    entry[into] = _span(path, *parts[name]).decode("utf-8")
+        images = [extension for extension in parts if f".{extension}" in IMAGES]
+        if images:
+            opener = partial(_image_at, path, *parts[images[0]])
             yield Record(
-                f"{path.name}:{member.name}",
-                captions.get(stem) or None,
-                lambda member=member: Image.open(io.BytesIO(read(member))),   # type: ignore[misc]
+                f"{path.name}:{key}.{images[0]}", _first(entry, CAPTIONS), opener, None, _first(entry, SYNTHETIC)
             )
+
+
+class _Table:
+    """A parquet file in the layout of Hugging Face datasets: a column "image" of encoded bytes, or of {bytes, path},
+    and captions. Images are read by row group, the last two of which are kept: records are read in order."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from pyarrow import ArrowInvalid, parquet
+        except ImportError as error:
+            raise DataError(f"{path} needs the extra: pip install 'rfkernels[parquet]' ({error})") from error
+        self.path = path
+        try:
+            self._file = parquet.ParquetFile(path)
+        except (ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not a complete parquet file ({error})") from error
+        self.columns = self._file.schema_arrow.names
+        if "image" not in self.columns:
+            raise DataError(f"{path} has columns {', '.join(self.columns)}; expected image and caption or text")
+        self._images, self._lock = lru_cache(maxsize=2)(self._read), threading.Lock()
+
+    def records(self) -> Iterator[Record]:
+        wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in self.columns]
+        for group in range(self._file.num_row_groups):
+            rows = self._file.metadata.row_group(group).num_rows
+            texts = self._file.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
+            for row, entry in enumerate(texts):
+                opener = partial(self._image, group, row)
+                yield Record(
+                    f"{self.path.name}:{group}-{row}", _first(entry, CAPTIONS), opener, None, _first(entry, SYNTHETIC)
+                )
+
+    def _read(self, group: int) -> list[Any]:
+        found: list[Any] = self._file.read_row_group(group, columns=["image"]).column("image").to_pylist()
+        return found
+
+    def _image(self, group: int, row: int) -> Image.Image:
+        with self._lock:                                                            # threads that decode share the file
+            cell = self._images(group)[row]
+        return Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    return _Table(path).records()
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {".tar": _webdataset, ".parquet": _parquet}
 
 
 def _shapes(copies: int) -> Iterator[Record]:

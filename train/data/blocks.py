@@ -1,0 +1,108 @@
+"""How precompute divides its work: block k holds the same records of the source whoever encodes it, and makes at most
+one shard, number k, of each bucket. What came of it is written last, to CACHE/blocks/k.json, so a kill loses no more
+than the blocks that were being made, and any number of processes may share the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmdit.files import write_atomically
+from train.data.shards import Bucket, Index, Sample, captions_of, damage, write_shard
+
+QUARANTINE = "quarantine"
+
+
+@dataclass
+class Block:
+    """What came of one block."""
+
+    number: int
+    done: bool = False
+    """Whether every record was encoded or left out."""
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By bucket, as in the index."""
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    """{"key", "why"} of records that were left out."""
+
+    @staticmethod
+    def path(cache: Path, number: int) -> Path:
+        return cache / "blocks" / f"{number:05d}.json"
+
+    @classmethod
+    def load(cls, cache: Path, number: int) -> Block:
+        """As it was left, or a new one."""
+        path = cls.path(cache, number)
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls(number)
+
+    def save(self, cache: Path) -> None:
+        write_atomically(self.path(cache, self.number), json.dumps(asdict(self)).encode())
+
+    def samples(self, cache: Path) -> dict[int, tuple[str, Sample]]:
+        """(bucket, sample) by id: what need not be encoded again."""
+        found = {}
+        for name, entry in self.shards.items():
+            bucket = Bucket([cache / entry["file"]], [entry["samples"]])
+            for row, said in enumerate(captions_of(cache / entry["file"])):
+                sample = bucket[row]
+                sample.key, sample.caption = said["key"], said["caption"]
+                found[sample.id] = (name, sample)
+        return found
+
+    def write(self, cache: Path, samples: dict[int, tuple[str, Sample]]) -> None:
+        """Shards of these samples, in order of their ids, then the block's file."""
+        by_bucket: dict[str, list[Sample]] = {}
+        for i in sorted(samples):
+            by_bucket.setdefault(samples[i][0], []).append(samples[i][1])
+        self.shards = {
+            bucket: write_shard(cache, f"{bucket}/{self.number:05d}.safetensors", chosen)
+            for bucket, chosen in sorted(by_bucket.items())
+        }
+        self.save(cache)
+
+
+def gathered(blocks: Iterable[Block]) -> dict[str, list[dict[str, Any]]]:
+    """The shards of all blocks by bucket, as an index lists them."""
+    shards: dict[str, list[dict[str, Any]]] = {}
+    for block in blocks:
+        for bucket, entry in block.shards.items():
+            shards.setdefault(bucket, []).append(entry)
+    return shards
+
+
+def check(cache: Path, *, take_out: bool = False, make_anew: bool = False) -> list[str]:
+    """Every shard whose tensors or captions are missing or not those of the index, with what is wrong.
+
+    Args:
+        take_out: move them to CACHE/quarantine and out of the index; the cache can be used without them.
+        make_anew: besides, call their blocks and the cache unfinished, so that precompute makes what they held anew.
+    Raises: DataError if there is no index, or it is damaged."""
+    index = Index.load(cache)
+    blocks = [Block.load(cache, int(path.stem)) for path in sorted((cache / "blocks").glob("*.json"))]
+    found = []
+    for block in tqdm(blocks, desc=f"verify {cache}", disable=None):
+        for bucket, entry in list(block.shards.items()):
+            path = cache / entry["file"]
+            if (why := damage(path, entry)) is None:
+                continue
+            found.append(f"{path}: {why}")
+            if take_out or make_anew:
+                for part in (path, path.with_suffix(".jsonl")):
+                    if part.is_file():
+                        aside = cache / QUARANTINE / part.relative_to(cache)
+                        aside.parent.mkdir(parents=True, exist_ok=True)
+                        part.replace(aside)
+                del block.shards[bucket]
+                block.done = block.done and not make_anew
+                block.save(cache)
+    if found and (take_out or make_anew):
+        index.complete = index.complete and not make_anew
+        index.shards = gathered(blocks)
+        index.save(cache)
+    return found

@@ -1,0 +1,39 @@
+"""Whether a model and a cache belong together."""
+
+from __future__ import annotations
+
+from mmdit import autoencoder, text
+from train.config import Config
+from train.data.shards import Cache
+from train.data.sources import DataError
+
+
+def check_fit(config: Config, cache: Cache) -> None:
+    """The model must read what the cache holds."""
+    settings, model = cache.settings, config.model
+    vae = autoencoder.build(settings["autoencoder"])
+    dims, pooled = zip(*map(text.sizes, settings["encoders"]), strict=True)
+    needed = {
+        "in_channels": vae.channels,
+        "token_pixels": vae.factor * model.patch_size,
+        "pooled_dim": sum(pooled),
+        "context_dim": max(model.context_dim, *dims),                           # wider is zero-padded
+    }
+    for name, need in needed.items():
+        if getattr(model, name) != need:
+            raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
+    if model.weight_sets == 3:
+        raise ValueError("model.weight_sets is 3; training joins all encoders' tokens into one stream: use 1 or 2")
+    for height, width in settings["sizes"]:
+        if height % model.token_pixels or width % model.token_pixels:
+            raise ValueError(
+                f"the cache {config.cache} holds {height} x {width} images; expected multiples of token_pixels = "
+                f"{model.token_pixels}"
+            )
+        if height > model.max_height or width > model.max_width:
+            raise ValueError(
+                f"the cache {config.cache} holds {height} x {width} images; the model's positions end at "
+                f"{model.max_height} x {model.max_width}"
+            )
+    if not cache.buckets("train"):
+        raise DataError(f"{config.cache} holds no training samples")

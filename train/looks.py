@@ -1,0 +1,130 @@
+"""What is looked at now and then in training: losses on held-out data, how sharp attention is, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+import rfkernels
+from mmdit import autoencoder, keyed
+from mmdit.model import MMDiT
+from mmdit.sample import Settings, conditioned, denoise
+from mmdit.text import Conditioning, build
+from train import parallel
+from train.config import Config
+from train.data.shards import Cache
+from train.ema import EmaWeights
+from train.log import Log
+from train.objective import Objective
+from train.parallel import World
+from train.validate import validate
+
+OBSERVED = 8
+"""Held-out samples of a process whose attention is looked at."""
+
+
+def sampling_extra(config: Config, cache: Cache) -> dict[str, Any]:
+    """What mmdit.Sampler needs beside the weights."""
+    settings = cache.settings
+    return {
+        "encoders": settings["encoders"],
+        "autoencoder": settings["autoencoder"],
+        "formulation": config.formulation,
+        "shift": config.shift,
+        "size": settings["sizes"][0],
+    }
+
+
+class Looks:
+    """Looks at a model on all processes, and logs what is seen.
+
+    Args: computing: the autocast under which the model runs.
+    """
+
+    def __init__(
+        self, config: Config, cache: Cache, world: World, model: MMDiT, ema: EmaWeights, objective: Objective, log: Log,
+        computing: Callable[[], AbstractContextManager[object]],
+    ) -> None:  # fmt: skip
+        self.config, self.cache, self.world, self.model, self.ema = config, cache, world, model, ema
+        self.objective, self.log, self.computing = objective, log, computing
+        self.held_out = cache.buckets("val")
+        self.settled = False
+        """Whether the model has run; see parallel.resharded."""
+        self._text: tuple[Conditioning, Conditioning | None] | None = None
+
+    def __call__(self, step: int, *, draw: bool, check: bool) -> None:
+        self.model.eval()
+        found: dict[str, float] = {}
+        with self.computing(), self.ema.applied(self.model), self._spread():
+            if check and self.held_out:
+                found |= {f"validation/{name}": loss for name, loss in self._losses().items()}
+            if draw:
+                self._draw(step)
+        if check and self.held_out:
+            with self.computing(), self._spread():
+                found |= {f"validation_raw/{name}": loss for name, loss in self._losses().items()}
+                found |= {f"attention/{name}": value for name, value in self._attention().items()}
+            self.log.write(step, **found)
+        self.model.train()
+
+    def _spread(self) -> AbstractContextManager[None]:
+        before, self.settled = self.settled, True
+        return parallel.resharded(self.model, settle=not before)
+
+    def _losses(self) -> dict[str, float]:
+        v = self.config.validation
+        return validate(self.model, self.objective, self.held_out, v.grid, v.samples, self.config.batch, self.world)
+
+    @torch.no_grad()
+    def _attention(self) -> dict[str, float]:
+        """Over all blocks and processes, of the weights in training at t = 1/2: the largest logit, and the mean entropy
+        (figure 5 of the paper)."""
+        bucket = next(iter(self.held_out.values()))
+        first = self.world.rank * OBSERVED
+        samples = [bucket[(first + i) % len(bucket)] for i in range(min(OBSERVED, len(bucket)))]
+        batch = self.objective.at(samples, 0.5).to(self.world.device)
+        with torch.compiler.set_stance("force_eager"), rfkernels.observe_attention() as layers:
+            self.objective.loss(self.model, batch)
+        (highest,) = self.world.largest(max(float(layer.max_logit) for layer in layers))
+        entropy, count = self.world.sums(sum(float(layer.entropy) for layer in layers), len(layers))
+        return {"max_logit": highest, "entropy": entropy / count}
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> list[str]:
+        """Those of the configuration, or captions of the validation split."""
+        chosen = self.config.samples
+        if chosen.prompts:
+            return list(chosen.prompts)
+        captions = [c for bucket in self.held_out.values() for c in bucket.captions()]
+        return list(dict.fromkeys(captions))[: chosen.count]
+
+    def _draw(self, step: int) -> None:
+        if self._text is None:
+            self._text = self.world.shared(self._encoded() if self.world.main else None)
+        if self._text is None:
+            return
+        s, c, settings = self.config.samples, self.config.model, self.cache.settings
+        factor = c.token_pixels // c.patch_size
+        height, width = settings["sizes"][0]
+        shape, count = (c.in_channels, height // factor, width // factor), len(self._text[0].context)
+        noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(count)])
+        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=self.config.shift)
+        parallel.gather_root(self.model)
+        conditional, unconditional = self._text
+        z = denoise(
+            self.model, noise, conditional, unconditional, chosen, formulation=self.objective.formulation, masked=True
+        )
+        if self.world.main:
+            self.log.picture(step, autoencoder.to_uint8(autoencoder.build(settings["autoencoder"]).decode(z.cpu())))
+
+    def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
+        """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""
+        prompts = self.prompts()
+        if not prompts:
+            return None
+        encoders = [build(spec) for spec in self.cache.settings["encoders"]]
+        return conditioned(encoders, prompts, self.config.model.context_dim, self.config.samples.guidance != 1.0)

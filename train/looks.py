@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,7 +24,7 @@ from train.parallel import World
 from train.validate import validate
 
 OBSERVED = 8
-"""Held-out samples of a process whose attention is looked at."""
+"""Held-out samples whose attention is looked at."""
 
 
 def sampling_extra(config: Config, cache: Cache) -> dict[str, Any]:
@@ -80,17 +81,20 @@ class Looks:
 
     @torch.no_grad()
     def _attention(self) -> dict[str, float]:
-        """Over all blocks and processes, of the weights in training at t = 1/2: the largest logit, and the mean entropy
-        (figure 5 of the paper)."""
+        """Of the weights in training at t = 1/2, over samples and blocks: the largest logit, and the mean entropy in
+        nats (figure 5 of the paper)."""
         bucket = next(iter(self.held_out.values()))
-        first = self.world.rank * OBSERVED
-        samples = [bucket[(first + i) % len(bucket)] for i in range(min(OBSERVED, len(bucket)))]
-        batch = self.objective.at(samples, 0.5).to(self.world.device)
-        with torch.compiler.set_stance("force_eager"), rfkernels.observe_attention() as layers:
-            self.objective.loss(self.model, batch)
-        (highest,) = self.world.largest(max(float(layer.max_logit) for layer in layers))
-        entropy, count = self.world.sums(sum(float(layer.entropy) for layer in layers), len(layers))
-        return {"max_logit": highest, "entropy": entropy / count}
+        count = min(OBSERVED, len(bucket))
+        highest, entropy = -math.inf, 0.0
+        for first in range(0, count, self.world.size):               # one by one: padding would depend on the company
+            mine = first + self.world.rank
+            batch = self.objective.at([bucket[mine % count]], 0.5).to(self.world.device)
+            with torch.compiler.set_stance("force_eager"), rfkernels.observe_attention() as layers:
+                self.objective.loss(self.model, batch)
+            highest = max(highest, *(float(layer.max_logit) for layer in layers))
+            if mine < count:
+                entropy += sum(float(layer.entropy) for layer in layers) / len(layers) / count
+        return {"max_logit": self.world.largest(highest)[0], "entropy": self.world.sums(entropy)[0]}
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -132,7 +132,8 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
     kept, kernels = activations(config, layout.local, pixels)
     shard = parameters / layout.shards
     blocks = [n for unit, n in sizes.items() if unit.startswith("block")]
-    gathered = sizes["rest"] + max(sizes["modulation"], 2 * max(blocks))       # a block and the next, or the modulation
+    ahead = config.parallel.prefetch * max(blocks)
+    gathered = sizes["rest"] + ahead + max(sizes["modulation"], *blocks)       # what computes, and the next blocks
     memory = {
         "weights, fp32, sharded": 4 * shard,
         "gradients, fp32, sharded": 4 * shard,

@@ -28,8 +28,10 @@ def key_mask(streams: tuple[Stream, ...]) -> Tensor | None:
     """[B, 1, 1, all keys] bool, True where a key may be seen; None if all may."""
     if all(s.lengths is None for s in streams):
         return None
-    masks = [torch.ones(s.k.shape[:2], dtype=torch.bool, device=s.k.device) if (m := s.valid()) is None else m
-             for s in streams]
+    masks = []
+    for s in streams:
+        valid = s.valid()
+        masks.append(torch.ones(s.k.shape[:2], dtype=torch.bool, device=s.k.device) if valid is None else valid)
     return torch.cat(masks, 1)[:, None, None, :]
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from mmdit import presets
 from train.config import Config, Ema, Optimizer, Samples, Validation
 from train.data.precompute import Precompute, precompute
+from train.loop import train
 
 
 @pytest.fixture
@@ -50,3 +51,26 @@ def config(cache, tmp_path):
 
 def changed(config: Config, **values) -> Config:
     return dataclasses.replace(config, **values)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    from .launching import Launch
+
+    return Launch(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def alone(cache, tmp_path_factory):
+    """The run of one process, without torchrun. AdamW's eps is 1e-6: with the paper's 1e-15 a gradient that is rounding
+    alone, as of the text's keys' biases, makes a step as large as any."""
+    from .launching import plain
+
+    base = Config(
+        run=tmp_path_factory.mktemp("alone") / "run", cache=cache, steps=10, device="cpu", threads=1,
+        model=presets.tiny(in_channels=12, context_dim=64, pooled_dim=64, token_pixels=4),
+        optimizer=Optimizer(lr=1e-3, warmup=4, eps=1e-6), ema=Ema(decay=0.9, every=2), keep=3,
+    )  # fmt: skip
+    made = plain(base, base.run)
+    train(made)
+    return made

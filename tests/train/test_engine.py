@@ -1,22 +1,32 @@
 """Recipes, starts from other weights, speed, the watchdog, and the care of a cache."""
 
 import dataclasses
+import gc
 import json
+import math
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmdit import MMDiT, checkpoint, presets
+from bench import reading
+from mmdit import MMDiT, checkpoint, flow, presets
+from mmdit.text import TextFeatures
+from train.config import Validation
 from train.data.blocks import check
+from train.data.plan import Plan
 from train.data.precompute import Precompute, precompute
-from train.data.shards import Cache, DataError
+from train.data.shards import Cache, DataError, Index, Sample, write_shard
 from train.initial import start_from
 from train.loop import train
 from train.meter import Meter, Watchdog
+from train.objective import Objective
 from train.parallel import World
+from train.reader import Reader
 from train.recipes import RECIPES
 
 from .conftest import changed
@@ -118,15 +128,95 @@ def test_a_damaged_shard_is_named_and_made_anew(folder, tmp_path, fault):
     assert again.contents == whole                       # a run on the cache goes on: the shard has its former place
 
 
-def test_plan_and_resume_of_a_hundred_thousand_samples_take_no_time():
-    from train.data.plan import Plan
+@pytest.fixture(scope="module")
+def hundred_thousand(tmp_path_factory):
+    """A cache of 100,000 records with tiny tensors, in three buckets."""
+    path, shards = tmp_path_factory.mktemp("many"), {}
+    features = [TextFeatures(torch.ones(1, 2), torch.ones(2))]
+    for size, count in (("4x4", 60_000), ("4x8", 30_000), ("8x4", 10_000)):
+        bucket, latent = f"train/{size}", torch.ones(1, *(int(side) for side in size.split("x")))
+        for block, first in enumerate(range(0, count, 5_000)):
+            samples = [Sample(i, "", "", latent, features) for i in range(first, first + 5_000)]
+            shards.setdefault(bucket, []).append(write_shard(path, f"{bucket}/{block:05d}.safetensors", samples))
+    Index({"encoders": [{"kind": "none"}], "sizes": [[4, 4]]}, True, shards).save(path)
+    return Cache(path)
 
-    sizes = {"a": 60_000, "b": 30_000, "c": 10_000}
+
+def test_plan_and_resume_of_a_hundred_thousand_samples_take_no_time(hundred_thousand):
+    """Opened, shuffled, and at any step, in under a second."""
     start = time.perf_counter()
+    cache = Cache(hundred_thousand.path)
+    sizes = {name: len(bucket) for name, bucket in cache.buckets("train").items()}
     plan = Plan(sizes, 64, seed=1)
     late = [plan.at(step) for step in (499_999, 250_000, 7)]
-    assert time.perf_counter() - start < 1.0
+    assert sum(sizes.values()) == 100_000 and time.perf_counter() - start < 1.0
     again = Plan(sizes, 64, seed=1)
     for step, (name, rows) in zip((7, 250_000, 499_999), late[::-1], strict=True):
         found, same = again.at(step)
         assert found == name and (same == rows).all()
+
+
+def resident():
+    """Bytes of this process that are in memory and its own: shards that are read are the system's."""
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
+                 if line.startswith("Rss")}  # fmt: skip
+    return 1024 * int(kilobytes["RssAnon"])
+
+
+def test_memory_does_not_grow_while_a_hundred_thousand_are_read(hundred_thousand):
+    buckets = hundred_thousand.buckets("train")
+    objective = Objective(flow.by_name("rf"), 2, 0.464, 0)
+    plan = Plan({name: len(bucket) for name, bucket in buckets.items()}, 64, 0)
+    with Reader(plan, objective, buckets, ALONE, 1, 2) as reader:
+        seen = []
+        for step in range(1600):                                            # over 100,000 samples: every shard, twice
+            list(reader.parts(step))
+            if step % 400 == 399:
+                gc.collect()
+                seen.append(resident())
+    assert seen[-1] - seen[0] < 8e6, seen
+
+
+def test_speed_of_reading_is_measured_on_samples_of_the_papers_sizes(tmp_path):
+    cache = reading.random_cache(tmp_path, samples=6, shard_size=4)
+    (entries,) = cache.index.shards.values()
+    each = 2 * (16 * 32 * 32 + 77 * (768 + 1280 + 4096) + 768 + 1280)
+    assert sum(entry["bytes"] for entry in entries) / 6 == pytest.approx(each, rel=0.01)
+    assert reading.samples_per_second(cache, batch=2, batches=3, ahead=1) > 1
+
+
+def test_what_is_looked_at(config):
+    """Losses by level of the average and of the weights, and how sharp attention is."""
+    train(changed(config, steps=4, validation=Validation(every=2, samples=8)))
+    lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "validation/loss" in line]
+    assert [line["step"] for line in looks] == [2, 4]
+    levels = [f"t={i / 8:g}" for i in range(1, 9)]
+    for look in looks:
+        assert {f"{kind}/{level}" for kind in ("validation", "validation_raw") for level in levels} <= look.keys()
+        assert look["validation/loss"] != look["validation_raw/loss"], "the average is not the weights"
+        # 64 image tokens and up to 7 of text: no more than uniform attention to all of them
+        assert 0 < look["attention/entropy"] <= math.log(71) and 0 < look["attention/max_logit"] < 8
+
+
+def test_wandb_is_told_where_it_is_asked_for(config, monkeypatch):
+    """A stand-in for the service: what is sent is what is written, and a run that goes on keeps its name there."""
+    sent, begun = [], []
+
+    class Run:
+        log = staticmethod(lambda values, step: sent.append((step, values)))
+        finish = staticmethod(lambda: sent.append("finished"))
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **settings: begun.append(settings) or Run
+    stand_in.Image = lambda path: path
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    train(changed(config, steps=2, wandb="mmdit"))
+    assert begun[0]["project"] == "mmdit" and begun[0]["resume"] == "allow" and begun[0]["config"]["batch"] == 4
+    losses = [step for step, values in sent[:-1] if "train/loss" in values]
+    assert losses == [1, 2] and any("samples" in values for _, values in sent[:-1]) and sent[-1] == "finished"
+    train(changed(config, steps=2, wandb="mmdit"))
+    assert begun[1]["id"] == begun[0]["id"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="wandb is 'mmdit', but the package is not there"):
+        train(changed(config, steps=2, wandb="mmdit"))

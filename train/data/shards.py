@@ -182,25 +182,24 @@ class Bucket:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _open_shard(self, number: int) -> tuple[Any, Tensor, list[Tensor]]:
+    def _open_shard(self, number: int) -> dict[str, Tensor]:
+        """Its tensors, mapped: they are read from the disk as they are used."""
         try:
-            file = safe_open(self.files[number], framework="pt")
-            encoders = sum(key.endswith(".tokens") for key in file.keys())  # noqa: SIM118 - not a dict
-            return file, file.get_tensor("ids"), [file.get_tensor(f"{e}.offsets") for e in range(encoders)]
+            with safe_open(self.files[number], framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError) as error:
             raise DataError(f"{self.files[number]}: not a complete shard ({error})") from error
 
     def __getitem__(self, row: int) -> Sample:
         """In bf16, as stored; without key and caption, which training does not need: see `captions`."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        file, ids, offsets = self._open(number)
+        tensors = self._open(number)
         i = row - int(self.starts[number])
         features = []
-        for e, offset in enumerate(offsets):
-            start, stop = int(offset[i]), int(offset[i + 1])
-            tokens = file.get_slice(f"{e}.tokens")[start:stop]
-            features.append(TextFeatures(tokens, file.get_slice(f"{e}.pooled")[i]))
-        return Sample(int(ids[i]), "", "", file.get_slice("latents")[i], features)
+        for e in range((len(tensors) - 2) // 3):
+            start, stop = tensors[f"{e}.offsets"][i : i + 2].tolist()
+            features.append(TextFeatures(tensors[f"{e}.tokens"][start:stop], tensors[f"{e}.pooled"][i]))
+        return Sample(int(tensors["ids"][i]), "", "", tensors["latents"][i], features)
 
     def captions(self) -> list[str]:
         """All captions, row by row."""

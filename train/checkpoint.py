@@ -75,6 +75,8 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._published = threading.Event()
         self._newest = -1
+        if world.mesh is None:                                               # what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         pinned = world.device.type == "cuda"                                 # the copy's memory stays between saves
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
 
@@ -110,8 +112,6 @@ class Checkpoints:
         about = json.dumps({**asdict(progress), "processes": self.world.size, "decides": decides}, indent=1)
         state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": _moments(model, optimizer)}
         self._published.clear()
-        if self.world.mesh is None:                                      # what is meant
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._writing = dcp.async_save(                                                             # type: ignore[assignment]
             state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None,
             async_stager=self._stager,

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from mmdit import autoencoder as vae
-from mmdit import checkpoint, keyed
+from mmdit import checkpoint, flow, keyed
 from mmdit.encoders import T5, Clip, Sd3Text, from_folder
 from mmdit.files import replacing, write_atomically
 from mmdit.flow.solvers import Constraint
@@ -197,7 +197,7 @@ class Pipeline:
         shape = (self.model.config.in_channels, height // factor, width // factor)
         start = 1.0
         if image is not None and strength < 1:
-            ts = chosen.times()
+            ts = chosen.times(flow.by_name("rf"))
             start = float(ts[min(len(ts) - 2, max(0, int(chosen.steps - chosen.steps * strength)))])
         drawn = []
         for first in range(0, len(prompts), batch):

@@ -54,9 +54,9 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
-    def times(self, start: float = 1.0) -> Tensor:
-        """From `start` down to 0."""
-        ts = flow.times(self.steps, self.shift, self.schedule)                                     # type: ignore[arg-type]
+    def times(self, formulation: flow.Formulation, start: float = 1.0) -> Tensor:
+        """Of the straight path, from `start` down to 0."""
+        ts = formulation.times(self.steps, self.shift, self.schedule)                               # type: ignore[arg-type]
         return ts if start == 1.0 else flow.starting_at(ts, start)
 
 
@@ -73,18 +73,21 @@ def denoise(
     progress: Progress = iter,
     masked: bool = False,
 ) -> Tensor:
-    """Draws latents.
+    """Draws latents, on the straight path whatever the formulation.
 
     Args:
         z: [B, C, h, w], noise, or an image's latent noised to `start`.
         conditional, unconditional: text of B samples; the second may be None without guidance.
-        formulation: how the model's output becomes a velocity; rectified flow unless given.
+        formulation: what the model reads and says, and at which times; rectified flow unless given.
         constrain: applied after each step (inpainting).
         masked: text beyond each sample's length is masked; the released models attend to all of it.
     Returns: [B, C, h, w] fp32.
     """
-    ts = settings.times(start)
-    field = _Field(model, conditional, unconditional, settings, ts, formulation or flow.by_name("rf"), masked)
+    formulation = formulation or flow.by_name("rf")
+    ts = settings.times(formulation, start)
+    if start == 1.0:
+        z = z * float(ts[0])                                        # a path that does not end at noise begins below it
+    field = _Field(model, conditional, unconditional, settings, ts, formulation, masked)
     more = {} if constrain is None else {"constrain": constrain}
     return SOLVERS[settings.solver](field, z.to(field.device), ts, progress, **more)
 
@@ -121,18 +124,22 @@ class _Field:
         rows = len(times) * len(self.context)
         if rows * self.model.modulation.linear.out_features * self.dtype.itemsize > MODULATION_BYTES:
             return {}
-        ts = torch.tensor(times, device=self.device).repeat_interleave(len(self.context))
-        made = self.model.condition(ts, self.pooled.repeat(len(times), 1))
+        own = self._own(times).repeat_interleave(len(self.context))
+        made = self.model.condition(own.float(), self.pooled.repeat(len(times), 1))
         return dict(zip(times, made.chunk(len(times)), strict=True))
+
+    def _own(self, straight: list[float]) -> Tensor:
+        """The formulation's times, fp64; the model is told them in fp32."""
+        return self.formulation.path.time(torch.tensor(straight, dtype=torch.float64)).to(self.device)
 
     def _velocity(self, z: Tensor, t: float, rows: slice, skip: Collection[int] = ()) -> Tensor:
         count = rows.stop - rows.start
-        now = torch.full((count,), t, device=self.device)
-        found = self.modulations.get(t)
-        modulation = self.model.condition(now, self.pooled[rows]) if found is None else found[rows]
+        now, found = self._own([t] * count), self.modulations.get(t)
+        modulation = self.model.condition(now.float(), self.pooled[rows]) if found is None else found[rows]
         lengths = None if self.lengths is None else self.lengths[rows]
+        read = self.formulation.read(z, now).to(self.dtype)
         output = self.run(
-            z.to(self.dtype), None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip
+            read, None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip
         )
         return self.formulation.velocity(output.float(), z, now)
 

@@ -36,7 +36,11 @@ def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(links) > 5
     for link in links:
-        assert (ROOT / link).exists(), link
+        file, _, anchor = link.partition("#")
+        assert (ROOT / file).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text().lower(), re.M)
+            assert anchor.replace("-", " ") in headings, link
 
 
 def test_make_targets_exist():

@@ -1,13 +1,14 @@
-"""Rectified flow as small composable pieces: path, parametrisation, time density, weighting, solver."""
+"""Diffusion and rectified flow as small composable pieces: path, parametrisation, time density, weighting, solver."""
 
 from mmdit.flow.densities import CosMap, Density, LogitNormal, Mode, Shifted, Uniform, shift_time
-from mmdit.flow.formulation import Formulation, by_name
+from mmdit.flow.formulation import FORMULATIONS, Formulation, by_name
 from mmdit.flow.parametrisations import Velocity
 from mmdit.flow.paths import RectifiedFlow
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, dpmpp_2m, euler, guided, heun, starting_at, times
 from mmdit.flow.weightings import Constant
 
 __all__ = [
+    "FORMULATIONS",
     "SCHEDULES",
     "SOLVERS",
     "Constant",

@@ -1,4 +1,4 @@
-"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN"""
+"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN | study KIND"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.data.precompute import precompute as fill
 from train.loop import train
 from train.recipes import RECIPES
 
-USAGE = "usage: python -m train {precompute,verify,plan,run,score} ... (each takes --help)"
+USAGE = "usage: python -m train {precompute,verify,plan,run,score,study} ... (each takes --help)"
 
 
 def precompute(arguments: list[str]) -> None:
@@ -109,7 +109,23 @@ def score(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train score", args=arguments)
 
 
-COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score}
+def study(arguments: list[str]) -> None:
+    from train.study.plan import VARIANTS, Study
+    from train.study.run import run as run_study
+
+    kind = arguments[0] if arguments else ""
+    if kind not in VARIANTS:
+        sys.exit(f"usage: python -m train study {{{','.join(VARIANTS)}}} ... (each takes --help)")
+    wanted: Study = tyro.cli(
+        Study, prog=f"python -m train study {kind}", args=arguments[1:], default=Study(Path(f"studies/{kind}"))
+    )
+    failed = run_study(wanted, VARIANTS[kind]())
+    for line in failed:
+        print(f"failed: {line}")
+    sys.exit(1 if failed else 0)
+
+
+COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score, "study": study}
 
 
 def main() -> None:

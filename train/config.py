@@ -12,7 +12,7 @@ from mmdit import presets
 from mmdit.config import MMDiTConfig
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
-        "skip_nonfinite", "read_ahead", "wandb")  # fmt: skip
+        "skip_nonfinite", "read_ahead", "wandb", "keep_best")  # fmt: skip
 """What may change when a run goes on: it does not decide the weights."""
 Grid = Literal["paper", "midpoints", "mlperf"]
 
@@ -127,6 +127,8 @@ class Config:
     """Steps between checkpoints; the last one is always written."""
     keep: int = 2
     """Checkpoints kept."""
+    keep_best: bool = False
+    """Keep the weights with the lowest validation loss besides, averaged and raw."""
     seed: int = 0
     """Data order, noise, times, dropout and initial weights follow from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

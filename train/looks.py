@@ -56,7 +56,8 @@ class Looks:
         """Whether the model has run; see parallel.resharded."""
         self._text: tuple[Conditioning, Conditioning | None] | None = None
 
-    def __call__(self, step: int, *, draw: bool, check: bool) -> None:
+    def __call__(self, step: int, *, draw: bool, check: bool) -> float | None:
+        """Returns: the validation loss of the average, if it was asked for."""
         self.model.eval()
         found: dict[str, float] = {}
         with self.computing(), self.ema.applied(self.model), self._spread():
@@ -70,6 +71,7 @@ class Looks:
                 found |= {f"attention/{name}": value for name, value in self._attention().items()}
             self.log.write(step, **found)
         self.model.train()
+        return found.get("validation/loss")
 
     def _spread(self) -> AbstractContextManager[None]:
         before, self.settled = self.settled, True

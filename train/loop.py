@@ -15,6 +15,7 @@ from mmdit import flow
 from mmdit.files import write_atomically
 from mmdit.sample import WEIGHTS
 from train import parallel
+from train.best import Best
 from train.budget import Budget, ProgressBar
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -96,6 +97,7 @@ def train_in(config: Config, world: World) -> Outcome:
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
         print(f"going on from step {progress.step} of {config.run}")
+    best = Best(config, world, extra, progress.step)
     look = Looks(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 
     def save() -> None:
@@ -145,14 +147,14 @@ def train_in(config: Config, world: World) -> Outcome:
                 save()                                              # before anything that may fail
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
             if draw or check:
-                look(progress.step, draw=draw, check=check)
+                best.offer(progress.step, look(progress.step, draw=draw, check=check), model, ema)
             # one clock and any process's signal decide for all
             over = bool(world.largest(budget.spent(progress.step) and world.main)[0])
             stopped = int(world.largest(interrupts.received or 0)[0])
         save()
     if not stopped:                         # also if a former process ended before its last look
         drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
-        look(progress.step, draw=not drawn, check=not validated)
+        best.offer(progress.step, look(progress.step, draw=not drawn, check=not validated), model, ema)
     log.close()
     log.plot()
     return Outcome(progress.step, signal.Signals(stopped) if stopped else None)

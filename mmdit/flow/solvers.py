@@ -107,6 +107,20 @@ def dpmpp_2m(
     return z
 
 
+class PathLength:
+    """The way that samples go: sum over the steps of |z_after - z_before|, for Euler |v dt|, per sample. Give it to a
+    solver as its constraint. Args: z: where it begins."""
+
+    def __init__(self, z: Tensor) -> None:
+        self._z = z.float()
+        self.lengths = torch.zeros(len(z), device=z.device)
+
+    def __call__(self, z: Tensor, t: float) -> Tensor:
+        self.lengths += (z - self._z.to(z.device)).flatten(1).norm(dim=1)
+        self._z = z
+        return z
+
+
 SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 

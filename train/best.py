@@ -1,0 +1,43 @@
+"""The weights with the lowest validation loss so far: what the paper's study compares of each run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from mmdit import checkpoint as weights
+from mmdit.files import write_atomically
+from train import parallel
+from train.config import Config
+from train.ema import EmaWeights
+from train.parallel import World
+
+AVERAGED, RAW, ABOUT = "best.safetensors", "best-raw.safetensors", "best.json"
+
+
+class Best:
+    """Keeps RUN/best.safetensors, the average, and RUN/best-raw.safetensors; RUN/best.json says of which step."""
+
+    def __init__(self, config: Config, world: World, extra: dict[str, Any], step: int) -> None:
+        self.config, self.world, self.extra = config, world, extra
+        path = config.run / ABOUT
+        found = json.loads(path.read_text()) if path.is_file() else {"step": 0, "loss": float("inf")}
+        # a run that goes on from before its best step makes it again
+        self.lowest = float(found["loss"]) if found["step"] <= step else float("inf")
+
+    def offer(self, step: int, loss: float | None, model: nn.Module, ema: EmaWeights) -> None:
+        """On all processes, after a validation of the average (None: there was none)."""
+        if not self.config.keep_best or loss is None or not loss < self.lowest:
+            return
+        self.lowest = loss
+        state = model.state_dict()
+        for name, tensors in ((RAW, state), (AVERAGED, {**state, **ema.weights})):
+            whole = parallel.gathered(tensors, self.world)
+            if self.world.main:
+                weights.save(
+                    model, self.config.run / name, weights=whole, extra=self.extra, max_shard_bytes=1 << 62   # type: ignore[arg-type]
+                )
+        if self.world.main:
+            write_atomically(self.config.run / ABOUT, json.dumps({"step": step, "loss": loss}).encode())

@@ -1,0 +1,129 @@
+"""What a study consists of: variants x datasets x seeds, each a run, and how each run is evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmdit.flow import FORMULATIONS
+from train import recipes
+from train.config import Config, Ema, Optimizer, Samples, Validation
+
+SETTINGS = ((50, 1.0), (50, 2.5), (50, 5.0), (5, 5.0), (10, 5.0), (25, 5.0))
+"""(Euler steps, guidance): the paper's six."""
+FEWER = (5, 10, 20)
+"""Steps whose score is compared with that of 50 (table 6)."""
+NAMED = (
+    "rf", "edm(-1.20,1.20)", "eps/linear", "v/cos", "v/linear", "rf/lognorm(0.50,0.60)", "rf/mode(1.75)",
+    "rf/lognorm(1.00,0.60)", "rf/lognorm(-0.50,1.00)", "rf/lognorm(0.00,1.00)",
+)  # fmt: skip
+"""Formulations of the paper's table 2."""
+
+
+def small_base() -> Config:
+    """A run of about a minute on a CPU core: captioned shapes, 16 tokens of 8 x 8 pixels, a four-block MM-DiT of width
+    96, 1,200 steps of 32."""
+    model = recipes.small_model(depth=4, head_dim=24, text_dim=64)
+    return Config(
+        run=Path("runs/study"),
+        cache=Path("cache/study"),
+        model=dataclasses.replace(model, in_channels=48, token_pixels=8),
+        batch=32,
+        steps=1200,
+        optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.99), warmup=100, decay="cosine", weight_decay=0.01),
+        ema=Ema(decay=0.9, every=10),
+        encoder_dropout=recipes.UNCONDITIONAL,
+        validation=Validation(every=200, samples=128),
+        samples=Samples(every=0, count=16, steps=25),
+        checkpoint_every=400,
+        keep=1,
+        keep_best=True,
+        threads=1,
+    )
+
+
+@dataclass(frozen=True)
+class Study:
+    """Many runs that differ in one thing."""
+
+    folder: Path
+    """Rows, tables and plots, and a folder for each run."""
+    caches: tuple[Path, ...] = (Path("cache/study"),)
+    """Data sets."""
+    base: Config = field(default_factory=small_base)
+    """Of every run, but for what its variant changes."""
+    seeds: int = 2
+    """Of the best variants and of those named below; all others have one."""
+    best_again: int = 10
+    """How many of the best get all seeds."""
+    images: int = 64
+    """Pictures per control setting."""
+    workers: int = 2
+    """Runs at a time; on a machine with GPUs each on its own."""
+    only: tuple[str, ...] = ()
+    """Variants to restrict it to."""
+    clip: Path | None = None
+    """CLIP weights in transformers' layout: scores and distances on its features instead of the shapes' judge."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    variant: str
+    cache: Path
+    seed: int
+
+    @property
+    def dataset(self) -> str:
+        return self.cache.name
+
+    @property
+    def slug(self) -> str:
+        """Of file names."""
+        return re.sub(r"[^\w.,-]+", "_", f"{self.variant}-{self.dataset}-{self.seed}")
+
+
+Changes = dict[str, Any]
+"""Field of Config, dotted, to its value."""
+
+
+def formulations() -> dict[str, Changes]:
+    """The 61 of section 5.1."""
+    return {name: {"formulation": name} for name in FORMULATIONS}
+
+
+def scaling() -> dict[str, Changes]:
+    """Depths, with width and heads in proportion (section 5.3)."""
+    return {f"depth={d}": {"model.depth": d, "model.heads": d} for d in (2, 3, 4, 6)}
+
+
+VARIANTS = {"formulations": formulations, "scaling": scaling}
+
+
+def changed(config: Any, changes: Changes) -> Any:
+    """A copy with dotted fields replaced."""
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        inner = changed(getattr(config, head), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{head: inner})
+    return config
+
+
+def config_of(study: Study, variants: dict[str, Changes], job: Job) -> Config:
+    run = study.folder / "runs" / job.slug
+    made: Config = changed(study.base, variants[job.variant])
+    return dataclasses.replace(made, run=run, cache=job.cache, seed=job.seed)
+
+
+def row_path(study: Study, job: Job) -> Path:
+    return study.folder / "rows" / f"{job.slug}.json"
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Of all finished runs."""
+    return [json.loads(path.read_text()) for path in sorted((study.folder / "rows").glob("*.json"))]

@@ -1,0 +1,147 @@
+"""One run of a study: train, take the weights of the lowest validation loss, draw under every setting, write a row."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from mmdit import autoencoder, keyed
+from mmdit.files import write_atomically
+from mmdit.flops import training_flops
+from mmdit.flow import PathLength
+from mmdit.sample import Sampler, Settings, conditioned, denoise
+from train.best import ABOUT, AVERAGED, RAW
+from train.config import Config
+from train.data.shards import Cache
+from train.loop import train
+from train.metrics import frechet
+from train.study.judge import trained
+from train.study.plan import FEWER, SETTINGS, Changes, Job, Study, config_of, row_path
+
+WEIGHTS = {"EMA": AVERAGED, "raw": RAW}
+
+
+class Critic(Protocol):
+    """What scores pictures: the shapes' judge, or CLIP."""
+
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> float: ...
+    def embedded(self, images: np.ndarray) -> np.ndarray: ...
+
+
+def critic(study: Study) -> Critic:
+    if study.clip is None:
+        return trained(study.folder)
+    from train.clip import Clip
+
+    return Clip(study.clip)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Captions of the validation split, and its pictures' features."""
+
+    captions: list[str]
+    features: np.ndarray
+
+    @classmethod
+    def of(cls, cache: Cache, judge: Critic, count: int) -> HeldOut:
+        """`count` captions, again from the first if there are fewer; all pictures."""
+        vae = autoencoder.build(cache.settings["autoencoder"])
+        bucket = next(iter(cache.buckets("val").values()))
+        images = [
+            autoencoder.to_uint8(vae.decode(bucket[row].latent[None].float())) for row in range(len(bucket))
+        ]
+        distinct = list(dict.fromkeys(bucket.captions()))
+        captions = [distinct[i % len(distinct)] for i in range(count)]
+        return cls(captions, judge.embedded(np.concatenate(images)))
+
+
+def drawn(sampler: Sampler, captions: Sequence[str], steps: int, guidance: float) -> tuple[np.ndarray, float]:
+    """(pictures, mean path length), at a fixed seed."""
+    height, width = (side // sampler.autoencoder.factor for side in sampler.size)
+    shape = (sampler.autoencoder.channels, height, width)
+    noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(len(captions))])
+    text, none = conditioned(sampler.encoders, captions, sampler.model.config.context_dim, guidance != 1.0)
+    settings = Settings(steps=steps, guidance=guidance, shift=sampler.shift)
+    way = PathLength(noise * float(settings.times(sampler.formulation)[0]))
+    z = denoise(
+        sampler.model, noise, text, none, settings, formulation=sampler.formulation, constrain=way, masked=True
+    )
+    return autoencoder.to_uint8(sampler.autoencoder.decode(z)), float(way.lengths.mean())
+
+
+def evaluated(run: Path, judge: Critic, held_out: HeldOut) -> dict[str, Any]:
+    """{"settings": one entry per weights, steps and guidance; "path_length", "decrease": of the average at guidance 5}.
+    """
+    sampler = Sampler.load(run / AVERAGED)
+    entries, scores, path_length = [], {}, float("nan")
+    more = tuple((steps, 5.0) for steps in FEWER if (steps, 5.0) not in SETTINGS)
+    for weights, file in WEIGHTS.items():
+        sampler.model.load_state_dict(load_file(run / file))
+        sampler.model.eval()
+        for steps, guidance in (*SETTINGS, *(more if weights == "EMA" else ())):
+            images, length = drawn(sampler, held_out.captions, steps, guidance)
+            score = judge.score(images, held_out.captions)
+            distance = frechet(judge.embedded(images), held_out.features)
+            if (steps, guidance) in SETTINGS:
+                setting = {"weights": weights, "steps": steps, "guidance": guidance}
+                entries.append({**setting, "score": score, "distance": distance})
+            if weights == "EMA" and guidance == 5.0:
+                scores[steps] = score
+                path_length = length if steps == 50 else path_length
+    decrease = {str(steps): 1 - scores[steps] / scores[50] for steps in FEWER}
+    return {"settings": entries, "path_length": path_length, "decrease": decrease}
+
+
+def validation_curve(run: Path) -> list[tuple[int, float]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["validation/loss"]) for line in lines if "validation/loss" in line]
+
+
+def step_flops(config: Config, cache: Cache) -> float:
+    """Model FLOPs of a step, with the captions' mean length."""
+    bucket = next(iter(cache.buckets("train").values()))
+    sample = [bucket[row] for row in range(0, len(bucket), max(1, len(bucket) // 64))]
+    text = round(sum(len(f.tokens) for s in sample for f in s.features) / len(sample))
+    height, width = sample[0].latent.shape[1:]
+    return config.batch * training_flops(config.model, height * width // config.model.patch_size**2, text).total
+
+
+def work(study: Study, variants: dict[str, Changes], job: Job) -> dict[str, Any] | None:
+    """Runs a job and writes its row. Returns: the row, or None if a signal stopped it."""
+    config, start = config_of(study, variants, job), time.time()
+    torch.set_num_threads(config.threads or 1)
+    if train(config).stopped_by is not None:
+        return None
+    cache, judge = Cache(job.cache), critic(study)
+    best = json.loads((config.run / ABOUT).read_text())
+    found = evaluated(config.run, judge, HeldOut.of(cache, judge, study.images))
+    sampler = Sampler.load(config.run / AVERAGED, "cpu")
+    row = {
+        "variant": job.variant,
+        "dataset": job.dataset,
+        "seed": job.seed,
+        "steps": config.steps,
+        "batch": config.batch,
+        "best_step": best["step"],
+        "validation_loss": best["loss"],
+        "validation_curve": validation_curve(config.run),
+        "parameters": sum(p.numel() for p in sampler.model.parameters()),
+        "flops": step_flops(config, cache) * (config.steps or best["step"]),
+        **found,
+        "images": study.images,
+        "seconds": round(time.time() - start, 1),
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_atomically(row_path(study, job), json.dumps(row).encode())
+    return row

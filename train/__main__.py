@@ -17,6 +17,7 @@ from train.data import costs
 from train.data.blocks import check
 from train.data.precompute import Precompute
 from train.data.precompute import precompute as fill
+from train.data.shards import Index
 from train.loop import train
 from train.recipes import RECIPES
 
@@ -25,11 +26,13 @@ USAGE = "usage: python -m train {precompute,verify,plan,run,score,study} ... (ea
 
 def precompute(arguments: list[str]) -> None:
     config = tyro.cli(Precompute, prog="python -m train precompute", args=arguments)
+    main = os.environ.get("RANK", "0") == "0"
     if config.report:
-        print(costs.report(config))
+        if main:
+            print(costs.report(config))
         return
     index = fill(config)
-    if os.environ.get("RANK", "0") != "0":
+    if not main:
         return
     for bucket, shards in sorted(index.shards.items()):
         print(f"{config.cache}/{bucket}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards")
@@ -53,7 +56,8 @@ def verify(arguments: list[str]) -> None:
                 "--quarantine goes on without them"
             )
         left = "run precompute again" if repair else "what they held is missing from now on"
-        print(f"{cache}: " + (f"{len(damaged)} shards taken out; {left}" if damaged else "whole"))
+        whole = "whole" if Index.load(cache).complete else "unfinished, what there is of it is whole"
+        print(f"{cache}: " + (f"{len(damaged)} shards taken out; {left}" if damaged else whole))
 
     tyro.cli(main, prog="python -m train verify", args=arguments)
 

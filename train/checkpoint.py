@@ -77,8 +77,9 @@ class Checkpoints:
         self._newest = -1
         if world.mesh is None:                                               # what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        pinned = world.device.type == "cuda"                                 # the copy's memory stays between saves
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._stager: DefaultStager | None = None
+        if world.device.type == "cuda":                                      # the copy's memory stays between saves
+            self._stager = DefaultStager(StagingOptions(True, False, False, True))
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -91,7 +92,11 @@ class Checkpoints:
             except Exception as error:                                   # the first failure is the one to tell of
                 print(f"error: {error}", flush=True)
             raise
-        self.wait()
+        else:
+            self.wait()
+        finally:
+            if self._stager is not None:
+                self._stager.close()
 
     def save(
         self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, progress: Progress,

@@ -41,7 +41,9 @@ class World:
     mesh: DeviceMesh | None = None
     """Of the processes that shard a model, or (replicas, shards); None without torchrun."""
     side: Any = None
-    """A process group of its own for what goes on beside training: checkpoints."""
+    """A process group of its own for what goes on beside training, in a thread: checkpoints."""
+    talk: Any = None
+    """And one for what the main thread tells meanwhile: Gloo pairs what two threads send over one group as it comes."""
 
     @property
     def main(self) -> bool:
@@ -64,7 +66,7 @@ class World:
         if self.mesh is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.side)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
         return box[0]
 
     def _reduced(self, values: tuple[float, ...], op: Any) -> list[float]:
@@ -99,7 +101,8 @@ def world(device: str, parallel: Parallel) -> Iterator[World]:
         if parallel.replicas > 1:
             shape, names = (parallel.replicas, size // parallel.replicas), ("replicate", "shard")
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-        yield World(here, rank, size, mesh, dist.new_group(backend="gloo", timeout=timeout))
+        side, talk = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        yield World(here, rank, size, mesh, side, talk)
         dist.barrier()                                     # who leaves first takes the others' connections along
     finally:
         dist.destroy_process_group()

@@ -3,9 +3,9 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,7 @@ def until(condition, process, seconds=60):
     for _ in range(20 * seconds):
         if process.poll() is not None or condition():
             return
-        signal.sigtimedwait([], 0.05)
+        time.sleep(0.05)
 
 
 def logged(run):

@@ -45,9 +45,12 @@ class Block:
         write_atomically(self.path(cache, self.number), json.dumps(asdict(self)).encode())
 
     def samples(self, cache: Path) -> dict[int, tuple[str, Sample]]:
-        """(bucket, sample) by id: what need not be encoded again."""
+        """(bucket, sample) by id: what need not be encoded again. A shard that is not the one listed, as after a kill
+        while it was written anew, counts as absent."""
         found = {}
         for name, entry in self.shards.items():
+            if damage(cache / entry["file"], entry) is not None:
+                continue
             bucket = Bucket([cache / entry["file"]], [entry["samples"]])
             for row, said in enumerate(captions_of(cache / entry["file"])):
                 sample = bucket[row]
@@ -76,6 +79,12 @@ def gathered(blocks: Iterable[Block]) -> dict[str, list[dict[str, Any]]]:
     return shards
 
 
+def _of_block(index: Index, number: int) -> dict[str, dict[str, Any]]:
+    """A block's shards by an index, for where its own file was lost."""
+    entries = ((bucket, entry) for bucket, all_of_it in index.shards.items() for entry in all_of_it)
+    return {bucket: entry for bucket, entry in entries if int(Path(entry["file"]).stem) == number}
+
+
 def check(cache: Path, *, take_out: bool = False, make_anew: bool = False) -> list[str]:
     """Every shard whose tensors or captions are missing or not those of the index, with what is wrong.
 
@@ -84,25 +93,28 @@ def check(cache: Path, *, take_out: bool = False, make_anew: bool = False) -> li
         make_anew: besides, call their blocks and the cache unfinished, so that precompute makes what they held anew.
     Raises: DataError if there is no index, or it is damaged."""
     index = Index.load(cache)
-    blocks = [Block.load(cache, int(path.stem)) for path in sorted((cache / "blocks").glob("*.json"))]
+    blocks = {int(path.stem): Block.load(cache, int(path.stem)) for path in (cache / "blocks").glob("*.json")}
+    listed = index.shards if index.complete else gathered(blocks[number] for number in sorted(blocks))
     found = []
-    for block in tqdm(blocks, desc=f"verify {cache}", disable=None):
-        for bucket, entry in list(block.shards.items()):
-            path = cache / entry["file"]
-            if (why := damage(path, entry)) is None:
-                continue
-            found.append(f"{path}: {why}")
-            if take_out or make_anew:
-                for part in (path, path.with_suffix(".jsonl")):
-                    if part.is_file():
-                        aside = cache / QUARANTINE / part.relative_to(cache)
-                        aside.parent.mkdir(parents=True, exist_ok=True)
-                        part.replace(aside)
-                del block.shards[bucket]
-                block.done = block.done and not make_anew
-                block.save(cache)
-    if found and (take_out or make_anew):
+    for bucket, entry in tqdm([(b, e) for b, es in listed.items() for e in es], desc=f"verify {cache}", disable=None):
+        path = cache / entry["file"]
+        if (why := damage(path, entry)) is None:
+            continue
+        found.append(f"{path}: {why}")
+        if not (take_out or make_anew):
+            continue
+        # first nobody counts on it any more, then it is moved
+        index.shards[bucket] = [e for e in index.shards.get(bucket, []) if e["file"] != entry["file"]]
         index.complete = index.complete and not make_anew
-        index.shards = gathered(blocks)
         index.save(cache)
+        number = int(path.stem)
+        block = blocks.setdefault(number, Block(number, True, _of_block(index, number)))
+        block.shards.pop(bucket, None)
+        block.done = block.done and not make_anew
+        block.save(cache)
+        for part in (path, path.with_suffix(".jsonl")):
+            if part.is_file():
+                aside = cache / QUARANTINE / part.relative_to(cache)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(aside)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ Size = tuple[int, int]
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
-REMEMBERED = 20_000          # captions whose features are kept, for data sets that repeat them
+REMEMBERED = 1 << 30         # bytes of captions' features that are kept, for data sets that repeat them
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ def _precompute(config: Precompute, world: World) -> Index:
     if world.main:
         index = _begin(cache, settings)
         todo = _undone(cache, records, config)
+        if todo:
+            index.save(cache)                                                           # unfinished from now on
     todo = world.shared(todo)
     work = _Work(config, records, vae, readers)
     mine = todo[world.rank :: world.size]
@@ -146,6 +148,7 @@ def _precompute(config: Precompute, world: World) -> Index:
 def _finish(config: Precompute, index: Index, records: int) -> Index:
     blocks = [Block.load(config.cache, number) for number in range(-(-records // config.shard_size))]
     rejected = [entry for block in blocks for entry in block.rejected]
+    (config.cache / "rejected.jsonl").unlink(missing_ok=True)
     if rejected:
         write_atomically(
             config.cache / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in rejected).encode()
@@ -180,7 +183,8 @@ class _Work:
         """Encodes what the block lacks, and writes it, also when something stops it: nothing encoded is lost."""
         samples = block.samples(self.config.cache)
         rows = self.rows(block.number)
-        block.rejected = []
+        block.rejected, block.done = [], False
+        block.save(self.config.cache)                        # so that it counts as unfinished until it is whole again
         advance(len(samples))
         waiting: dict[str, list[Image]] = defaultdict(list)
 
@@ -222,6 +226,8 @@ class _Work:
     def _read(self, i: int) -> Image | DataError:
         record = self.records[i]
         try:
+            if record.problem:
+                raise DataError(f"{record.key}: {record.problem}")
             if not caption_of(record, self.config.synthetic):
                 raise DataError(f"{record.key}: no caption")
             image = record.image()
@@ -234,16 +240,22 @@ class _Work:
     def _encode(self, batch: list[Image]) -> list[Sample]:
         latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels in batch]))).cpu()
         captions = [caption_of(record, self.config.synthetic) or "" for _, record, *_ in batch]
-        if len(self._memory) > REMEMBERED:
-            self._memory.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._memory]
         if new:
-            by_encoder = [encoder.encode(new) for encoder in self.readers]
+            by_encoder = [[_stored(features) for features in encoder.encode(new)] for encoder in self.readers]
             self._memory |= {caption: list(said) for caption, *said in zip(new, *by_encoder, strict=True)}
+        features = [self._memory[caption] for caption in captions]
+        if sum(f.tokens.numel() for f in features[0]) * 2 * len(self._memory) > REMEMBERED:
+            self._memory.clear()
         return [
-            Sample(i, record.key, caption, latent, self._memory[caption])
-            for (i, record, *_), caption, latent in zip(batch, captions, latents, strict=True)
+            Sample(i, record.key, caption, latent.bfloat16(), said)
+            for (i, record, *_), caption, latent, said in zip(batch, captions, latents, features, strict=True)
         ]
+
+
+def _stored(features: text.TextFeatures) -> text.TextFeatures:
+    """As a shard holds them."""
+    return text.TextFeatures(features.tokens.bfloat16(), features.pooled.bfloat16())
 
 
 def _ahead(
@@ -294,26 +306,33 @@ def build_encoder(config: Precompute, name: str, device: torch.device) -> text.T
 
 
 def _encoders(config: Precompute, records: list[Record], world: World) -> list[text.TextEncoder]:
-    """Those of a cache that is there already (a caption mended since must not refit them), or new ones."""
-    specs = world.shared(Index.load(config.cache).settings["encoders"] if (config.cache / INDEX).exists() else [])
-    if tuple(spec["kind"] for spec in specs) == config.encoders:
-        found = [text.build(spec) for spec in specs]
-        for encoder in found:
-            if isinstance(encoder, encoders.Clip | encoders.T5):
-                encoder.model.to(world.device)
-        return found
-    found = [build_encoder(config, name, world.device) for name in config.encoders]
+    """Of MiniLM, which is fitted to the captions, the main process's, and that of a cache which is there already: a
+    caption mended since must not refit it."""
+    found = []
+    for name in config.encoders:
+        if name == "minilm":
+            found.append(text.build(world.shared(_fitted(config, records) if world.main else None)))
+        else:
+            found.append(build_encoder(config, name, world.device))
+    return found
+
+
+def _fitted(config: Precompute, records: list[Record]) -> dict[str, Any]:
+    """The spec of MiniLM."""
+    if (config.cache / INDEX).exists():
+        for spec in Index.load(config.cache).settings["encoders"]:
+            if spec["kind"] == "minilm":
+                return dict(spec)
     captions = [
         caption
         for record in records
         if _split(record, config.val_share) == "train" and (caption := caption_of(record, config.synthetic))
     ]
-    for encoder in found:
-        if isinstance(encoder, text.MiniLM):
-            if not captions:
-                raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
-            encoder.fit(captions[:: max(1, len(captions) // 2000)])
-    return found
+    if not captions:
+        raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
+    encoder = text.MiniLM()
+    encoder.fit(captions[:: max(1, len(captions) // 2000)])
+    return encoder.spec()
 
 
 def _begin(cache: Path, settings: dict) -> Index:
@@ -342,8 +361,12 @@ def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]
     for number in range(-(-len(records) // config.shard_size)):
         block = Block.load(cache, number)
         for entry in block.shards.values():
-            if not (cache / entry["file"]).with_suffix(".jsonl").is_file():
-                raise DataError(f"{cache / entry['file']} lacks its captions: python -m train verify --repair {cache}")
+            path = cache / entry["file"]
+            whole = path.is_file() and path.stat().st_size == entry["bytes"] and path.with_suffix(".jsonl").is_file()
+            if block.done and not whole:
+                raise DataError(f"{path} is missing or cut off: run python -m train verify --repair {cache} first")
+            if not whole:
+                continue
             for sample in captions_of(cache / entry["file"]):
                 if caption_of(records[sample["id"]], config.synthetic) != sample["caption"]:
                     raise DataError(

@@ -127,7 +127,10 @@ class Cache:
             size = file.stat().st_size if file.is_file() else None
             if size != entry["bytes"]:
                 came = "is missing" if size is None else f"has {size} bytes"
-                raise DataError(f"{file} {came}; the index says {entry['bytes']} bytes: restore it or precompute again")
+                raise DataError(
+                    f"{file} {came}; the index says {entry['bytes']} bytes: restore it, or run python -m train verify "
+                    f"--repair {self.path} and precompute again"
+                )
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for entries in self.index.shards.values():
@@ -141,12 +144,6 @@ class Cache:
     def contents(self) -> str:
         """Changes whenever a sample does."""
         return fingerprint({"shards": [[e["file"], e["sha256"]] for e in self._entries()]})
-
-    def verify(self) -> None:
-        """Reads everything and compares checksums. Raises: DataError that names the shard."""
-        for entry in self._entries():
-            if hashlib.sha256((self.path / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
-                raise DataError(f"{self.path / entry['file']}: checksum differs from the index: the shard is corrupted")
 
     def buckets(self, split: str) -> dict[str, Bucket]:
         """Buckets of "train" or "val", by size ("32x32")."""

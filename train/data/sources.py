@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,8 @@ class Record:
     """"train" or "val", if the source says."""
     synthetic: str | None = None
     """A second caption, written by a model."""
+    problem: str | None = None
+    """What is wrong with its captions, if they cannot be read."""
 
     def image(self) -> Image.Image:
         """The image as RGB, transparency on white. Raises: DataError if it cannot be decoded."""
@@ -114,13 +116,14 @@ def _first(entry: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _sidecars(folder: Path) -> Iterator[Record]:
-    def text(path: Path, ending: str) -> str | None:
-        beside = path.with_suffix(ending)
-        return (beside.read_text(encoding="utf-8").strip() or None) if beside.is_file() else None
-
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES):
-        key, opener = str(path.relative_to(folder)), partial(Image.open, path)
-        yield Record(key, text(path, ".txt"), opener, synthetic=text(path, ".synthetic.txt"))
+        files = (path.with_suffix(".txt"), path.with_suffix(".synthetic.txt"))
+        try:
+            texts = [file.read_text(encoding="utf-8").strip() or None if file.is_file() else None for file in files]
+            problem = None
+        except (OSError, UnicodeDecodeError) as error:
+            texts, problem = [None, None], f"its caption cannot be read ({error})"
+        yield Record(str(path.relative_to(folder)), texts[0], partial(Image.open, path), None, texts[1], problem)
 
 
 def _jsonl(folder: Path) -> Iterator[Record]:
@@ -136,14 +139,10 @@ def _jsonl(folder: Path) -> Iterator[Record]:
         yield Record(entry["file_name"], caption, partial(Image.open, path), entry.get("split"), synthetic)
 
 
-def _span(path: Path, offset: int, size: int) -> bytes:
+def _image_at(path: Path, offset: int, size: int) -> Image.Image:
     with path.open("rb") as file:
         file.seek(offset)
-        return file.read(size)
-
-
-def _image_at(path: Path, offset: int, size: int) -> Image.Image:
-    return Image.open(io.BytesIO(_span(path, offset, size)))
+        return Image.open(io.BytesIO(file.read(size)))
 
 
 def _webdataset(path: Path) -> Iterator[Record]:
@@ -158,68 +157,76 @@ def _webdataset(path: Path) -> Iterator[Record]:
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = (offset, size)
-    for key, parts in samples.items():
-        entry: dict[str, Any] = {}
-        if "json" in parts:
-            try:
-                loaded = json.loads(_span(path, *parts["json"]))
-            except ValueError as error:
-                raise DataError(f"{path.name}:{key}.json: not valid JSON ({error})") from error
-            entry = loaded if isinstance(loaded, dict) else {}
-        for names, into in ((("txt", "caption"), "caption"), (("synthetic.txt",), "synthetic_caption")):
-            for name in names:
-                if name in parts:
-                    entry[into] = _span(path, *parts[name]).decode("utf-8")
-        images = [extension for extension in parts if f".{extension}" in IMAGES]
-        if images:
-            opener = partial(_image_at, path, *parts[images[0]])
-            yield Record(
-                f"{path.name}:{key}.{images[0]}", _first(entry, CAPTIONS), opener, None, _first(entry, SYNTHETIC)
-            )
+    with path.open("rb") as archive:
+        for key, parts in samples.items():
+            images = [extension for extension in parts if f".{extension}" in IMAGES]
+            if images:
+                try:
+                    entry, problem = _metadata(archive, parts), None
+                except ValueError as error:                           # UnicodeDecodeError and JSONDecodeError are both
+                    entry, problem = {}, f"its caption cannot be read ({error})"
+                opener = partial(_image_at, path, *parts[images[0]])
+                name = f"{path.name}:{key}.{images[0]}"
+                yield Record(name, _first(entry, CAPTIONS), opener, None, _first(entry, SYNTHETIC), problem)
 
 
-class _Table:
-    """A parquet file in the layout of Hugging Face datasets: a column "image" of encoded bytes, or of {bytes, path},
-    and captions. Images are read by row group, the last two of which are kept: records are read in order."""
+def _metadata(archive: BinaryIO, parts: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Captions of a tar's sample, from its .json and its .txt. Raises: ValueError."""
+    def read(name: str) -> str:
+        offset, size = parts[name]
+        archive.seek(offset)
+        return archive.read(size).decode("utf-8")
 
-    def __init__(self, path: Path) -> None:
-        try:
-            from pyarrow import ArrowInvalid, parquet
-        except ImportError as error:
-            raise DataError(f"{path} needs the extra: pip install 'rfkernels[parquet]' ({error})") from error
-        self.path = path
-        try:
-            self._file = parquet.ParquetFile(path)
-        except (ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a complete parquet file ({error})") from error
-        self.columns = self._file.schema_arrow.names
-        if "image" not in self.columns:
-            raise DataError(f"{path} has columns {', '.join(self.columns)}; expected image and caption or text")
-        self._images, self._lock = lru_cache(maxsize=2)(self._read), threading.Lock()
+    loaded = json.loads(read("json")) if "json" in parts else {}
+    entry: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    for name, into in (("txt", "caption"), ("caption", "caption"), ("synthetic.txt", "synthetic_caption")):
+        if name in parts:
+            entry[into] = read(name)
+    return entry
 
-    def records(self) -> Iterator[Record]:
-        wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in self.columns]
-        for group in range(self._file.num_row_groups):
-            rows = self._file.metadata.row_group(group).num_rows
-            texts = self._file.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
-            for row, entry in enumerate(texts):
-                opener = partial(self._image, group, row)
-                yield Record(
-                    f"{self.path.name}:{group}-{row}", _first(entry, CAPTIONS), opener, None, _first(entry, SYNTHETIC)
-                )
 
-    def _read(self, group: int) -> list[Any]:
-        found: list[Any] = self._file.read_row_group(group, columns=["image"]).column("image").to_pylist()
-        return found
-
-    def _image(self, group: int, row: int) -> Image.Image:
-        with self._lock:                                                            # threads that decode share the file
-            cell = self._images(group)[row]
-        return Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))
+def _table(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs the extra: pip install 'rfkernels[parquet]' ({error})") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    return _Table(path).records()
+    """The layout of Hugging Face datasets: a column "image" of encoded bytes, or of {bytes, path}, and captions."""
+    with _table(path) as table:
+        columns = table.schema_arrow.names
+        if "image" not in columns:
+            raise DataError(f"{path} has columns {', '.join(columns)}; expected image and caption or text")
+        wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in columns]
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
+            for row, entry in enumerate(texts):
+                opener = partial(_image_in, path, group, row)
+                yield Record(f"{path.name}:{group}-{row}", _first(entry, CAPTIONS), opener, None,
+                             _first(entry, SYNTHETIC))  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: Path, group: int) -> list[Any]:
+    """Its images; of all files the last two, as records are read in order."""
+    with _table(path) as table:
+        found: list[Any] = table.read_row_group(group, columns=["image"]).column("image").to_pylist()
+    return found
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _image_in(path: Path, group: int, row: int) -> Image.Image:
+    with _ONE_AT_A_TIME:                                                       # threads that decode want the same group
+        cell = _row_group(path, group)[row]
+    return Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {".tar": _webdataset, ".parquet": _parquet}

@@ -47,6 +47,11 @@ class Path(Protocol):
         ...
 
 
+def straight_log_snr(t: Tensor) -> Tensor:
+    """2 log((1 - t) / t)."""
+    return 2 * (torch.log1p(-t) - torch.log(t))
+
+
 @dataclass(frozen=True)
 class RectifiedFlow:
     """The straight path, a = 1 - t and b = t (equation 13)."""
@@ -64,7 +69,7 @@ class RectifiedFlow:
         return torch.ones_like(t)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-t) - torch.log(t))
+        return straight_log_snr(t)
 
     def slope(self, t: Tensor) -> Tensor:
         return -2 / (t * (1 - t))
@@ -95,7 +100,7 @@ class Straight:
     """That of rectified flow: lambda is logistic for uniform t."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-t) - torch.log(t))
+        return straight_log_snr(t)
 
     def slope(self, t: Tensor) -> Tensor:
         return -2 / (t * (1 - t))
@@ -257,8 +262,7 @@ class Diffusion:
         return torch.sigmoid(-self.log_snr(t) / 2)
 
     def time(self, straight: Tensor) -> Tensor:
-        straight = straight.double()
-        return self.schedule.time(2 * (torch.log1p(-straight) - torch.log(straight)))
+        return self.schedule.time(straight_log_snr(straight.double()))
 
     def scale(self, t: Tensor) -> Tensor:
         return self.frame.scale(self.log_snr(t))

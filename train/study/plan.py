@@ -66,8 +66,6 @@ class Study:
     """Runs at a time; on a machine with GPUs each on its own."""
     only: tuple[str, ...] = ()
     """Variants to restrict it to."""
-    clip: Path | None = None
-    """CLIP weights in transformers' layout: scores and distances on its features instead of the shapes' judge."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmdit.files import write_atomically
 from train.study.judge import trained
 from train.study.plan import NAMED, Changes, Job, Study, row_path, rows
-from train.study.report import ranking
+from train.study.report import ranking, table
 from train.study.work import work
 
 
@@ -70,6 +72,7 @@ def _quietly(study: Study, variants: dict[str, Changes], job: Job) -> str | None
 def run(study: Study, variants: dict[str, Changes]) -> list[str]:
     """Runs what has no row: one seed of every variant, then the others of the best and the named.
 
+    The finished are in FOLDER/rows.jsonl, their ranking in FOLDER/ranking.md.
     Returns: what failed, a line each; its output is in FOLDER/logs, and it is tried again next time.
     Raises: ValueError for an unknown variant in study.only, or if another process works on the study."""
     names = list(study.only or variants)
@@ -78,11 +81,14 @@ def run(study: Study, variants: dict[str, Changes]) -> list[str]:
         raise ValueError(f"study: only names {', '.join(unknown)}; expected some of {', '.join(variants)}")
     failed: list[str] = []
     with alone(study.folder):
-        if study.clip is None:
-            trained(study.folder)
+        trained(study.folder)                                                       # once, not by every worker
         for seed in range(study.seeds):
             todo = jobs(study, variants, names if seed == 0 else again(study, names), seed)
             failed += _all(study, variants, todo, f"seed {seed}")
+        finished = rows(study)
+        lines = "".join(json.dumps(row) + "\n" for row in finished)
+        write_atomically(study.folder / "rows.jsonl", lines.encode())
+        write_atomically(study.folder / "ranking.md", table(finished).encode())
     return failed
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,25 +24,10 @@ from train.config import Config
 from train.data.shards import Cache
 from train.loop import train
 from train.metrics import frechet
-from train.study.judge import trained
+from train.study.judge import Judge, trained
 from train.study.plan import FEWER, SETTINGS, Changes, Job, Study, config_of, row_path
 
 WEIGHTS = {"EMA": AVERAGED, "raw": RAW}
-
-
-class Critic(Protocol):
-    """What scores pictures: the shapes' judge, or CLIP."""
-
-    def score(self, images: np.ndarray, captions: Sequence[str]) -> float: ...
-    def embedded(self, images: np.ndarray) -> np.ndarray: ...
-
-
-def critic(study: Study) -> Critic:
-    if study.clip is None:
-        return trained(study.folder)
-    from train.clip import Clip
-
-    return Clip(study.clip)
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,7 @@ class HeldOut:
     features: np.ndarray
 
     @classmethod
-    def of(cls, cache: Cache, judge: Critic, count: int) -> HeldOut:
+    def of(cls, cache: Cache, judge: Judge, count: int) -> HeldOut:
         """`count` captions, again from the first if there are fewer; all pictures."""
         vae = autoencoder.build(cache.settings["autoencoder"])
         bucket = next(iter(cache.buckets("val").values()))
@@ -79,9 +64,9 @@ def drawn(sampler: Sampler, captions: Sequence[str], steps: int, guidance: float
     return autoencoder.to_uint8(sampler.autoencoder.decode(z)), float(way.lengths.mean())
 
 
-def evaluated(run: Path, judge: Critic, held_out: HeldOut) -> dict[str, Any]:
-    """{"settings": one entry per weights, steps and guidance; "path_length", "decrease": of the average at guidance 5}.
-    """
+def evaluated(run: Path, judge: Judge, held_out: HeldOut) -> dict[str, Any]:
+    """{"settings": one entry per weights, steps and guidance; "path_length" and "decrease" of the average at guidance
+    5; "parameters"}."""
     sampler = Sampler.load(run / AVERAGED)
     entries, scores, path_length = [], {}, float("nan")
     more = tuple((steps, 5.0) for steps in FEWER if (steps, 5.0) not in SETTINGS)
@@ -99,7 +84,8 @@ def evaluated(run: Path, judge: Critic, held_out: HeldOut) -> dict[str, Any]:
                 scores[steps] = score
                 path_length = length if steps == 50 else path_length
     decrease = {str(steps): 1 - scores[steps] / scores[50] for steps in FEWER}
-    return {"settings": entries, "path_length": path_length, "decrease": decrease}
+    parameters = sum(p.numel() for p in sampler.model.parameters())
+    return {"settings": entries, "path_length": path_length, "decrease": decrease, "parameters": parameters}
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:
@@ -122,10 +108,9 @@ def work(study: Study, variants: dict[str, Changes], job: Job) -> dict[str, Any]
     torch.set_num_threads(config.threads or 1)
     if train(config).stopped_by is not None:
         return None
-    cache, judge = Cache(job.cache), critic(study)
+    cache, judge = Cache(job.cache), trained(study.folder)
     best = json.loads((config.run / ABOUT).read_text())
     found = evaluated(config.run, judge, HeldOut.of(cache, judge, study.images))
-    sampler = Sampler.load(config.run / AVERAGED, "cpu")
     row = {
         "variant": job.variant,
         "dataset": job.dataset,
@@ -135,7 +120,6 @@ def work(study: Study, variants: dict[str, Changes], job: Job) -> dict[str, Any]
         "best_step": best["step"],
         "validation_loss": best["loss"],
         "validation_curve": validation_curve(config.run),
-        "parameters": sum(p.numel() for p in sampler.model.parameters()),
         "flops": step_flops(config, cache) * (config.steps or best["step"]),
         **found,
         "images": study.images,

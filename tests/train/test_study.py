@@ -1,0 +1,118 @@
+"""The study's parts against their definitions; a study that is killed and run again."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from mmdit import flow
+from train.data import shapes
+from train.metrics import frechet
+from train.study import judge, ranking
+from train.study.plan import VARIANTS, Study, changed, small_base
+from train.study.report import table
+
+
+def test_ranks_are_the_rounds_in_which_nothing_dominates():
+    rng = np.random.default_rng(0)
+    points = {str(i): tuple(rng.integers(0, 8, 2).astype(float)) for i in range(60)}
+    left, round_, want = dict(points), 0, {}
+    while left:                                                          # by definition, pair by pair
+        round_ += 1
+        front = [
+            a for a in left
+            if not any(
+                left[b][0] >= left[a][0] and left[b][1] <= left[a][1] and left[b] != left[a] for b in left
+            )
+        ]  # fmt: skip
+        want |= dict.fromkeys(front, round_)
+        left = {name: point for name, point in left.items() if name not in front}
+    assert ranking.ranks(points) == want and max(want.values()) > 3
+    assert ranking.ranks({"good": (1.0, 1.0), "broken": (float("nan"), 0.0)}) == {"good": 1, "broken": 2}
+    mean = ranking.mean_ranks([{"a": (1.0, 0.0), "b": (0.0, 1.0)}, {"a": (0.0, 1.0), "b": (1.0, 0.0), "c": (2.0, 0.0)}])
+    assert mean == {"a": 1.5, "b": 1.5}
+
+
+@pytest.mark.parametrize("samples", (200, 5))
+def test_frechet_distance_against_the_matrix_root(samples):
+    rng = np.random.default_rng(1)
+    one, other = rng.standard_normal((samples, 8)), 2 + rng.standard_normal((samples, 8)) @ rng.standard_normal((8, 8))
+    c1, c2 = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    want = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * linalg.sqrtm(c1 @ c2).real)
+    assert frechet(one, other) == pytest.approx(want, rel=1e-4)
+    # of five samples in eight dimensions four eigenvalues are rounding, 1e-16, and their roots 1e-8: 1.3e-7 measured
+    assert frechet(one, one) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="expected two samples or more"):
+        frechet(one[:1], other)
+
+
+def test_path_length_of_flows_in_closed_form():
+    """Straight to one point it is the distance; around a circle, the arc that Euler's chords come near."""
+    noise = torch.tensor([[3.0, 4.0]])
+    way = flow.PathLength(noise)
+    flow.euler(lambda z, t: noise, noise, flow.times(10), constrain=way)
+    assert way.lengths.item() == pytest.approx(5.0)
+    way = flow.PathLength(noise)
+    flow.euler(lambda z, t: z.flip(1) * torch.tensor([1.0, -1.0]), noise, flow.times(2000), constrain=way)
+    assert way.lengths.item() == pytest.approx(5.0, rel=1e-3), "radius 5, one radian"
+
+
+def test_the_judge_knows_what_is_drawn(tmp_path):
+    critic, rng = judge.trained(tmp_path), np.random.default_rng(5)
+    wanted = shapes.everything()[::2]
+    images = np.stack([shapes.draw(what, rng) for what in wanted])
+    captions = [what.caption for what in wanted]
+    assert critic.score(images, captions) > 0.95
+    assert critic.score(images, [captions[i] for i in rng.permutation(len(captions))]) < 0.35
+    kept = judge.trained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(critic.parameters(), kept.parameters(), strict=True))
+    with pytest.raises(ValueError, match="caption 'a cat' is none of the shapes'"):
+        critic.score(images[:1], ["a cat"])
+
+
+def test_variants_change_what_they_name():
+    assert len(VARIANTS["formulations"]()) == 61
+    deeper = changed(small_base(), VARIANTS["scaling"]()["depth=6"])
+    assert (deeper.model.depth, deeper.model.heads) == (6, 6)
+    assert dataclasses.replace(deeper, model=small_base().model) == small_base()
+    assert Study.__dataclass_fields__["seeds"].default == 2
+
+
+def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
+    from train.data.precompute import Precompute, precompute
+
+    precompute(Precompute(cache=tmp_path / "data", copies=1, pixel_factor=4))
+    command = [
+        sys.executable, "-m", "train", "study", "formulations", "--folder", str(tmp_path / "study"),
+        "--caches", str(tmp_path / "data"), "--base.steps", "6", "--base.validation.samples", "4", "--images", "4",
+        "--only", "rf", "eps/cos", "edm/rf", "--seeds", "1", "--workers", "1",
+    ]  # fmt: skip
+    rows = tmp_path / "study" / "rows"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(2400):
+        if process.poll() is not None or len(list(rows.glob("*.json"))) >= 1:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.read_bytes() for path in rows.glob("*.json")}
+    assert 1 <= len(before) < 3
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = [json.loads(line) for line in (tmp_path / "study" / "rows.jsonl").read_text().splitlines()]
+    assert sorted(row["variant"] for row in found) == ["edm/rf", "eps/cos", "rf"]
+    assert all((rows / name).read_bytes() == content for name, content in before.items()), "finished is finished"
+    assert all(len(row["settings"]) == 12 and row["best_step"] == 6 for row in found)
+    # after six steps the average is what it began as: rectified flow stands still, a noise prediction of zero does not
+    lengths = {row["variant"]: row["path_length"] for row in found}
+    assert lengths["rf"] == 0 and lengths["edm/rf"] > 1
+    assert (tmp_path / "study" / "ranking.md").read_text() == table(found)

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT, fill
 from train.config import Parallel
+from train.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def world(device: str, parallel: Parallel) -> Iterator[World]:
     if device == "cuda":
         torch.cuda.set_device(here)
     timeout = timedelta(minutes=parallel.timeout_minutes)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+    store, rank, size = fresh_store(timeout)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         shape: tuple[int, ...] = (size,)
         names: tuple[str, ...] = ("shard",)

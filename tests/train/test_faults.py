@@ -15,7 +15,7 @@ from train.data.sources import DataError
 from train.loop import train
 
 from .conftest import changed
-from .launching import agree, logged, until
+from .launching import agree, ended, logged, until
 
 KILLS = int(os.environ.get("RFKERNELS_KILLS", "5"))
 SLOW_SAVES = """
@@ -54,6 +54,19 @@ def test_killed_at_random_moments_the_run_is_the_undisturbed_one(alone, tmp_path
     assert in_a_save >= KILLS // 4, "not one was killed in a save"
     launch(disturbed, 2)
     agree(alone.run, disturbed.run)
+
+
+def test_torchrun_restarts_a_run_by_itself(alone, tmp_path, launch):
+    """--max-restarts: three times one process is killed, and all are started again and go on from the last checkpoint,
+    though torchrun's store still has the addresses of those before."""
+    config = changed(alone, run=tmp_path / "run", checkpoint_every=1)
+    process = launch(config, 2, wait=False, before=SLOW_SAVES, torchrun=("--max-restarts", "3"))
+    for kills in range(3):
+        until(lambda kills=kills: logged(config.run) >= 2 * kills + 2, process)
+        assert process.poll() is None and logged(config.run) < 10
+        kill(launch, random.Random(kills))
+    ended(process)
+    agree(alone.run, config.run)
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path, launch):

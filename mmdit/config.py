@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+Backbone = Literal["joint", "cross", "uvit"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class MMDiTConfig:
     """1: text and image share weights (DiT on concatenated tokens); 2: MM-DiT; 3: CLIP, T5 and image."""
     context_split: int = 77
     """With 3 weight sets: how many leading text tokens go to the first of the two text streams."""
+    backbone: Backbone = "joint"
+    """joint: MM-DiT and, with one weight set, DiT; cross and uvit: what the paper compares it with (backbones.py)."""
+    conv_blocks: int = 2
+    """With the backbone uvit: residual blocks of convolutions before the tokens, and as many after."""
     resolution: int = 256
     """Side of the square target resolution in pixels (S of the position grid)."""
     max_height: int = 256
@@ -49,13 +55,23 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         # From JSON a tuple comes as a list; hashing and comparing want the tuple.
         object.__setattr__(self, "dual_attention", tuple(self.dual_attention))
-        for name in ("depth", "heads", "head_dim", "in_channels", "patch_size", "context_dim", "pooled_dim"):
+        sizes = ("depth", "heads", "head_dim", "in_channels", "patch_size", "context_dim", "pooled_dim", "conv_blocks")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"MMDiTConfig: {name} is {getattr(self, name)}; expected at least 1")
         if self.weight_sets not in (1, 2, 3):
             raise ValueError(f"MMDiTConfig: weight_sets is {self.weight_sets}; expected 1, 2 or 3")
-        if self.width % 4:
-            raise ValueError(f"MMDiTConfig: heads * head_dim is {self.width}; expected a multiple of 4")
+        if self.backbone not in get_args(Backbone):
+            wanted = ", ".join(get_args(Backbone))
+            raise ValueError(f"MMDiTConfig: backbone is {self.backbone!r}; expected one of {wanted}")
+        if self.backbone != "joint" and (self.weight_sets != 2 or self.dual_attention):
+            raise ValueError(
+                f"MMDiTConfig: weight_sets is {self.weight_sets}, dual_attention {self.dual_attention}; the backbone "
+                f"{self.backbone} has neither: leave them at 2 and ()"
+            )
+        multiple = 8 if self.backbone == "uvit" else 4
+        if self.width % multiple:
+            raise ValueError(f"MMDiTConfig: heads * head_dim is {self.width}; expected a multiple of {multiple}")
         outside = [i for i in self.dual_attention if not 0 <= i < self.depth]
         if outside:
             raise ValueError(f"MMDiTConfig: dual_attention names blocks {outside}; expected 0 to {self.depth - 1}")
@@ -69,6 +85,16 @@ class MMDiTConfig:
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of what is cut into patches: the latent, or what UViT's convolutions make of it."""
+        return self.width // 2 if self.backbone == "uvit" else self.in_channels
+
+    @property
+    def text_split(self) -> int:
+        """Where the second text stream's tokens begin, or 0 if there is one text stream."""
+        return self.context_split if self.weight_sets == 3 else 0
 
     @property
     def max_tokens(self) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.unembed = PatchUnembed(config.width, config.in_channels, patch_size=config.patch_size)
+        self.unembed = PatchUnembed(config.width, config.patch_channels, patch_size=config.patch_size)
 
     def forward(self, x: Tensor, vectors: tuple[Tensor, ...], height: int, width: int) -> Tensor:
         """x [B, h*w, width] and (shift, scale) -> a latent of height x width."""
@@ -55,6 +55,6 @@ def patch_embed(config: MMDiTConfig) -> PatchEmbed:
     """The embedding of a latent with its position table."""
     c = config
     return PatchEmbed(
-        c.in_channels, c.width, patch_size=c.patch_size, resolution=c.resolution, max_height=c.max_height,
+        c.patch_channels, c.width, patch_size=c.patch_size, resolution=c.resolution, max_height=c.max_height,
         max_width=c.max_width, base=c.position_base, unit=c.token_pixels,
     )  # fmt: skip

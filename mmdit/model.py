@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from mmdit.blocks import JointBlock
+from mmdit import backbones
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import FREQUENCIES, FinalLayer, VectorEmbedder, patch_embed, timestep_features
 from rfkernels.nn import Modulation
@@ -15,11 +15,11 @@ from rfkernels.nn import Modulation
 
 def fill(name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """Writes the initial value of the parameter `name`: Xavier for every projection, N(0, 0.02) for the time and pooled
-    embedders, zero for biases, modulations and the final projection (each block starts as the identity, the model as
-    zero), one for norm weights. From torch's global generator unless one is given."""
+    embedders, zero for biases, modulations and what ends a residual of convolutions or the model (each block starts as
+    the identity, the model as zero), one for norm weights. From torch's global generator unless one is given."""
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
-    elif name.endswith("bias") or name.startswith(("modulation.", "final_layer.")):
+    elif name.endswith(("bias", "conv2.weight")) or name.startswith(("modulation.", "final_layer.", "stages.out.")):
         tensor.zero_()
     elif name.startswith(("time_embed.", "pooled_embed.")):
         tensor.normal_(std=0.02, generator=generator)
@@ -42,10 +42,12 @@ class MMDiT(nn.Module):
         self.pooled_embed = VectorEmbedder(config.pooled_dim, config.width)
         texts = max(1, config.weight_sets - 1)
         self.context_embed = nn.ModuleList(nn.Linear(config.context_dim, config.width) for _ in range(texts))
-        self.blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
+        self.blocks = nn.ModuleList(backbones.block(config, i) for i in range(config.depth))
+        self.stages = backbones.ConvStages(config) if config.backbone == "uvit" else None
         self.final_layer = FinalLayer(config)
         counts = [count for block in self.blocks for count in block.vectors]                        # type: ignore[union-attr]
-        self.modulation = Modulation(config.width, config.width, [*counts, 2])
+        around = self.stages.vectors if self.stages is not None else []
+        self.modulation = Modulation(config.width, config.width, [*around, *counts, 2, *around])
         if not self.patch_embed.proj.weight.is_meta:
             self.init_weights()
 
@@ -79,8 +81,8 @@ class MMDiT(nn.Module):
             timestep: [B] in [0, 1], fp32; 0 is data, 1 is noise.
             context: [B, L, context_dim] text sequence.
             pooled: [B, pooled_dim] pooled text.
-            context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked. None: the model
-                attends to all L, as the released models do.
+            context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked; with 3 weight sets
+                also [B, 2], of each text stream. None: the model attends to all L, as the released models do.
             modulation: [B, ...] rows of what `condition` gave, instead of timestep and pooled, which may then be None.
             skip_blocks: blocks that are passed over, for skip-layer guidance.
         Returns: velocity [B, in_channels, h, w].
@@ -93,20 +95,24 @@ class MMDiT(nn.Module):
         vectors = iter(self.modulation.split(modulation))
         texts, lengths = self._split(context, context_lengths)
         xs = [embed(text) for embed, text in zip(self.context_embed, texts, strict=True)]
-        xs.append(self.patch_embed(latent))
+        features, kept = (latent, []) if self.stages is None else self.stages.down(latent, vectors)
+        xs.append(self.patch_embed(features))
         for i, block in enumerate(self.blocks):
             own = [next(vectors) for _ in block.vectors]                                            # type: ignore[union-attr]
             xs = xs if i in skip_blocks else block(xs, own, lengths)
-        return self.final_layer(xs[-1], next(vectors), *latent.shape[2:])
+        out: Tensor = self.final_layer(xs[-1], next(vectors), *latent.shape[2:])
+        return out if self.stages is None else self.stages.up(out, kept, vectors)
 
     def _split(self, context: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
         """The text streams and, for each stream with the image last, its lengths."""
-        if self.config.weight_sets < 3:
+        first = self.config.text_split
+        if not first:
             return [context], [lengths, None]
-        first = self.config.context_split
         texts = [context[:, :first], context[:, first:]]
         if lengths is None:
             return texts, [None, None, None]
+        if lengths.ndim == 2:
+            return texts, [*lengths.unbind(1), None]
         return texts, [lengths.clamp(max=first), (lengths - first).clamp(min=0), None]
 
     def _check(self, latent: Tensor, context: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdit import autoencoder, checkpoint, flow, keyed, text
+from mmdit.config import MMDiTConfig
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.text import Conditioning
@@ -288,7 +289,7 @@ class Sampler:
             noise = keyed.normals(shape, seed, "sampling noise", [(first + start + i,) for i in range(len(part))])
             label = f"drawing {start + 1}-{start + len(part)} of {len(prompts)}"
             with_text, without = conditioned(
-                self.encoders, part, self.model.config.context_dim, chosen.guidance != 1.0
+                self.encoders, part, self.model.config, chosen.guidance != 1.0
             )
             z = denoise(
                 self.model, noise, with_text, without, chosen, formulation=self.formulation,
@@ -299,17 +300,19 @@ class Sampler:
 
 
 def conditioned(
-    encoders: Sequence[text.TextEncoder], prompts: Sequence[str], context_dim: int, guided: bool
+    encoders: Sequence[text.TextEncoder], prompts: Sequence[str], model: MMDiTConfig, guided: bool
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Text of the prompts, and, where guided, of none: with the encoders' outputs zeroed, as in training."""
+    """Text of the prompts as a model reads it, and, where guided, of none: with the encoders' outputs zeroed, as in
+    training."""
     encoded = [encoder.encode(prompts) for encoder in encoders]
     features = [list(sample) for sample in zip(*encoded, strict=True)]
     beside = [encoder.beside for encoder in encoders]
-    conditional = text.assemble(features, context_dim, None, beside)
+    joined = lambda keep: text.assemble(features, model.context_dim, keep, beside, model.text_split)  # noqa: E731
+    conditional = joined(None)
     if not guided:
         return conditional, None
     dropped = torch.zeros(len(prompts), len(encoders), dtype=torch.bool)
-    return conditional, text.assemble(features, context_dim, dropped, beside)
+    return conditional, joined(dropped)
 
 
 def bar(label: str, shown: bool) -> Progress:

@@ -168,7 +168,7 @@ class Conditioning(NamedTuple):
     context: Tensor
     """[B, L, context_dim], zero beyond each sample's length."""
     lengths: Tensor
-    """[B] int64."""
+    """[B] int64; of two streams [B, 2]."""
     pooled: Tensor
     """[B, sum of pooled_dim]."""
 
@@ -178,6 +178,7 @@ def assemble(
     context_dim: int,
     keep: Tensor | None = None,
     beside: Sequence[bool] | None = None,
+    split: int = 0,
 ) -> Conditioning:
     """Joins the encoders' features: tokens one after another along the sequence, zero-padded to context_dim channels;
     pooled vectors one after another.
@@ -187,17 +188,28 @@ def assemble(
         keep: [samples, encoders] bool; False zeroes an encoder's tokens and its part of the pooled vector, as the
             paper's encoder dropout does. The tokens stay in the sequence.
         beside: of each encoder, whether its tokens stand in the channels beside those of the one before it.
+        split: with two text streams, where the second begins: the last encoder's tokens, whatever the others' length.
+    Raises: ValueError if the others' tokens do not fit before it.
     """
     beside = beside or [False] * len(features[0])
     own = [[f.tokens for f, joined in zip(sample, beside, strict=True) if not joined] for sample in features]
-    lengths = torch.tensor([sum(len(tokens) for tokens in sample) for sample in own])
+    ends = torch.tensor([[sum(map(len, sample[:-1])), sum(map(len, sample))] for sample in own])
+    lengths, longest = ends[:, 1], int(ends[:, 1].max())
+    if split:
+        lengths = torch.stack([ends[:, 0], ends[:, 1] - ends[:, 0]], 1)
+        longest = split + int(lengths[:, 1].max())
+        if int(ends[:, 0].max()) > split:
+            most = int(ends[:, 0].max())
+            raise ValueError(f"text: all encoders but the last give {most} tokens; expected {split} at most")
     first = features[0][0]
-    context = torch.zeros(len(features), int(lengths.max()), context_dim, dtype=first.tokens.dtype)
+    last = max(j for j, joined in enumerate(beside) if not joined)
+    context = torch.zeros(len(features), longest, context_dim, dtype=first.tokens.dtype)
     pooled = torch.zeros(len(features), sum(f.pooled.numel() for f in features[0]), dtype=first.pooled.dtype)
     for i, sample in enumerate(features):
         row = end = channel = column = 0
         for j, (tokens, vector) in enumerate(sample):
-            row, channel = (row, channel) if beside[j] else (end, 0)
+            if not beside[j]:
+                row, channel = split if split and j == last else end, 0
             if keep is None or bool(keep[i, j]):
                 context[i, row : row + len(tokens), channel : channel + tokens.shape[1]] = tokens
                 pooled[i, column : column + len(vector)] = vector

@@ -23,7 +23,14 @@ def check_fit(config: Config, cache: Cache) -> None:
         if getattr(model, name) != need:
             raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
     if model.weight_sets == 3:
-        raise ValueError("model.weight_sets is 3; training joins all encoders' tokens into one stream: use 1 or 2")
+        apart = sum(not spec.get("beside") for spec in settings["encoders"])
+        before = sum(spec["max_tokens"] for spec in settings["encoders"][:-1] if not spec.get("beside"))
+        if apart < 2 or before > model.context_split:
+            raise ValueError(
+                f"model.weight_sets is 3 and context_split {model.context_split}; expected two text encoders or "
+                f"more in the cache {config.cache}, all but the last within context_split: it has {apart}, {before} "
+                "tokens long"
+            )
     for height, width in settings["sizes"]:
         if height % model.token_pixels or width % model.token_pixels:
             raise ValueError(

@@ -133,4 +133,4 @@ class Looks:
         if not prompts:
             return None
         encoders = [build(spec) for spec in self.cache.settings["encoders"]]
-        return conditioned(encoders, prompts, self.config.model.context_dim, self.config.samples.guidance != 1.0)
+        return conditioned(encoders, prompts, self.config.model, self.config.samples.guidance != 1.0)

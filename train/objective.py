@@ -50,6 +50,8 @@ class Objective:
     seed: int
     beside: tuple[bool, ...] | None = None
     """Of each encoder, whether its tokens stand beside those of the one before it."""
+    split: int = 0
+    """With two text streams, where the second begins."""
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
         """The batch of a step."""
@@ -71,7 +73,8 @@ class Objective:
     ) -> Batch:
         x0 = torch.stack([s.latent for s in samples])
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
-        return Batch(x0, noise, t, text.assemble([s.features for s in samples], self.context_dim, keep, self.beside))
+        features = [s.features for s in samples]
+        return Batch(x0, noise, t, text.assemble(features, self.context_dim, keep, self.beside, self.split))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean weighted squared error of the batch, scalar fp32."""

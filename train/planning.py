@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mmdit import MMDiT
-from mmdit.blocks import JointBlock
+from mmdit import MMDiT, backbones
 from mmdit.counting import Kernel, Made, made_in, trace
 from mmdit.flops import TEXT_TOKENS, training_flops
 from mmdit.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
@@ -98,7 +97,7 @@ def whole_model(config: Config, batch: int, pixels: int) -> Made:
 def one_block(config: Config, batch: int, pixels: int) -> Made:
     """A call of the first block."""
     with made_in(torch.bfloat16):
-        block = JointBlock(config.model, 0)
+        block = backbones.block(config.model, 0)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
     xs = [leaf(batch, n, c.width) for n in (TEXT_TOKENS, tokens)]

@@ -79,11 +79,11 @@ class Piece:
 def pieces(config: MMDiTConfig) -> tuple[list[Piece], dict[str, tuple[int, ...]]]:
     """All pieces of a model, in our order, and the shapes of our parameters.
 
-    Raises: ValueError if the model has no other layout (weight sets other than two)."""
+    A model that no other layout knows has pieces with our names alone."""
     with torch.device("meta"):
         model = MMDiT(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if config.weight_sets != 2:
+    if config.weight_sets != 2 or config.backbone != "joint":
         return [Piece(name, shape, "", ()) for name, shape in shapes.items()], shapes
     table = dict(_table(config))
     found: list[Piece] = []

@@ -232,10 +232,10 @@ def _write(
     config, path = opened.config, Path(path)
     if layout != "native":
         rows, columns = config.max_tokens
-        if config.weight_sets != 2 or rows != columns:
+        if config.weight_sets != 2 or config.backbone != "joint" or rows != columns:
             raise ValueError(
-                f"checkpoint: layout {layout!r} has two weight sets and a square position table; the model has "
-                f"{config.weight_sets} and {rows} x {columns}"
+                f"checkpoint: layout {layout!r} is for joint blocks with two weight sets and a square position "
+                f"table; the model has {config.backbone}, {config.weight_sets} and {rows} x {columns}"
             )
     found = opened.pieces()
     bar = tqdm(total=len(found), desc=f"{opened.layout} -> {layout}", disable=not progress)

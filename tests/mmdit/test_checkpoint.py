@@ -192,9 +192,9 @@ def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
 
 def test_what_a_layout_cannot_hold_is_refused(tmp_path):
     wide = MMDiT(presets.tiny(max_width=32))
-    with pytest.raises(ValueError, match="two weight sets and a square position table; the model has 2 and 16 x 8"):
+    with pytest.raises(ValueError, match="a square position table; the model has joint, 2 and 16 x 8"):
         checkpoint.save(wide, tmp_path / "x.safetensors", layout="sd3")
-    with pytest.raises(ValueError, match="the model has 3 and 16 x 16"):
+    with pytest.raises(ValueError, match="the model has joint, 3 and 16 x 16"):
         checkpoint.save(MMDiT(presets.tiny(weight_sets=3)), tmp_path / "x", layout="diffusers")
     with pytest.raises(ValueError, match="layout is 'onnx'; expected one of native, sd3, diffusers"):
         checkpoint.save(wide, tmp_path / "x.safetensors", layout="onnx")

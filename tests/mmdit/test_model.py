@@ -44,6 +44,14 @@ def test_attention_share_at_high_resolution():
     assert flops.attention / flops.total == pytest.approx(0.316, abs=5e-4)
 
 
+@pytest.mark.parametrize("backbone", ("cross", "uvit"))
+def test_flops_of_other_backbones_against_a_counter(backbone):
+    config = presets.tiny(depth=3, backbone=backbone)
+    with FlopCounterMode(display=False) as counter:
+        randomised(config).requires_grad_(False)(*inputs(config, batch=1))
+    assert training_flops(config, 64, 7).total / 3 == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("sets, dual", [(1, ()), (2, ()), (2, (0, 1)), (3, ())])
 def test_flops_against_a_counter(sets, dual):
     """Forward FLOPs as torch counts them, plus the last block's text queries, which the model skips and we count."""
@@ -58,9 +66,12 @@ def test_flops_against_a_counter(sets, dual):
     assert training_flops(config, image, text).total / 3 == counter.get_total_flops() + skipped
 
 
-@pytest.mark.parametrize("sets", (1, 2, 3))
-def test_padding_of_the_text_changes_nothing(sets):
-    config = presets.tiny(weight_sets=sets, context_split=3)
+KINDS = [{"weight_sets": 1}, {"weight_sets": 2}, {"weight_sets": 3}, {"backbone": "cross"}, {"backbone": "uvit"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
+def test_padding_of_the_text_changes_nothing(kind):
+    config = presets.tiny(context_split=3, **kind)
     model = randomised(config).double()
     latent, t, context, pooled = (v.double() for v in inputs(config))
     short = model(latent, t, context, pooled)

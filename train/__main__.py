@@ -114,16 +114,17 @@ def score(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
-    from train.study.plan import VARIANTS, Study
+    from train.study.plan import Study
     from train.study.run import run as run_study
+    from train.study.variants import VARIANTS, default
 
     kind = arguments[0] if arguments else ""
     if kind not in VARIANTS:
         sys.exit(f"usage: python -m train study {{{','.join(VARIANTS)}}} ... (each takes --help)")
     wanted: Study = tyro.cli(
-        Study, prog=f"python -m train study {kind}", args=arguments[1:], default=Study(Path(f"studies/{kind}"))
+        Study, prog=f"python -m train study {kind}", args=arguments[1:], default=default(kind)
     )
-    failed = run_study(wanted, VARIANTS[kind]())
+    failed = run_study(wanted, VARIANTS[kind](wanted))
     for line in failed:
         print(f"failed: {line}")
     sys.exit(1 if failed else 0)

@@ -15,9 +15,11 @@ from scipy import linalg
 
 from mmdit import flow
 from train.data import shapes
+from train.data.shards import Cache
 from train.metrics import frechet
 from train.study import judge, ranking
-from train.study.plan import VARIANTS, Study, changed, small_base
+from train.study.plan import changed, small_base
+from train.study.variants import BACKBONES, VARIANTS, backbones, default, parameters, step_flops
 from train.study.report import table
 
 
@@ -79,11 +81,26 @@ def test_the_judge_knows_what_is_drawn(tmp_path):
 
 
 def test_variants_change_what_they_name():
-    assert len(VARIANTS["formulations"]()) == 61
-    deeper = changed(small_base(), VARIANTS["scaling"]()["depth=6"])
+    study = default("scaling")
+    assert len(VARIANTS["formulations"](study)) == 61
+    deeper = changed(study.base, VARIANTS["scaling"](study)["depth=6"])
     assert (deeper.model.depth, deeper.model.heads) == (6, 6)
     assert dataclasses.replace(deeper, model=small_base().model) == small_base()
-    assert Study.__dataclass_fields__["seeds"].default == 2
+    assert study.seeds == 2
+
+
+def test_backbones_have_equal_parameters_or_flops(cache):
+    """As near as widths in steps of eight channels come: within a twelfth."""
+    study = dataclasses.replace(default("backbones"), caches=(cache,))
+    variants, measured = backbones(study), {}
+    for name, changes in variants.items():
+        config = changed(study.base, changes)
+        measured[name] = parameters(config.model), step_flops(config, Cache(cache))
+    assert {name.split(", equal")[0] for name in variants} == set(BACKBONES)
+    for name, values in measured.items():
+        for i, measure in enumerate(("parameters", "FLOPs")):
+            if name.endswith(measure):
+                assert values[i] == pytest.approx(measured["MM-DiT"][i], rel=1 / 12), name
 
 
 def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):

@@ -50,6 +50,8 @@ class Precompute:
     """Side of a square in pixels: instead of sizes, buckets of about this area with sides from 3/4 to 3/2 of it."""
     encoders: tuple[str, ...] = ("words",)
     """Text encoders: words, minilm; clip_l, clip_g and t5 of the pipeline."""
+    max_words: int = 77
+    """Of the encoder words: what is longer is cut."""
     synthetic: float = 0.5
     """Of samples with an original and a synthetic caption, the share that keeps the synthetic one, by key."""
     pixel_factor: int = 2
@@ -291,7 +293,7 @@ def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.A
 
 def build_encoder(config: Precompute, name: str, device: torch.device) -> text.TextEncoder:
     if name not in RELEASED:
-        return text.build({"kind": name})
+        return text.build({"kind": name, **({"max_tokens": config.max_words} if name == "words" else {})})
     if config.pipeline is None:
         raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")
     suffix = RELEASED[name]

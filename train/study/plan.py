@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit.flow import FORMULATIONS
 from train import recipes
 from train.config import Config, Ema, Optimizer, Samples, Validation
 
@@ -88,19 +87,7 @@ class Job:
 
 Changes = dict[str, Any]
 """Field of Config, dotted, to its value."""
-
-
-def formulations() -> dict[str, Changes]:
-    """The 61 of section 5.1."""
-    return {name: {"formulation": name} for name in FORMULATIONS}
-
-
-def scaling() -> dict[str, Changes]:
-    """Depths, with width and heads in proportion (section 5.3)."""
-    return {f"depth={d}": {"model.depth": d, "model.heads": d} for d in (2, 3, 4, 6)}
-
-
-VARIANTS = {"formulations": formulations, "scaling": scaling}
+Variants = dict[str, Changes]
 
 
 def changed(config: Any, changes: Changes) -> Any:
@@ -112,7 +99,7 @@ def changed(config: Any, changes: Changes) -> Any:
     return config
 
 
-def config_of(study: Study, variants: dict[str, Changes], job: Job) -> Config:
+def config_of(study: Study, variants: Variants, job: Job) -> Config:
     run = study.folder / "runs" / job.slug
     made: Config = changed(study.base, variants[job.variant])
     return dataclasses.replace(made, run=run, cache=job.cache, seed=job.seed)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mmdit.files import write_atomically
 from train.study.judge import trained
-from train.study.plan import NAMED, Changes, Job, Study, row_path, rows
+from train.study.plan import NAMED, Job, Study, Variants, row_path, rows
 from train.study.report import ranking, table
 from train.study.work import work
 
@@ -36,7 +36,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def jobs(study: Study, variants: dict[str, Changes], names: list[str], seed: int) -> list[Job]:
+def jobs(study: Study, variants: Variants, names: list[str], seed: int) -> list[Job]:
     """Those of one seed that have no row yet."""
     found = [Job(name, cache, seed) for name in names for cache in study.caches]
     return [job for job in found if not row_path(study, job).is_file()]
@@ -57,7 +57,7 @@ def _begin(devices: multiprocessing.Queue) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
 
 
-def _quietly(study: Study, variants: dict[str, Changes], job: Job) -> str | None:
+def _quietly(study: Study, variants: Variants, job: Job) -> str | None:
     """A job with its output in a file. Returns: what went wrong, if anything did."""
     log = study.folder / "logs" / f"{job.slug}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _quietly(study: Study, variants: dict[str, Changes], job: Job) -> str | None
             return f"{type(error).__name__}: {error}"
 
 
-def run(study: Study, variants: dict[str, Changes]) -> list[str]:
+def run(study: Study, variants: Variants) -> list[str]:
     """Runs what has no row: one seed of every variant, then the others of the best and the named.
 
     The finished are in FOLDER/rows.jsonl, their ranking in FOLDER/ranking.md.
@@ -92,7 +92,7 @@ def run(study: Study, variants: dict[str, Changes]) -> list[str]:
     return failed
 
 
-def _all(study: Study, variants: dict[str, Changes], todo: list[Job], label: str) -> list[str]:
+def _all(study: Study, variants: Variants, todo: list[Job], label: str) -> list[str]:
     context, failed = multiprocessing.get_context("spawn"), []
     devices = context.Queue()
     for worker in range(study.workers):

@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 
 from mmdit import autoencoder, keyed
 from mmdit.files import write_atomically
-from mmdit.flops import training_flops
 from mmdit.flow import PathLength
 from mmdit.sample import Sampler, Settings, conditioned, denoise
 from train.best import ABOUT, AVERAGED, RAW
-from train.config import Config
 from train.data.shards import Cache
 from train.loop import train
 from train.metrics import frechet
 from train.study.judge import Judge, trained
-from train.study.plan import FEWER, SETTINGS, Changes, Job, Study, config_of, row_path
+from train.study.plan import FEWER, SETTINGS, Job, Study, Variants, config_of, row_path
+from train.study.variants import step_flops
 
 WEIGHTS = {"EMA": AVERAGED, "raw": RAW}
 
@@ -93,16 +92,7 @@ def validation_curve(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["validation/loss"]) for line in lines if "validation/loss" in line]
 
 
-def step_flops(config: Config, cache: Cache) -> float:
-    """Model FLOPs of a step, with the captions' mean length."""
-    bucket = next(iter(cache.buckets("train").values()))
-    sample = [bucket[row] for row in range(0, len(bucket), max(1, len(bucket) // 64))]
-    text = round(sum(len(f.tokens) for s in sample for f in s.features) / len(sample))
-    height, width = sample[0].latent.shape[1:]
-    return config.batch * training_flops(config.model, height * width // config.model.patch_size**2, text).total
-
-
-def work(study: Study, variants: dict[str, Changes], job: Job) -> dict[str, Any] | None:
+def work(study: Study, variants: Variants, job: Job) -> dict[str, Any] | None:
     """Runs a job and writes its row. Returns: the row, or None if a signal stopped it."""
     config, start = config_of(study, variants, job), time.time()
     torch.set_num_threads(config.threads or 1)

@@ -1,4 +1,4 @@
-"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN | study KIND"""
+"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN | evaluate RUN | study KIND"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 from tyro.extras import overridable_config_cli
 
-from train import evaluate, planning
+from train import planning
 from train.config import Config
 from train.data import costs
 from train.data.blocks import check
@@ -21,7 +21,7 @@ from train.data.shards import Index
 from train.loop import train
 from train.recipes import RECIPES
 
-USAGE = "usage: python -m train {precompute,verify,plan,run,score,study} ... (each takes --help)"
+USAGE = "usage: python -m train {precompute,verify,plan,run,score,evaluate,study} ... (each takes --help)"
 
 
 def precompute(arguments: list[str]) -> None:
@@ -92,6 +92,8 @@ def run(arguments: list[str]) -> None:
 
 
 def score(arguments: list[str]) -> None:
+    from train.evaluate.shapes import score_shapes
+
     def main(
         run: tyro.conf.Positional[Path], images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
     ) -> None:
@@ -104,13 +106,22 @@ def score(arguments: list[str]) -> None:
             guidance: Classifier-free guidance.
             seed: Of the noise.
         """
-        result = evaluate.score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
+        result = score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
         print(f"held-out captions, {64 * images} pictures (chance: colour .125, position .2, size .5, shape .17)")
         for name, value in result.items():
             print(f"  {name:9s} {value:.3f}")
         print(f"pictures: {run / 'held-out.png'} (left of each pair: drawn by rule; right: by the model)")
 
     tyro.cli(main, prog="python -m train score", args=arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    from train.evaluate.run import Evaluation
+    from train.evaluate.run import evaluate as measure
+
+    wanted = tyro.cli(Evaluation, prog="python -m train evaluate", args=arguments)
+    for name, value in measure(wanted).items():
+        print(f"{name:32s} {value:.4f}")
 
 
 def study(arguments: list[str]) -> None:
@@ -130,7 +141,8 @@ def study(arguments: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score, "study": study}
+COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score, "evaluate": evaluate,
+            "study": study}  # fmt: skip
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from mmdit import presets
 from mmdit.config import MMDiTConfig
@@ -166,9 +166,29 @@ class Config:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
 
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Of `to_json`. Raises: TypeError for fields that it does not have."""
+        return _made(cls, json.loads(text))
+
     def decides(self) -> dict[str, Any]:
         """The part of the configuration that decides the weights: a run can only go on with the same."""
         values = json.loads(self.to_json())
         for name in SIDE:
             values.pop(name)
         return values
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from what JSON left of it: paths and tuples are there again."""
+    types, found = get_type_hints(kind), {}
+    for name, value in values.items():
+        wanted = types.get(name)
+        if dataclasses.is_dataclass(wanted):
+            value = _made(wanted, value)                                                             # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and wanted in (Path, Path | None):
+            value = Path(value)
+        found[name] = value
+    return kind(**found)

@@ -81,10 +81,7 @@ def train_in(config: Config, world: World) -> Outcome:
         fused=device.type == "cuda",
     )
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
-    objective = Objective(
-        flow.by_name(config.formulation, config.shift), config.model.context_dim, config.encoder_dropout, config.seed,
-        tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"]), config.model.text_split,
-    )  # fmt: skip
+    objective = Objective.of(config, cache, flow.by_name(config.formulation, config.shift))
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 

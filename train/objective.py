@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mmdit import keyed, text
 from mmdit.flow import Formulation
-from train.data.shards import Bucket, Sample
+from train.config import Config
+from train.data.shards import Bucket, Cache, Sample
 
 
 class Batch(NamedTuple):
@@ -52,6 +53,13 @@ class Objective:
     """Of each encoder, whether its tokens stand beside those of the one before it."""
     split: int = 0
     """With two text streams, where the second begins."""
+
+    @classmethod
+    def of(cls, config: Config, cache: Cache, formulation: Formulation) -> Objective:
+        """Of a run."""
+        beside = tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"])
+        model = config.model
+        return cls(formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split)
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
         """The batch of a step."""

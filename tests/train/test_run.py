@@ -269,7 +269,7 @@ def test_command_line_suggests_the_right_flag():
 
 
 def test_score_of_an_untrained_model_is_at_chance(config):
-    from train.evaluate import score_shapes
+    from train.evaluate.shapes import score_shapes
 
     train(changed(config, steps=1))
     result = score_shapes(config.run, images=1, steps=2)

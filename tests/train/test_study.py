@@ -19,8 +19,8 @@ from train.data.shards import Cache
 from train.metrics import frechet
 from train.study import judge, ranking
 from train.study.plan import changed, small_base
-from train.study.variants import BACKBONES, VARIANTS, backbones, default, parameters, step_flops
 from train.study.report import table
+from train.study.variants import BACKBONES, VARIANTS, backbones, default, parameters, step_flops
 
 
 def test_ranks_are_the_rounds_in_which_nothing_dominates():

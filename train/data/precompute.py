@@ -40,8 +40,8 @@ class Precompute:
     """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
 
     source: str = "shapes"
-    """shapes, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet files:
-    one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
+    """shapes, scenes, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet
+    files: one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
     cache: Path = Path("cache/shapes")
     """Folder to write."""
     sizes: tuple[Size, ...] = ((32, 32),)
@@ -67,7 +67,7 @@ class Precompute:
     val_share: float = 0.02
     """Share held out for validation, by key, where the source has no split of its own."""
     copies: int = 12
-    """For the source shapes: drawings per training caption."""
+    """For the source shapes: drawings per training caption; for scenes 64 times as many of each kind."""
     shard_size: int = 4096
     """Records of a block: one process's piece of work, which makes one shard of each bucket."""
     batch: int = 32

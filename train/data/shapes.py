@@ -98,13 +98,28 @@ def split() -> tuple[list[Shape], list[Shape]]:
     return [shapes[i] for i in order[HELD_OUT:]], [shapes[i] for i in order[:HELD_OUT]]
 
 
-def read(image: np.ndarray) -> Shape | None:
-    """What an image [SIDE, SIDE, 3] shows, by the best-matching rendering; None if it shows nothing."""
-    difference = image.astype(float) - BACKGROUND
-    seen = np.abs(difference).max(-1) > 70
-    if seen.sum() < 8:
+@dataclass(frozen=True)
+class Found:
+    """A shape in an image: its centre and half the side of its bounding box, in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    half: float
+
+
+def seen(image: np.ndarray) -> np.ndarray:
+    """Which pixels [SIDE, SIDE] are not background."""
+    return np.abs(image.astype(float) - BACKGROUND).max(-1) > 70
+
+
+def find(image: np.ndarray) -> Found | None:
+    """The shape that an image [SIDE, SIDE, 3] shows, by the best-matching rendering; None if it shows nothing."""
+    difference, there = image.astype(float) - BACKGROUND, seen(image)
+    if there.sum() < 8:
         return None
-    mean = np.median(image[seen], axis=0)
+    mean = np.median(image[there], axis=0)
     colour = min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - mean).sum()))
     direction = np.array(COLOURS[colour]) - BACKGROUND
     alpha = np.clip(difference @ direction / (direction @ direction), 0, 1)
@@ -114,14 +129,21 @@ def read(image: np.ndarray) -> Shape | None:
         return None
     x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
     half = max(columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1) / 2
-    candidates = itertools.product(SHAPES, (-0.5, 0, 0.5), (-0.5, 0, 0.5), (-0.25, 0.25, 0.75))
+    candidates = itertools.product(SHAPES, (-0.5, 0, 0.5), (-0.5, 0, 0.5), (-0.5, -0.25, 0, 0.25, 0.5, 0.75))
     shape, dx, dy, grow = min(
         candidates, key=lambda c: float(((coverage(c[0], x + c[1], y + c[2], half + c[3], 2) - alpha) ** 2).sum())
     )
-    x, y, half = x + dx, y + dy, half + grow
-    position = min(POSITIONS, key=lambda p: (POSITIONS[p][0] - x) ** 2 + (POSITIONS[p][1] - y) ** 2)
-    size = min(SIZES, key=lambda s: abs(SIZES[s] - half))
-    return Shape(size, colour, shape, position)
+    return Found(colour, shape, x + dx, y + dy, half + grow)
+
+
+def read(image: np.ndarray) -> Shape | None:
+    """What an image [SIDE, SIDE, 3] shows, in the words of a caption; None if it shows nothing."""
+    found = find(image)
+    if found is None:
+        return None
+    position = min(POSITIONS, key=lambda p: (POSITIONS[p][0] - found.x) ** 2 + (POSITIONS[p][1] - found.y) ** 2)
+    size = min(SIZES, key=lambda s: abs(SIZES[s] - found.half))
+    return Shape(size, found.colour, found.shape, position)
 
 
 def score(images: np.ndarray, wanted: list[Shape]) -> dict[str, float]:

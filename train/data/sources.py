@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mmdit import keyed
-from train.data import shapes
+from train.data import scenes, shapes
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -63,14 +63,15 @@ def open_source(name: str, *, copies: int = 12) -> list[Record]:
     """The records of a source, in a fixed order.
 
     Args:
-        name: "shapes", "openmoji", a folder of images (with sidecar .txt files and .synthetic.txt for captions that a
-            model wrote, or a metadata.jsonl with file_name, caption or text, synthetic_caption), or WebDataset .tar or
-            Hugging Face .parquet files: one, a folder of them, a glob, or a range such as "set-{00000..00099}.tar".
-        copies: for "shapes", drawings per training caption.
+        name: "shapes", "scenes", "openmoji", a folder of images (with sidecar .txt files and .synthetic.txt for
+            captions that a model wrote, or a metadata.jsonl with file_name, caption or text, synthetic_caption), or
+            WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a glob, or a range such as
+            "set-{00000..00099}.tar".
+        copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind.
     Raises: DataError if there is nothing there.
     """
-    if name == "shapes":
-        return list(_shapes(copies))
+    if name in DRAWN:
+        return list(DRAWN[name](copies))
     if name == "openmoji":
         from train.data import openmoji
 
@@ -97,7 +98,7 @@ def _paths(name: str) -> list[Path]:
     if missing or not found:
         raise DataError(
             f"source {str(missing[0]) if missing else name!r} does not exist; expected a folder, .tar or .parquet "
-            "files, 'shapes' or 'openmoji'"
+            "files, 'shapes', 'scenes' or 'openmoji'"
         )
     return found
 
@@ -242,6 +243,22 @@ def _shapes(copies: int) -> Iterator[Record]:
                     return Image.fromarray(shapes.draw(what, keyed.generator(0, f"shapes {name}", *key)))
 
                 yield Record(f"shapes/{name}/{i}-{copy}", what.caption, image, name)
+
+
+def _scenes(copies: int) -> Iterator[Record]:
+    for tag in scenes.TAGS:
+        train, asked = scenes.split(tag)
+        for name, prompts, count in (("train", train, 64 * copies), ("val", asked, scenes.MOST)):
+            for i in range(count):
+                prompt = prompts[i % len(prompts)]
+
+                def image(prompt: scenes.Prompt = prompt, i: int = i, name: str = name) -> Image.Image:
+                    return Image.fromarray(scenes.draw(prompt, keyed.generator(0, f"scenes {prompt['tag']} {name}", i)))
+
+                yield Record(f"scenes/{name}/{tag}-{i}", prompt["prompt"], image, name)
+
+
+DRAWN: dict[str, Callable[[int], Iterator[Record]]] = {"shapes": _shapes, "scenes": _scenes}
 
 
 def fit_into(image: Image.Image, height: int, width: int) -> np.ndarray:

@@ -59,6 +59,9 @@ class Study:
     """Of the best variants and of those named below; all others have one."""
     best_again: int = 10
     """How many of the best get all seeds."""
+    clip: Path | None = None
+    """Folder of a CLIPModel that scores pictures and makes features of them; without it a small network trained on the
+    captioned shapes, which only data sets of those may be judged by."""
     images: int = 64
     """Pictures per control setting."""
     workers: int = 2

@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 
 from mmdit.files import write_atomically
-from train.study.judge import trained
 from train.study.plan import NAMED, Job, Study, Variants, row_path, rows
 from train.study.report import ranking, table
-from train.study.work import work
+from train.study.work import critic_of, work
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def run(study: Study, variants: Variants) -> list[str]:
         raise ValueError(f"study: only names {', '.join(unknown)}; expected some of {', '.join(variants)}")
     failed: list[str] = []
     with alone(study.folder):
-        trained(study.folder)                                                       # once, not by every worker
+        critic_of(study)                                            # if it is to be trained, once, not by every worker
         for seed in range(study.seeds):
             todo = jobs(study, variants, names if seed == 0 else again(study, names), seed)
             failed += _all(study, variants, todo, f"seed {seed}")

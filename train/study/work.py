@@ -6,7 +6,6 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,15 @@ from mmdit.flow import PathLength
 from mmdit.sample import Sampler, Settings, conditioned, denoise
 from train.best import ABOUT, AVERAGED, RAW
 from train.data.shards import Cache
+from train.evaluate.critics import Clip, Critic
+from train.evaluate.held_out import captions, pictures
 from train.loop import train
 from train.metrics import frechet
-from train.study.judge import Judge, trained
+from train.study.judge import trained
 from train.study.plan import FEWER, SETTINGS, Job, Study, Variants, config_of, row_path
 from train.study.variants import step_flops
 
 WEIGHTS = {"EMA": AVERAGED, "raw": RAW}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Captions of the validation split, and its pictures' features."""
-
-    captions: list[str]
-    features: np.ndarray
-
-    @classmethod
-    def of(cls, cache: Cache, judge: Judge, count: int) -> HeldOut:
-        """`count` captions, again from the first if there are fewer; all pictures."""
-        vae = autoencoder.build(cache.settings["autoencoder"])
-        bucket = next(iter(cache.buckets("val").values()))
-        images = [
-            autoencoder.to_uint8(vae.decode(bucket[row].latent[None].float())) for row in range(len(bucket))
-        ]
-        distinct = list(dict.fromkeys(bucket.captions()))
-        captions = [distinct[i % len(distinct)] for i in range(count)]
-        return cls(captions, judge.embedded(np.concatenate(images)))
 
 
 def drawn(sampler: Sampler, captions: Sequence[str], steps: int, guidance: float) -> tuple[np.ndarray, float]:
@@ -63,7 +44,7 @@ def drawn(sampler: Sampler, captions: Sequence[str], steps: int, guidance: float
     return autoencoder.to_uint8(sampler.autoencoder.decode(z)), float(way.lengths.mean())
 
 
-def evaluated(run: Path, judge: Judge, held_out: HeldOut) -> dict[str, Any]:
+def evaluated(run: Path, critic: Critic, wanted: Sequence[str], real: np.ndarray) -> dict[str, Any]:
     """{"settings": one entry per weights, steps and guidance; "path_length" and "decrease" of the average at guidance
     5; "parameters"}."""
     sampler = Sampler.load(run / AVERAGED)
@@ -73,9 +54,9 @@ def evaluated(run: Path, judge: Judge, held_out: HeldOut) -> dict[str, Any]:
         sampler.model.load_state_dict(load_file(run / file))
         sampler.model.eval()
         for steps, guidance in (*SETTINGS, *(more if weights == "EMA" else ())):
-            images, length = drawn(sampler, held_out.captions, steps, guidance)
-            score = judge.score(images, held_out.captions)
-            distance = frechet(judge.embedded(images), held_out.features)
+            images, length = drawn(sampler, wanted, steps, guidance)
+            score = critic.score(images, wanted)
+            distance = frechet(critic.embedded(images), real)
             if (steps, guidance) in SETTINGS:
                 setting = {"weights": weights, "steps": steps, "guidance": guidance}
                 entries.append({**setting, "score": score, "distance": distance})
@@ -85,6 +66,11 @@ def evaluated(run: Path, judge: Judge, held_out: HeldOut) -> dict[str, Any]:
     decrease = {str(steps): 1 - scores[steps] / scores[50] for steps in FEWER}
     parameters = sum(p.numel() for p in sampler.model.parameters())
     return {"settings": entries, "path_length": path_length, "decrease": decrease, "parameters": parameters}
+
+
+def critic_of(study: Study) -> Critic:
+    """CLIP, where there is one, as in the paper; or a small network that knows the captioned shapes."""
+    return trained(study.folder) if study.clip is None else Clip(study.clip)
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:
@@ -98,9 +84,10 @@ def work(study: Study, variants: Variants, job: Job) -> dict[str, Any] | None:
     torch.set_num_threads(config.threads or 1)
     if train(config).stopped_by is not None:
         return None
-    cache, judge = Cache(job.cache), trained(study.folder)
+    cache, critic = Cache(job.cache), critic_of(study)
     best = json.loads((config.run / ABOUT).read_text())
-    found = evaluated(config.run, judge, HeldOut.of(cache, judge, study.images))
+    real = np.concatenate([critic.embedded(images) for images in pictures(cache)])
+    found = evaluated(config.run, critic, captions(cache, study.images), real)
     row = {
         "variant": job.variant,
         "dataset": job.dataset,

@@ -1,4 +1,4 @@
-"""Scores of a finished run on captions it has never seen."""
+"""The captioned shapes that a run has never seen, drawn and read back by rule."""
 
 from __future__ import annotations
 

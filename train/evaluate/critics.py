@@ -1,0 +1,92 @@
+"""What tells how well pictures fit captions, and makes features of them for a distance between sets of pictures."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCH = 64         # pictures or captions at a time
+
+
+class Critic(Protocol):
+    """Of pictures uint8 [N, H, W, 3]."""
+
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
+        """How well pictures fit their captions; higher is better."""
+        ...
+
+    def embedded(self, images: np.ndarray) -> np.ndarray:
+        """Features, fp64 [N, D]."""
+        ...
+
+
+class Clip:
+    """CLIP score and CLIP features, of a CLIPModel that transformers reads: ViT-L/14 in the paper.
+
+    Args: folder: model, tokenizer and image processor, as `save_pretrained` leaves them; nothing is fetched.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError("CLIP as a critic needs transformers: pip install transformers") from error
+        # without torchvision the name without Pil is the same class, and says so each time
+        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+        self.model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        self.processor = processor.from_pretrained(folder, local_files_only=True)
+        self.device = device
+
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
+        """Mean cosine of a picture's and its caption's embeddings, in [-1, 1] (Hessel et al. 2021, without their factor
+        2.5 and floor of 0)."""
+        pictures = F.normalize(self._images(images), dim=-1)
+        texts = F.normalize(_batched(captions, self._captions), dim=-1)
+        return float((pictures * texts).sum(-1).mean())
+
+    def embedded(self, images: np.ndarray) -> np.ndarray:
+        """The projected image features, not normalised."""
+        return self._images(images).numpy()
+
+    def _images(self, images: np.ndarray) -> Tensor:
+        return _batched(images, self._pictures)
+
+    @torch.no_grad()
+    def _pictures(self, images: np.ndarray) -> Tensor:
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        out: Tensor = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return out
+
+    @torch.no_grad()
+    def _captions(self, captions: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        out: Tensor = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
+        return out
+
+
+def _batched(items: Sequence[Any] | np.ndarray, of: Callable[[Any], Tensor]) -> Tensor:
+    """fp64 on the CPU."""
+    parts = [of(items[start : start + BATCH]).double().cpu() for start in range(0, len(items), BATCH)]
+    return torch.cat(parts)
+
+
+def feature_network(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of the user's: uint8 [N, H, W, 3] -> features [N, D].
+
+    Args: name: "package.module:function".
+    Raises: ValueError if there is none of that name.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"features is {name!r}; expected package.module:function ({error})") from error
+    return lambda images: np.asarray(found(images), dtype=np.float64)

@@ -17,9 +17,9 @@ from mmdit import flow
 from train.data import shapes
 from train.data.shards import Cache
 from train.metrics import frechet
-from train.study import judge, ranking
-from train.study.plan import changed, small_base
-from train.study.report import table
+from train.study import figures, judge, ranking
+from train.study.plan import SETTINGS, changed, small_base
+from train.study.report import report
 from train.study.variants import BACKBONES, VARIANTS, backbones, default, parameters, step_flops
 
 
@@ -132,4 +132,46 @@ def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
     # after six steps the average is what it began as: rectified flow stands still, a noise prediction of zero does not
     lengths = {row["variant"]: row["path_length"] for row in found}
     assert lengths["rf"] == 0 and lengths["edm/rf"] > 1
-    assert (tmp_path / "study" / "ranking.md").read_text() == table(found)
+    assert (tmp_path / "study" / "report.md").read_text() == report(found)
+    assert (tmp_path / "study" / "formulations.png").stat().st_size > 1000
+
+
+def row(variant, score, distance, **more):
+    """A finished run whose pictures are alike under every setting."""
+    settings = [
+        {"weights": weights, "steps": steps, "guidance": guidance, "score": score, "distance": distance}
+        for weights in ("EMA", "raw")
+        for steps, guidance in SETTINGS
+    ]
+    return {
+        "variant": variant, "dataset": "study", "seed": 0, "steps": 100, "batch": 8, "best_step": 100,
+        "validation_loss": 0.5, "validation_curve": [[50, 0.7], [100, 0.5]], "flops": 1e12, "parameters": 1000,
+        "settings": settings, "path_length": 2.0, "decrease": {"5": 0.1, "10": 0.02, "20": 0.0}, "images": 4,
+        "machine": "a machine", "date": "2026-01-01", **more,
+    }  # fmt: skip
+
+
+def test_report_ranks_beside_the_paper(tmp_path):
+    found = [row("rf", 0.9, 1.0), row("eps/linear", 0.5, 4.0), row("edm(1.20,0.60)", 0.95, 2.0)]
+    found.append({**row("rf", 0.7, 3.0), "seed": 1})                    # rf: 0.8 and 2.0 on average, so second
+    lines = report(found).splitlines()
+    assert "| edm(1.20,0.60) | 1.00 | 1.00 | 1.00 |  |  |  | 0.950 | 2.00 |  |  | 1 |" in lines
+    assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 | 0.800 | 2.00 | 0.217 | 94.9 | 2 |" in lines
+    assert "| eps/linear | 3.00 | 3.00 | 3.00 | 2.88 | 4.25 | 2.75 | 0.500 | 4.00 | 0.222 | 90.34 | 1 |" in lines
+    assert [path.name for path in figures.draw(found, tmp_path)] == ["formulations.png"]
+
+
+def test_report_of_sizes_fits_a_power_law(tmp_path):
+    sizes = {"depth=2": 1e12, "depth=4": 1e13, "depth=8": 3e14}
+    found = [
+        row(name, 0.9, 1.0, flops=flops, parameters=int(flops / 1e9), validation_loss=3 * flops**-0.125,
+            validation_curve=[[50, 0.9], [100, 3 * flops**-0.125]])
+        for name, flops in sizes.items()
+    ]  # fmt: skip
+    text = report(found)
+    assert "to the power -0.125 (correlation -1.000)" in text
+    assert "| depth=4 | 0.01 M | 10.00 T | 0.0711 ± 0.0000 | 10.00 | 2.00 | 0.00 | 2.00 |" in text
+    assert "| paper, depth=38 |  |  |  | 2.71 | 0.14 | 0.08 | 185.96 |" in text
+    assert [path.name for path in figures.draw(found, tmp_path)] == ["scaling.png"]
+    found = [row("MM-DiT", 0.9, 1.0), row("DiT, equal FLOPs", 0.8, 2.0, parameters=7)]
+    assert [path.name for path in figures.draw(found, tmp_path)] == ["backbones.png"]

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from mmdit.files import write_atomically
+from train.study import figures
 from train.study.plan import NAMED, Job, Study, Variants, row_path, rows
-from train.study.report import ranking, table
+from train.study.report import best_first, report
 from train.study.work import critic_of, work
 
 
@@ -44,8 +45,7 @@ def jobs(study: Study, variants: Variants, names: list[str], seed: int) -> list[
 def again(study: Study, names: list[str]) -> list[str]:
     """Variants that get more seeds: the named, and the best by mean rank of the first."""
     first = [row for row in rows(study) if row["seed"] == 0 and row["variant"] in names]
-    ranked = ranking(first)
-    best = sorted(ranked, key=ranked.__getitem__)[: study.best_again]
+    best = best_first(first)[: study.best_again]
     return [name for name in names if name in best or name in NAMED]
 
 
@@ -71,7 +71,7 @@ def _quietly(study: Study, variants: Variants, job: Job) -> str | None:
 def run(study: Study, variants: Variants) -> list[str]:
     """Runs what has no row: one seed of every variant, then the others of the best and the named.
 
-    The finished are in FOLDER/rows.jsonl, their ranking in FOLDER/ranking.md.
+    The finished are in FOLDER/rows.jsonl, what they say in FOLDER/report.md and a figure.
     Returns: what failed, a line each; its output is in FOLDER/logs, and it is tried again next time.
     Raises: ValueError for an unknown variant in study.only, or if another process works on the study."""
     names = list(study.only or variants)
@@ -87,7 +87,9 @@ def run(study: Study, variants: Variants) -> list[str]:
         finished = rows(study)
         lines = "".join(json.dumps(row) + "\n" for row in finished)
         write_atomically(study.folder / "rows.jsonl", lines.encode())
-        write_atomically(study.folder / "ranking.md", table(finished).encode())
+        write_atomically(study.folder / "report.md", report(finished).encode())
+        if finished:
+            figures.draw(finished, study.folder)
     return failed
 
 

@@ -15,8 +15,8 @@ from train import planning
 from train.config import Config
 from train.data import costs
 from train.data.blocks import check
-from train.data.precompute import Precompute
 from train.data.precompute import precompute as fill
+from train.data.settings import Precompute
 from train.data.shards import Index
 from train.loop import train
 from train.recipes import RECIPES

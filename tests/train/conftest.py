@@ -6,7 +6,8 @@ from PIL import Image
 
 from mmdit import presets
 from train.config import Config, Ema, Optimizer, Samples, Validation
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.loop import train
 
 

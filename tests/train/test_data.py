@@ -11,7 +11,8 @@ from mmdit.autoencoder import PixelSpace
 from train.data import shapes, shards
 from train.data.blocks import Block, check
 from train.data.plan import Plan
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.data.sources import DataError, fit_into, open_source
 

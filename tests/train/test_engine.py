@@ -19,7 +19,8 @@ from mmdit.text import TextFeatures
 from train.config import Validation
 from train.data.blocks import check
 from train.data.plan import Plan
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache, DataError, Index, Sample, write_shard
 from train.initial import start_from
 from train.loop import train

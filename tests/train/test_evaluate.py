@@ -9,7 +9,8 @@ from PIL import Image
 
 from train.config import Config
 from train.data import scenes
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shapes import Found
 from train.data.shards import Cache
 from train.data.sources import open_source

@@ -10,7 +10,8 @@ import pytest
 
 from mmdit.text import WordVectors
 from train.config import Parallel, Samples, Validation
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.sources import DataError
 from train.loop import train
 

@@ -11,7 +11,8 @@ from PIL import Image
 from mmdit.sample import Sampler
 from train.config import Parallel, Validation
 from train.data.plan import Plan
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.loop import train
 

@@ -16,7 +16,9 @@ from PIL import Image
 from mmdit.autoencoder import PixelSpace
 from train.data import costs, shards
 from train.data.blocks import Block, check
-from train.data.precompute import Precompute, caption_of, precompute
+from train.data.encoding import caption_of
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache, Index, captions_of
 from train.data.sources import DataError, Record
 

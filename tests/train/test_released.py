@@ -6,7 +6,8 @@ import pytest
 
 from mmdit import Sampler, presets
 from tests.mmdit.pipelines import made
-from train.data.precompute import Precompute, precompute
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.data.sources import DataError
 from train.loop import train

@@ -15,6 +15,8 @@ from scipy import linalg
 
 from mmdit import flow
 from train.data import shapes
+from train.data.precompute import precompute
+from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.metrics import frechet
 from train.study import figures, judge, ranking
@@ -104,8 +106,6 @@ def test_backbones_have_equal_parameters_or_flops(cache):
 
 
 def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
-    from train.data.precompute import Precompute, precompute
-
     precompute(Precompute(cache=tmp_path / "data", copies=1, pixel_factor=4))
     command = [
         sys.executable, "-m", "train", "study", "formulations", "--folder", str(tmp_path / "study"),

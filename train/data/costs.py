@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from mmdit import autoencoder
-from train.data.precompute import Precompute, build_autoencoder, build_encoder, caption_of
+from train.data.encoding import build_autoencoder, build_encoder, caption_of
+from train.data.settings import Precompute
 from train.data.sources import DataError, fit_into, open_source
 
 REPEATS = 5

@@ -10,91 +10,27 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from mmdit import autoencoder, encoders, keyed, text
+from mmdit import autoencoder, text
 from mmdit.files import write_atomically
 from train import parallel
 from train.config import Parallel
 from train.data.blocks import Block, gathered
+from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
+from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
 from train.data.sources import DataError, Record, fit_into, open_source
 from train.interrupts import Interrupts
 from train.parallel import World
 
-Size = tuple[int, int]
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
 REMEMBERED = 1 << 30         # bytes of captions' features that are kept, for data sets that repeat them
-
-
-@dataclass(frozen=True)
-class Precompute:
-    """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
-
-    source: str = "shapes"
-    """shapes, scenes, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet
-    files: one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
-    cache: Path = Path("cache/shapes")
-    """Folder to write."""
-    sizes: tuple[Size, ...] = ((32, 32),)
-    """Buckets, height x width in pixels; an image is resized and cropped to the one closest in aspect ratio."""
-    area: int = 0
-    """Side of a square in pixels: instead of sizes, buckets of about this area with sides from 3/4 to 3/2 of it."""
-    encoders: tuple[str, ...] = ("words",)
-    """Text encoders: words, minilm; clip_l, clip_g and t5 of the pipeline."""
-    max_words: int = 77
-    """Of the encoder words: what is longer is cut."""
-    synthetic: float = 0.5
-    """Of samples with an original and a synthetic caption, the share that keeps the synthetic one, by key."""
-    pixel_factor: int = 2
-    """Pixel space: a block of this many pixels squared becomes one latent pixel."""
-    pipeline: Path | None = None
-    """Folder of a StableDiffusion3Pipeline: its autoencoder instead of pixel space, and its text encoders."""
-    posterior: Literal["mode", "sample"] = "mode"
-    """Of the pipeline's autoencoder: the posterior's mean, or one draw of it for each image."""
-    t5_tokens: int = 77
-    """Length of T5's part."""
-    device: str = "cpu"
-    """Where the pipeline's parts run: cpu or cuda, with torchrun one GPU for each process."""
-    val_share: float = 0.02
-    """Share held out for validation, by key, where the source has no split of its own."""
-    copies: int = 12
-    """For the source shapes: drawings per training caption; for scenes 64 times as many of each kind."""
-    shard_size: int = 4096
-    """Records of a block: one process's piece of work, which makes one shard of each bucket."""
-    batch: int = 32
-    """Samples encoded at a time."""
-    workers: int = 4
-    """Threads of a process that decode images."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """A missing caption or unreadable image: stop with an error, or leave it out and list it in rejected.jsonl."""
-    report: bool = False
-    """Instead of filling the cache, measure what each encoder costs (the paper's table 7)."""
-    step_ms: float = 568.0
-    """For the report: milliseconds of a training step of `batch` samples; the paper's 2B step unless given."""
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "batch", "workers", "pixel_factor"):
-            if getattr(self, name) < 1:
-                raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.synthetic <= 1:
-            raise DataError(f"precompute: synthetic is {self.synthetic}; expected a share between 0 and 1")
-
-    @property
-    def buckets(self) -> tuple[Size, ...]:
-        """(height, width) of each."""
-        if not self.area:
-            return self.sizes
-        eighths = [(rows, round(64 / rows)) for rows in range(6, 13)]
-        return tuple((self.area * h // 8, self.area * w // 8) for h, w in eighths)
 
 
 def precompute(config: Precompute) -> Index:
@@ -114,7 +50,7 @@ def _precompute(config: Precompute, world: World) -> Index:
         raise DataError(f"source {config.source!r} holds no records")
     cache, vae = config.cache, build_autoencoder(config, world.device)
     _check_sizes(config.buckets, vae.factor)
-    readers = _encoders(config, records, world)
+    readers = build_encoders(config, records, world)
     settings = {
         "source": config.source,
         "contents": _digest(records),
@@ -236,7 +172,7 @@ class _Work:
         except DataError as error:
             return error
         height, width = _closest(image.height / image.width, self.config.buckets)
-        bucket = f"{_split(record, self.config.val_share)}/{height}x{width}"
+        bucket = f"{split_of(record, self.config.val_share)}/{height}x{width}"
         return i, record, bucket, fit_into(image, height, width)
 
     def _encode(self, batch: list[Image]) -> list[Sample]:
@@ -275,66 +211,6 @@ def _ahead(
     finally:
         for future in futures:
             future.cancel()
-
-
-def caption_of(record: Record, synthetic: float) -> str | None:
-    """The caption a sample keeps: of two, the synthetic one in the given share of samples, by key."""
-    if record.caption and record.synthetic:
-        drawn = keyed.generator(0, f"caption {record.key}").random()
-        return record.synthetic if drawn < synthetic else record.caption
-    return record.caption or record.synthetic
-
-
-def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.Autoencoder:
-    if config.pipeline is None:
-        return autoencoder.PixelSpace(config.pixel_factor)
-    return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=str(device))
-
-
-def build_encoder(config: Precompute, name: str, device: torch.device) -> text.TextEncoder:
-    if name not in RELEASED:
-        return text.build({"kind": name, **({"max_tokens": config.max_words} if name == "words" else {})})
-    if config.pipeline is None:
-        raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")
-    suffix = RELEASED[name]
-    folders = [str(config.pipeline / (part + suffix)) for part in ("text_encoder", "tokenizer")]
-    encoder: encoders.Clip | encoders.T5
-    if name == "t5":
-        encoder = encoders.T5(folders[0], folders[1], max_tokens=config.t5_tokens)
-    else:
-        encoder = encoders.Clip(folders[0], folders[1], beside=name == "clip_g")
-    encoder.model.to(device)
-    return encoder
-
-
-def _encoders(config: Precompute, records: list[Record], world: World) -> list[text.TextEncoder]:
-    """Of MiniLM, which is fitted to the captions, the main process's, and that of a cache which is there already: a
-    caption mended since must not refit it."""
-    found = []
-    for name in config.encoders:
-        if name == "minilm":
-            found.append(text.build(world.shared(_fitted(config, records) if world.main else None)))
-        else:
-            found.append(build_encoder(config, name, world.device))
-    return found
-
-
-def _fitted(config: Precompute, records: list[Record]) -> dict[str, Any]:
-    """The spec of MiniLM."""
-    if (config.cache / INDEX).exists():
-        for spec in Index.load(config.cache).settings["encoders"]:
-            if spec["kind"] == "minilm":
-                return dict(spec)
-    captions = [
-        caption
-        for record in records
-        if _split(record, config.val_share) == "train" and (caption := caption_of(record, config.synthetic))
-    ]
-    if not captions:
-        raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
-    encoder = text.MiniLM()
-    encoder.fit(captions[:: max(1, len(captions) // 2000)])
-    return encoder.spec()
 
 
 def _begin(cache: Path, settings: dict) -> Index:
@@ -377,10 +253,6 @@ def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]
         if not block.done or (block.rejected and config.on_error == "stop"):
             todo.append(number)
     return todo
-
-
-def _split(record: Record, val_share: float) -> str:
-    return record.split or ("val" if keyed.generator(0, f"split {record.key}").random() < val_share else "train")
 
 
 def _closest(aspect: float, sizes: Sequence[Size]) -> Size:

@@ -82,7 +82,7 @@ def merged(settings: list[dict[str, Point]]) -> list[dict[str, Point]]:
 def sizes_table(found: list[Row]) -> str:
     """As figures 4 and 8 and table 6, for models of several sizes or kinds: what each costs and comes to. Losses of
     several seeds are a mean and the largest distance from it."""
-    lines = []
+    lines: list[list[object]] = []
     variants = figures.by_variant(found)
     loss_of = lambda name: float(np.mean([row["validation_loss"] for row in variants[name]]))  # noqa: E731
     for name in sorted(variants, key=loss_of):
@@ -94,7 +94,7 @@ def sizes_table(found: list[Row]) -> str:
             f"{mean:.4f} ± {max(abs(loss - mean) for loss in losses):.4f}", *decrease,
             f"{np.mean([row['path_length'] for row in rows]):.2f}",
         ])  # fmt: skip
-    if any(line[0].startswith("depth=") for line in lines):
+    if any(name.startswith("depth=") for name in variants):
         lines += [[f"paper, {name}", "", "", "", *values] for name, values in paper.EFFICIENCY.items()]
     head = (
         "| variant | parameters | training FLOPs | validation loss | decrease at 5 of 50 steps, % | 10 | 20 "

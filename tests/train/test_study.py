@@ -106,7 +106,7 @@ def test_backbones_have_equal_parameters_or_flops(cache):
 
 
 def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
-    precompute(Precompute(cache=tmp_path / "data", copies=1, pixel_factor=4))
+    precompute(Precompute(cache=tmp_path / "data", copies=1, sizes=((16, 16),)))
     command = [
         sys.executable, "-m", "train", "study", "formulations", "--folder", str(tmp_path / "study"),
         "--caches", str(tmp_path / "data"), "--base.steps", "6", "--base.validation.samples", "4", "--images", "4",

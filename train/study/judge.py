@@ -30,7 +30,7 @@ FILE = "judge.safetensors"
 
 
 class Judge(nn.Module):
-    """Images [N, 3, 32, 32] in [-1, 1] -> 32 features, and from them the logits of each attribute."""
+    """Images [N, 3, h, w] in [-1, 1], resized to 32 x 32 -> 32 features, and from them the logits of each attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(32, len(values)) for name, values in ATTRIBUTES.items()})
 
     def embed(self, images: Tensor) -> Tensor:
-        x = images
+        x = resized(images, shapes.SIDE)
         for stage in self.stages:
             x = F.gelu(stage(x))
         out: Tensor = self.features(x.flatten(1))
@@ -54,7 +54,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
-        """Mean probability of what the captions name, in [0, 1]. images: uint8 [N, 32, 32, 3]. Raises: ValueError for a
+        """Mean probability of what the captions name, in [0, 1]. images: uint8 [N, h, w, 3]. Raises: ValueError for a
         caption that is none of a shape."""
         unknown = [caption for caption in captions if caption not in CAPTIONED]
         if unknown:
@@ -74,6 +74,13 @@ class Judge(nn.Module):
         return self.embed(to_float(images)).double().numpy()
 
 
+def resized(images: Tensor, side: int) -> Tensor:
+    """[N, 3, h, w] -> [N, 3, side, side]."""
+    if images.shape[2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 def trained(folder: Path, seed: int = 0) -> Judge:
     """The judge that folder keeps, or a new one, kept there."""
     path = folder / FILE
@@ -89,6 +96,7 @@ def trained(folder: Path, seed: int = 0) -> Judge:
         rng = keyed.generator(seed, "judge", step)
         chosen = [everything[i] for i in rng.integers(0, len(everything), BATCH)]
         images = to_float(np.stack([shapes.draw(what, rng) for what in chosen]))
+        images[::2] = resized(resized(images[::2], shapes.SIDE // 2), shapes.SIDE)       # it is to know small ones too
         noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
         logits = judge(images + NOISE * rng.random() * noise)
         loss = sum(

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -95,8 +94,9 @@ class ConvBlock(nn.Module):
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Group norm without weights, in at most 32 groups, of four channels at least."""
-    return F.group_norm(x, math.gcd(32, x.shape[1] // 4))
+    """Group norm without weights, in as many groups up to 32 as have four channels or more."""
+    channels = x.shape[1]
+    return F.group_norm(x, max(n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0))
 
 
 class ConvStages(nn.Module):

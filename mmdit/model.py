@@ -88,7 +88,7 @@ class MMDiT(nn.Module):
         Returns: velocity [B, in_channels, h, w].
         Raises: ValueError or TypeError that names the argument.
         """
-        self._check(latent, context)
+        self._check(latent, context, context_lengths)
         if modulation is None:
             self._check_conditions(latent.shape[0], timestep, pooled)
             modulation = self.condition(timestep, pooled)                                           # type: ignore[arg-type]
@@ -115,7 +115,7 @@ class MMDiT(nn.Module):
             return texts, [*lengths.unbind(1), None]
         return texts, [lengths.clamp(max=first), (lengths - first).clamp(min=0), None]
 
-    def _check(self, latent: Tensor, context: Tensor) -> None:
+    def _check(self, latent: Tensor, context: Tensor, lengths: Tensor | None) -> None:
         c = self.config
         batch = latent.shape[0]
         if latent.ndim != 4 or latent.shape[1] != c.in_channels:
@@ -127,6 +127,14 @@ class MMDiT(nn.Module):
                 f"MMDiT: context has {context.shape[1]} tokens; with 3 weight sets more than context_split = "
                 f"{c.context_split} are expected"
             )
+
+        if lengths is not None:
+            allowed = [[batch], [batch, 2]] if c.text_split else [[batch]]
+            if list(lengths.shape) not in allowed or lengths.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"MMDiT: context_lengths has shape {list(lengths.shape)} and dtype {lengths.dtype}; expected "
+                    f"{' or '.join(map(str, allowed))} integers"
+                )
 
     def _check_conditions(self, batch: int, timestep: Tensor | None, pooled: Tensor | None) -> None:
         if timestep is None or pooled is None:

@@ -244,10 +244,15 @@ class Sampler:
         missing = {"encoders", "autoencoder", "formulation", "size", "shift"} - extra.keys()
         if missing:
             raise ValueError(f"these weights do not say how to sample: {sorted(missing)} missing in their metadata")
+        vae, device = autoencoder.build(extra["autoencoder"]), model.patch_embed.proj.weight.device
+        encoders = tuple(text.build(spec) for spec in extra["encoders"])
+        for part in (vae, *encoders):
+            if isinstance(network := getattr(part, "model", None), torch.nn.Module):
+                network.to(device)
         return cls(
             model,
-            tuple(text.build(spec) for spec in extra["encoders"]),
-            autoencoder.build(extra["autoencoder"]),
+            encoders,
+            vae,
             flow.by_name(extra["formulation"], extra["shift"]),
             (extra["size"][0], extra["size"][1]),
             extra["shift"],

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from mmdit.config import MMDiTConfig
 from mmdit.files import write_atomically
 from train.ema import EmaWeights
 from train.parallel import World
@@ -160,6 +161,8 @@ class Checkpoints:
         path = found[-1]
         about = json.loads((path / ABOUT).read_text())
         written = about["decides"]
+        model_then = MMDiTConfig.from_dict(written["model"]).to_dict()                # with fields that came since
+        written["model"] = json.loads(json.dumps(model_then))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
         if changed:
             run = self.folder.parent

@@ -23,8 +23,8 @@ def check_fit(config: Config, cache: Cache) -> None:
         if getattr(model, name) != need:
             raise ValueError(f"model.{name} is {getattr(model, name)}; the cache {config.cache} needs {need}")
     if model.weight_sets == 3:
-        apart = sum(not spec.get("beside") for spec in settings["encoders"])
-        before = sum(spec["max_tokens"] for spec in settings["encoders"][:-1] if not spec.get("beside"))
+        *first, _ = longest = [spec["max_tokens"] for spec in settings["encoders"] if not spec.get("beside")]
+        apart, before = len(longest), sum(first)
         if apart < 2 or before > model.context_split:
             raise ValueError(
                 f"model.weight_sets is 3 and context_split {model.context_split}; expected two text encoders or "

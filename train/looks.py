@@ -84,7 +84,7 @@ class Looks:
     @torch.no_grad()
     def _attention(self) -> dict[str, float]:
         """Of the weights in training at t = 1/2, over samples and blocks: the largest logit, and the mean entropy in
-        nats (figure 5 of the paper)."""
+        nats (figure 5 of the paper). Of backbones that cross-attend, the attention among the image's tokens."""
         bucket = next(iter(self.held_out.values()))
         count = min(OBSERVED, len(bucket))
         highest, entropy = -math.inf, 0.0

@@ -179,9 +179,12 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def tokens(batch: Batch, config: Config) -> tuple[int, int]:
-    """Image and text tokens of a sample."""
+    """Image and text tokens of a sample; of two text streams those that are read, for one is padded to all its room."""
     height, width = batch.x0.shape[2:]
-    return height * width // config.model.patch_size**2, batch.text.context.shape[1]
+    text = batch.text.context.shape[1]
+    if batch.text.lengths.ndim == 2:
+        text = round(float(batch.text.lengths.sum(1).float().mean()))
+    return height * width // config.model.patch_size**2, text
 
 
 def gradient_norm(model: nn.Module, clip: float) -> float:

@@ -154,7 +154,12 @@ def _contexts(kind: str) -> dict[str, Any]:
     """Selective: the outputs of matrix products and attention are kept, all else is computed again."""
     if kind == "full":
         return {}
-    keep = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.rfkernels.joint_attention.default}
+    aten = torch.ops.aten
+    keep = {aten.mm.default, aten.addmm.default, torch.ops.rfkernels.joint_attention.default}
+    keep |= {                                                                        # of backbones that cross-attend
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }  # fmt: skip
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -209,7 +214,8 @@ def resharded(model: MMDiT, *, settle: bool) -> Iterator[None]:
     spread = isinstance(model, FSDPModule)
     if spread and settle:
         c, device = model.config, model.patch_embed.pos_embed.device
-        shapes = (1, c.in_channels, c.patch_size, c.patch_size), (1,), (1, 1, c.context_dim), (1, c.pooled_dim)
+        text = (1, c.text_split + 1, c.context_dim), (1, c.pooled_dim)
+        shapes = (1, c.in_channels, c.patch_size, c.patch_size), (1,), *text
         with torch.no_grad():
             model(*(torch.zeros(shape, device=device) for shape in shapes))
     try:

@@ -100,10 +100,11 @@ def one_block(config: Config, batch: int, pixels: int) -> Made:
         block = backbones.block(config.model, 0)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
-    xs = [leaf(batch, n, c.width) for n in (TEXT_TOKENS, tokens)]
+    texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
+    xs = [leaf(batch, n, c.width) for n in (*texts, tokens)]
     vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
     inputs = [*xs, *(v for half in vectors for v in half)]
-    return lambda *_: block(xs, vectors, [None, None]), inputs, list(block.parameters())
+    return lambda *_: block(xs, vectors, [None] * len(xs)), inputs, list(block.parameters())
 
 
 def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:

@@ -50,8 +50,11 @@ def test_a_scene_in_one_detail_wrong_is_wrong():
         ("a circle left of a square", "a square right of a circle", True),
         ("a circle left of a square", "a circle right of a square", False),
         ("a circle above a square", "a circle left of a square", False),
+        ("two circles", "a circle and a square", False),
     ]:
         assert scenes.correct(drawn[shown], by_text[asked]) is verdict, (shown, asked)
+    coloured = [by_text[f"{colour} circle"] for colour in ("a red", "a blue", "a green")]
+    assert not all(scenes.correct(drawn["four circles"], prompt) for prompt in coloured)
     assert scenes.read(np.full((32, 32, 3), 235, np.uint8)) == []
 
 
@@ -145,7 +148,7 @@ def test_a_run_is_evaluated_with_what_is_at_hand(config, clip_folder, tmp_path):
     assert -1 <= found["CLIP score"] <= 1 and found["FID (CLIP features)"] > 0
     assert set(found) >= {f"scenes/{tag}" for tag in (*scenes.TAGS, "mean")}
     kept = json.loads((config.run / "evaluation.json").read_text())
-    assert kept.pop("with")["steps"] == 2 and kept == found
+    assert kept.pop("with")["steps"] == 2 and kept == found and found["reference pictures"] == 30
     assert (config.run / "geneval" / "00000" / "samples" / "00003.png").is_file()
     assert len(list((config.run / "compbench" / "color_val" / "samples").glob("a red circle_00000*.png"))) == 10
 
@@ -172,7 +175,8 @@ def test_sample_folders_are_those_the_benchmarks_read_and_go_on(tmp_path):
         return np.full((len(prompts), 8, 8, 3), first, np.uint8)
 
     tasks = list(geneval(tmp_path / "meta.jsonl", tmp_path / "out", images=3))
-    fill(tasks, draw, "test")
+    out = tmp_path / "out"
+    fill(tasks, draw, out, {"seed": 0})
     assert calls == [("a photo of two birds", 3, 0), ("a photo of a cup", 3, 3)]
     for i, line in enumerate(lines):
         folder = tmp_path / "out" / f"{i:05}"
@@ -180,11 +184,16 @@ def test_sample_folders_are_those_the_benchmarks_read_and_go_on(tmp_path):
         assert sorted(p.name for p in (folder / "samples").iterdir()) == ["00000.png", "00001.png", "00002.png"]
         assert np.asarray(Image.open(folder / "samples" / "00002.png")).max() == 3 * i
     (tmp_path / "out" / "00001" / "samples" / "00001.png").unlink()
-    fill(tasks, draw, "test")
+    fill(tasks, draw, out, {"seed": 0})
     assert calls[2:] == [("a photo of a cup", 3, 3)], "only what is not whole, from the same noise"
 
+    with pytest.raises(ValueError, match="out holds pictures drawn with other seed; move it away"):
+        fill(tasks, draw, out, {"seed": 1})
+    with pytest.raises(ValueError, match="drawn with other prompts"):
+        fill(tasks[1:], draw, out, {"seed": 0})
+
     (tmp_path / "color_val.txt").write_text("a green bench and a blue bowl\n\na red car\tcolor\n")
-    fill(list(compbench(tmp_path / "color_val.txt", tmp_path / "bench", images=2)), draw, "test")
+    fill(list(compbench(tmp_path / "color_val.txt", tmp_path / "bench", images=2)), draw, tmp_path / "bench", {})
     assert sorted(p.name for p in (tmp_path / "bench" / "samples").iterdir()) == [
         "a green bench and a blue bowl_000000.png", "a green bench and a blue bowl_000001.png",
         "a red car_000002.png", "a red car_000003.png",

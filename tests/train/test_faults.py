@@ -28,9 +28,11 @@ filesystem.FileSystemWriter.write_data = lambda *a: time.sleep(0.3) or write(*a)
 
 
 def kill(launch, rng):
-    """One process of a run, at random."""
-    if workers := launch.workers():
+    """One process of a run, at random. Returns: whether there was one."""
+    workers = launch.workers()
+    if workers:
         os.kill(rng.choice(workers), signal.SIGKILL)
+    return bool(workers)
 
 
 def test_killed_at_random_moments_the_run_is_the_undisturbed_one(alone, tmp_path, launch):
@@ -65,8 +67,8 @@ def test_torchrun_restarts_a_run_by_itself(alone, tmp_path, launch):
     for kills in range(3):
         until(lambda kills=kills: logged(config.run) >= 2 * kills + 2, process)
         assert process.poll() is None and logged(config.run) < 10
-        kill(launch, random.Random(kills))
-    ended(process)
+        assert kill(launch, random.Random(kills))
+    assert ended(process).count("going on from step") == 3
     agree(alone.run, config.run)
 
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from mmdit.sample import Sampler
@@ -15,6 +19,7 @@ from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.loop import train
+from train.rendezvous import agreed
 
 from .conftest import changed
 from .launching import agree, losses
@@ -52,7 +57,29 @@ def test_other_backbones_do_not_depend_on_the_processes_either(kind, alone, tmp_
     train(one)
     launch(two, 2)
     agree(one.run, two.run)
+    if "weight_sets" in kind:
+        launch(two, 2)                                                   # finished: nothing to do, and no harm done
+        agree(one.run, two.run)
     assert Sampler.load(two.run)(["a small red circle on the left"], steps=2).std() > 0
+
+
+def test_processes_agree_on_a_name_that_no_start_before_had():
+    """Over a store that keeps what those before said; one of three dies after it has said hello, and comes again."""
+    store, timeout = dist.HashStore(), timedelta(seconds=20)
+
+    def start(dies=False):
+        if dies:
+            store.set("hello/1", "one that has died")
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(agreed, store, rank, 3, timeout) for rank in (0, 2)]
+            time.sleep(0.2 * dies)
+            found.append(pool.submit(agreed, store, 1, 3, timeout))
+            return {each.result() for each in found}
+
+    names = [start(), start(), start(dies=True)]
+    assert all(len(each) == 1 for each in names) and len(set.union(*names)) == 3
+    with pytest.raises(TimeoutError, match=r"processes \[1\] of 2 did not come"):
+        agreed(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
 def test_three_weight_sets_need_two_encoders(config):

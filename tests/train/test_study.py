@@ -92,7 +92,7 @@ def test_variants_change_what_they_name():
 
 
 def test_backbones_have_equal_parameters_or_flops(cache):
-    """As near as widths in steps of eight channels come: within a twelfth."""
+    """As near as widths in steps of eight channels come: of some eighty, a fifth of the FLOPs; so within a ninth."""
     study = dataclasses.replace(default("backbones"), caches=(cache,))
     variants, measured = backbones(study), {}
     for name, changes in variants.items():
@@ -102,7 +102,7 @@ def test_backbones_have_equal_parameters_or_flops(cache):
     for name, values in measured.items():
         for i, measure in enumerate(("parameters", "FLOPs")):
             if name.endswith(measure):
-                assert values[i] == pytest.approx(measured["MM-DiT"][i], rel=1 / 12), name
+                assert values[i] == pytest.approx(measured["MM-DiT"][i], rel=1 / 9), name
 
 
 def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
@@ -159,6 +159,8 @@ def test_report_ranks_beside_the_paper(tmp_path):
     assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 | 0.800 | 2.00 | 0.217 | 94.9 | 2 |" in lines
     assert "| eps/linear | 3.00 | 3.00 | 3.00 | 2.88 | 4.25 | 2.75 | 0.500 | 4.00 | 0.222 | 90.34 | 1 |" in lines
     assert [path.name for path in figures.draw(found, tmp_path)] == ["formulations.png"]
+    found.append({**row("rf", 0.9, 1.0), "dataset": "other"})                   # what others lack there is left out
+    assert "| rf | 1.00" in report(found) and "eps/linear" not in report(found)
 
 
 def test_report_of_sizes_fits_a_power_law(tmp_path):

@@ -144,17 +144,19 @@ def _regions(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def correct(image: np.ndarray, prompt: Prompt) -> bool:
-    """Whether a picture shows what a prompt says, by GenEval's rule: everything to include is there, as often and in
-    the colour and place that it says, and nothing to exclude."""
-    objects = read(image)
+    """Whether a picture shows what a prompt says, by GenEval's rule: of everything to include as many are there as it
+    says, all in its colour and at its place, and nothing to exclude. Of more objects than are wanted GenEval takes
+    those that its detector is surest of; here the largest."""
+    objects = sorted(read(image), key=lambda found: -found.half)
     chosen: list[list[Found]] = []
     for item in prompt["include"]:
-        fit = [o for o in objects if o.shape == item["class"] and o.colour == item.get("color", o.colour)]
+        fit = [found for found in objects if found.shape == item["class"]][: item["count"]]
+        if len(fit) < item["count"] or any(found.colour != item.get("color", found.colour) for found in fit):
+            return False
         if "position" in item:
             relation, other = item["position"]
-            fit = [o for o in fit if any(stands(o, relation, target) for target in chosen[other])]
-        if len(fit) < item["count"]:
-            return False
+            if not all(stands(one, relation, target) for one in fit for target in chosen[other]):
+                return False
         chosen.append(fit)
     return all(sum(o.shape == item["class"] for o in objects) < item["count"] for item in prompt.get("exclude", ()))
 

@@ -59,7 +59,7 @@ class Precompute:
     """For the report: milliseconds of a training step of `batch` samples; the paper's 2B step unless given."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "batch", "workers", "pixel_factor"):
+        for name in ("shard_size", "batch", "workers", "pixel_factor", "max_words"):
             if getattr(self, name) < 1:
                 raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.synthetic <= 1:

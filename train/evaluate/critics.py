@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,7 +40,10 @@ class Clip:
         except ImportError as error:
             raise ImportError("CLIP as a critic needs transformers: pip install transformers") from error
         # without torchvision the name without Pil is the same class, and says so each time
-        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+        pil = "CLIPImageProcessorPil"
+        processor = getattr(transformers, pil if hasattr(transformers, pil) else "CLIPImageProcessor")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is no folder of a CLIPModel")
         self.model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.processor = processor.from_pretrained(folder, local_files_only=True)
@@ -81,7 +85,7 @@ def _batched(items: Sequence[Any] | np.ndarray, of: Callable[[Any], Tensor]) -> 
 def feature_network(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """A function of the user's: uint8 [N, H, W, 3] -> features [N, D].
 
-    Args: name: "package.module:function".
+    Args: name: "package.module:function"; it is called with BATCH pictures at most.
     Raises: ValueError if there is none of that name.
     """
     module, _, attribute = name.partition(":")
@@ -89,4 +93,9 @@ def feature_network(name: str) -> Callable[[np.ndarray], np.ndarray]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"features is {name!r}; expected package.module:function ({error})") from error
-    return lambda images: np.asarray(found(images), dtype=np.float64)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        parts = [found(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+        return np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+
+    return features

@@ -1,10 +1,11 @@
-"""What a run has never seen: captions to draw, and real pictures to compare with."""
+"""The validation split: captions to draw, and real pictures to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from mmdit import autoencoder
 from train.data.shards import Cache
@@ -22,13 +23,16 @@ def captions(cache: Cache, count: int) -> list[str]:
     return [found[i % len(found)] for i in range(count)]
 
 
-def pictures(cache: Cache, most: int | None = None, batch: int = 64) -> Iterator[np.ndarray]:
-    """The validation split's, all or at most so many, decoded: uint8 [N, H, W, 3], N up to `batch`."""
-    vae = autoencoder.build(cache.settings["autoencoder"])
-    left = sum(map(len, cache.buckets("val").values())) if most is None else most
-    for bucket in cache.buckets("val").values():
-        rows = range(min(left, len(bucket)))
-        left -= len(rows)
+def pictures(
+    cache: Cache, most: int | None = None, vae: autoencoder.Autoencoder | None = None, batch: int = 64
+) -> Iterator[np.ndarray]:
+    """The validation split's, all or at most so many, of each bucket its share: uint8 [N, H, W, 3], N up to `batch`.
+
+    Args: vae: the cache's autoencoder, where it is built already."""
+    vae, buckets = vae or autoencoder.build(cache.settings["autoencoder"]), cache.buckets("val").values()
+    share = 1.0 if most is None else min(1.0, most / max(1, sum(map(len, buckets))))
+    for bucket in buckets:
+        rows = range(round(share * len(bucket)))
         for start in range(0, len(rows), batch):
-            decoded = [vae.decode(bucket[row].latent[None].float()) for row in rows[start : start + batch]]
-            yield np.concatenate([autoencoder.to_uint8(image) for image in decoded])
+            latents = torch.stack([bucket[row].latent for row in rows[start : start + batch]])
+            yield autoencoder.to_uint8(vae.decode(latents.float()))

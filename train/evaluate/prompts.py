@@ -3,11 +3,13 @@
     GenEval         OUT/00000/metadata.jsonl  OUT/00000/samples/00000.png ...  OUT/00000/grid.png
     T2I-CompBench   OUT/samples/a green bench and a blue bowl_000000.png ...
 
-Interrupted, they go on with the first prompt that is not whole; a picture depends on the seed and its place alone.
+Interrupted, they go on with the first prompt that is not whole; a picture depends on the weights, the sampler's
+settings and its place alone. What it was drawn with is kept in OUT/drawn-with.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mmdit.files import replacing
+from mmdit.files import replacing, write_atomically
 from mmdit.sample import grid
 
 Draw = Callable[[list[str], int], np.ndarray]
@@ -64,9 +66,19 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def fill(tasks: list[Task], draw: Draw, label: str) -> None:
-    """Draws what is not there yet."""
-    first = 0
+def fill(tasks: list[Task], draw: Draw, out: Path, about: dict[str, object]) -> None:
+    """Draws into a folder what is not there yet.
+
+    Args: about: everything else that decides the pictures, JSON.
+    Raises: ValueError if the folder holds pictures of other prompts, or drawn in another way."""
+    stamp = out / "drawn-with.json"
+    prompts = hashlib.sha256(json.dumps([[task.prompt, len(task.files)] for task in tasks]).encode()).hexdigest()
+    own = json.loads(json.dumps({**about, "prompts": prompts}))
+    if stamp.is_file() and (former := json.loads(stamp.read_text())) != own:
+        differs = sorted(name for name in own.keys() | former.keys() if own.get(name) != former.get(name))
+        raise ValueError(f"{out} holds pictures drawn with other {', '.join(differs)}; move it away or delete it")
+    write_atomically(stamp, json.dumps(own, indent=1).encode())
+    first, label = 0, out.name
     for task in tqdm(tasks, desc=label, unit="prompt"):
         wanted = [*task.files, *([task.page] if task.page else [])]
         if not all(path.is_file() for path in wanted):

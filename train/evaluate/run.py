@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +18,23 @@ import tyro
 from mmdit.files import write_atomically
 from mmdit.sample import Sampler, grid
 from train.config import Config
-from train.data import scenes
+from train.data import scenes, shapes
+from train.data.shapes import SIDE
 from train.data.shards import Cache
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.held_out import captions, pictures
 from train.evaluate.prompts import Task, compbench, fill, geneval
-from train.evaluate.shapes import score_shapes
+from train.fit import check_fit
+from train.loop import autocast
 from train.metrics import frechet
 from train.objective import Objective
 from train.validate import validate
 
 FILE = "evaluation.json"
+Network = Callable[[np.ndarray], np.ndarray]
+"""uint8 [N, H, W, 3] -> features [N, D]."""
+Drawing = Callable[[Sequence[str]], np.ndarray]
+"""Prompts -> uint8 [N, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,9 @@ class Evaluation:
     """Run folder."""
     cache: Path | None = None
     """Its data, if that has been moved since."""
-    images: int = 256
-    """Pictures drawn for CLIP and distances, one for each caption of the validation split, from the first again."""
+    images: int = 1000
+    """Pictures drawn for CLIP and distances, one for each caption of the validation split, from the first again. A
+    Frechet distance of fewer than there are features (768 of ViT-L/14) is mostly bias."""
     reference: int = 10_000
     """Real pictures they are compared with, at most: the validation split's."""
     clip: Path | None = None
@@ -54,75 +64,109 @@ class Evaluation:
     """Classifier-free guidance."""
     seed: int = 0
     """Of the noise."""
+    size: tuple[int, int] | None = None
+    """Height and width of pictures in pixels; the cache's first unless given."""
+    batch: int = 16
+    """Pictures at a time, and samples of the validation."""
     device: str | None = None
     """cuda or cpu; a GPU if there is one."""
 
 
 def evaluate(wanted: Evaluation) -> dict[str, float]:
-    """Returns: everything that was measured, by name.
+    """Returns: everything that was measured, by name; what is finished is in RUN/evaluation.json at once.
 
     Validation losses per level; CLIP score and FID (clip); a Frechet distance (features); for a run on the captioned
     shapes its score, for one on scenes that of each of GenEval's categories.
-    Raises: FileNotFoundError, ValueError or DataError for a run, a cache, a network or a list that is not there."""
+    Raises: FileNotFoundError, ValueError or DataError for a run, a cache, a network or a list that is not there or does
+        not fit, before anything is drawn."""
+    folders = prompt_folders(wanted)
     sampler = Sampler.load(wanted.run, wanted.device)
-    config = Config.from_json((wanted.run / "config.json").read_text())
-    cache = Cache(wanted.cache or config.cache)
     device = next(sampler.model.parameters()).device
-    found = {f"validation/{name}": loss for name, loss in validation(sampler, config, cache).items()}
-
-    def draw(prompts: list[str], first: int = 0) -> np.ndarray:
-        return sampler(prompts, seed=wanted.seed, steps=wanted.steps, guidance=wanted.guidance, first=first)
-
-    found |= compared(wanted, sampler, cache)
-    source = cache.settings.get("source")
-    if source == "scenes":
-        found |= {f"scenes/{tag}": share for tag, share in score_scenes(draw, wanted.run).items()}
-    if source == "shapes":
-        scores = score_shapes(wanted.run, steps=wanted.steps, guidance=wanted.guidance, seed=wanted.seed)
-        found |= {f"shapes/{name}": share for name, share in scores.items()}
-    folders: list[tuple[str, list[Task]]] = []
-    if wanted.geneval:
-        folders.append(("GenEval", list(geneval(wanted.geneval, wanted.run / "geneval"))))
-    for path in wanted.compbench:
-        folders.append((path.stem, list(compbench(path, wanted.run / "compbench" / path.stem))))
-    for label, tasks in folders:
-        fill(tasks, draw, label)
-    about: dict[str, object] = {name: getattr(wanted, name) for name in ("images", "steps", "guidance", "seed")}
-    about |= {"date": time.strftime("%Y-%m-%d"), "torch": str(torch.__version__), "device": str(device)}
-    write_atomically(wanted.run / FILE, json.dumps({**found, "with": about}, indent=1).encode())
-    return found
-
-
-def compared(wanted: Evaluation, sampler: Sampler, cache: Cache) -> dict[str, float]:
-    """Pictures of held-out captions against the pictures held out, by the networks that there are."""
-    networks: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-    clip = None
-    if wanted.clip is not None:
-        clip = Clip(wanted.clip, next(sampler.model.parameters()).device)
+    networks: dict[str, Network] = {}
+    clip = Clip(wanted.clip, device) if wanted.clip else None
+    if clip is not None:
         networks["FID (CLIP features)"] = clip.embedded
     if wanted.features:
         networks[f"Frechet distance ({wanted.features})"] = feature_network(wanted.features)
-    if not networks:
-        return {}
-    asked = captions(cache, wanted.images)
-    drawn = sampler(asked, seed=wanted.seed, steps=wanted.steps, guidance=wanted.guidance, progress=True)
-    found = {}
-    for name, network in networks.items():
-        real = np.concatenate([network(images) for images in pictures(cache, wanted.reference)])
-        found[name] = frechet(network(drawn), real)
-    if clip is not None:
-        found["CLIP score"] = clip.score(drawn, asked)
+    config = Config.from_json((wanted.run / "config.json").read_text())
+    config = dataclasses.replace(config, cache=wanted.cache or config.cache)
+    cache = Cache(config.cache)
+    check_fit(config, cache)
+    how: dict[str, Any] = {name: getattr(wanted, name) for name in ("seed", "steps", "guidance")}
+    how["size"] = wanted.size or sampler.size
+    about = {**how, "weights": digest(sampler), "torch": str(torch.__version__), "device": str(device)}
+    found: dict[str, float] = {}
+
+    def draw(prompts: Sequence[str], first: int = 0) -> np.ndarray:
+        return sampler(prompts, first=first, batch=wanted.batch, progress=len(prompts) > wanted.batch, **how)
+
+    def keep(more: dict[str, float]) -> None:
+        found.update(more)
+        dated = {**about, "images": wanted.images, "date": time.strftime("%Y-%m-%d")}
+        write_atomically(wanted.run / FILE, json.dumps({**found, "with": dated}, indent=1).encode())
+
+    if cache.buckets("val"):
+        keep(validation(sampler, config, cache, wanted.batch))
+    if networks:
+        keep(compared(wanted, sampler, cache, draw, networks, clip))
+    source, readable = cache.settings.get("source"), tuple(how["size"]) == (SIDE, SIDE)
+    if source == "scenes" and readable:
+        keep({f"scenes/{tag}": share for tag, share in score_scenes(draw, wanted.run).items()})
+    if source == "shapes" and readable:
+        _, held_out = shapes.split()
+        drawn = draw([what.caption for what in held_out * 4])
+        keep({f"shapes/{name}": share for name, share in shapes.score(drawn, held_out * 4).items()})
+    for out, tasks in folders.items():
+        fill(tasks, draw, out, about)
     return found
 
 
-def validation(sampler: Sampler, config: Config, cache: Cache) -> dict[str, float]:
-    """Losses of the run's own formulation on all held-out samples it was validated on, and at its levels."""
+def prompt_folders(wanted: Evaluation) -> dict[Path, list[Task]]:
+    """What is to be drawn into which folder. Raises: ValueError for a bad list, or two of one name."""
+    found: dict[Path, list[Task]] = {}
+    if wanted.geneval:
+        out = wanted.run / "geneval"
+        found[out] = list(geneval(wanted.geneval, out))
+    for path in wanted.compbench:
+        out = wanted.run / "compbench" / path.stem
+        if out in found:
+            raise ValueError(f"compbench has two lists of the name {path.stem}; expected one folder for each")
+        found[out] = list(compbench(path, out))
+    return found
+
+
+def digest(sampler: Sampler) -> str:
+    """Changes with every step of training: of the first and the last projection."""
+    ends = sampler.model.patch_embed.proj.weight, sampler.model.final_layer.unembed.linear.weight
+    return hashlib.sha256(b"".join(end.detach().float().cpu().numpy().tobytes() for end in ends)).hexdigest()[:16]
+
+
+def compared(
+    wanted: Evaluation, sampler: Sampler, cache: Cache, draw: Drawing,
+    networks: dict[str, Network], clip: Clip | None,
+) -> dict[str, float]:  # fmt: skip
+    """Pictures of held-out captions against the pictures held out, by the networks that there are."""
+    asked = captions(cache, wanted.images)
+    drawn = draw(asked)
+    real: dict[str, list[np.ndarray]] = {name: [] for name in networks}
+    for images in pictures(cache, wanted.reference, sampler.autoencoder):
+        for name, network in networks.items():
+            real[name].append(network(images))
+    found = {name: frechet(network(drawn), np.concatenate(real[name])) for name, network in networks.items()}
+    found["reference pictures"] = float(sum(map(len, next(iter(real.values())))))
+    return found if clip is None else {**found, "CLIP score": clip.score(drawn, asked)}
+
+
+def validation(sampler: Sampler, config: Config, cache: Cache, batch: int) -> dict[str, float]:
+    """Losses of the run's own formulation on the held-out samples it was validated on, and at its levels."""
     objective = Objective.of(config, cache, sampler.formulation)
-    v = config.validation
-    return validate(sampler.model.eval(), objective, cache.buckets("val"), v.grid, v.samples, config.batch)
+    v, model = config.validation, sampler.model.eval()
+    with autocast(config, next(model.parameters()).device):
+        losses = validate(model, objective, cache.buckets("val"), v.grid, v.samples, batch)
+    return {f"validation/{name}": loss for name, loss in losses.items()}
 
 
-def score_scenes(draw: Callable[[list[str]], np.ndarray], run: Path | None = None, images: int = 4) -> dict[str, float]:
+def score_scenes(draw: Drawing, run: Path | None = None, images: int = 4) -> dict[str, float]:
     """Share of pictures that show what they should, by tag and as the mean of the tags: each of `scenes.asked()` drawn
     `images` times and read back by rule. With a run, one picture of each goes to RUN/scenes.png, a row for each tag."""
     asked = scenes.asked()

@@ -21,10 +21,9 @@ def score_shapes(
     Returns: share of pictures with the right size, colour, shape, position, and all of them. Also written to
         RUN/score.json, and one picture per caption to RUN/held-out.png.
     """
-    sampler = Sampler.load(run)
     _, held_out = shapes.split()
     wanted = held_out * images
-    drawn = sampler([w.caption for w in wanted], seed=seed, steps=steps, guidance=guidance, progress=True)
+    drawn = Sampler.load(run)([w.caption for w in wanted], seed=seed, steps=steps, guidance=guidance, progress=True)
     result = shapes.score(drawn, wanted)
     body = {**result, "pictures": len(drawn), "steps": steps, "guidance": guidance, "seed": seed}
     write_atomically(Path(run) / "score.json", json.dumps(body, indent=1).encode())

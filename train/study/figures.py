@@ -14,15 +14,17 @@ SHOWN = 3          # of each family, the best by mean distance
 
 
 def draw(found: list[Row], folder: Path) -> list[Path]:
-    """Draws what the variants allow into a folder. Returns: the files; none without matplotlib."""
+    """Draws what the variants allow, of the first data set, into a folder. Returns: the files; none without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:
         return []
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
+    found = [row for row in found if row["dataset"] == found[0]["dataset"]]             # losses of others are others
     names, drawn = {row["variant"] for row in found}, []
-    if any(name.startswith("depth=") for name in names):
+    if any(name.startswith("depth=") for name in names) and len({row["flops"] for row in found}) > 1:
         drawn.append(scaling(found, folder / "scaling.png"))
     elif len({row["parameters"] for row in found}) > 1:
         drawn.append(training(found, folder / "backbones.png"))

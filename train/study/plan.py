@@ -27,7 +27,7 @@ def small_base() -> Config:
     """A run of about a minute on a CPU core: captioned shapes of 16 x 16 pixels, a four-block MM-DiT of width 96, 800
     steps of 32. A token holds 4 x 4 pixels, 48 numbers: a model narrower than its tokens could not predict noise."""
     model = recipes.small_model(depth=4, head_dim=24, text_dim=64)
-    small = {name: 16 for name in ("resolution", "max_height", "max_width", "position_base")}
+    small: dict[str, Any] = dict.fromkeys(("resolution", "max_height", "max_width", "position_base"), 16)
     return Config(
         run=Path("runs/study"),
         cache=Path("cache/study"),

@@ -59,7 +59,7 @@ def ranks_table(found: list[Row]) -> str:
         theirs = [f"{value:.2f}" for value in paper.RANKS.get(name, ())] or ["", "", ""]
         score, distance = at_25[name]
         clip = [f"{paper.METRICS[name][0]:.3f}", paper.METRICS[name][1]] if name in paper.METRICS else ["", ""]
-        seeds = sum(row["variant"] == name for row in found)
+        seeds = len({row["seed"] for row in found if row["variant"] == name})
         mine = [f"{ranks[name]:.2f}" for ranks in ours]
         lines.append([name, *mine, *theirs, f"{score:.3f}", f"{distance:.2f}", *clip, seeds])
     if not any(name in paper.RANKS for name in ours[0]):
@@ -74,9 +74,8 @@ def ranks_table(found: list[Row]) -> str:
 
 def merged(settings: list[dict[str, Point]]) -> list[dict[str, Point]]:
     """The mean over settings, as a list of one: data sets count alike."""
-    return [
-        {name: tuple(np.mean([points[name] for points in settings], 0)) for name in settings[0]}
-    ]
+    common = set.intersection(*map(set, settings))
+    return [{name: tuple(np.mean([points[name] for points in settings], 0)) for name in common}]
 
 
 def sizes_table(found: list[Row]) -> str:
@@ -113,8 +112,9 @@ def report(found: list[Row]) -> str:
         f"{max(r['date'] for r in found)}\n\n{ranks_table(found)}"
     )
     if len({row["parameters"] for row in found}) > 1:
-        text += f"\n{sizes_table(found)}"
-    if any(row["variant"].startswith("depth=") for row in found):
+        for dataset in dict.fromkeys(row["dataset"] for row in found):
+            text += f"\n{dataset}:\n\n{sizes_table([row for row in found if row['dataset'] == dataset])}"
+    if any(row["variant"].startswith("depth=") for row in found) and len({row["flops"] for row in found}) > 1:
         exponent, correlation = figures.power_law(found)
         text += f"\nLast losses fall as training FLOPs to the power {exponent:.3f} (correlation {correlation:.3f}).\n"
     return text

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from mmdit.files import write_atomically
 from train.study import figures
+from train.study.judge import trained
 from train.study.plan import NAMED, Job, Study, Variants, row_path, rows
 from train.study.report import best_first, report
-from train.study.work import critic_of, work
+from train.study.work import work
 
 
 @contextmanager
@@ -80,7 +81,8 @@ def run(study: Study, variants: Variants) -> list[str]:
         raise ValueError(f"study: only names {', '.join(unknown)}; expected some of {', '.join(variants)}")
     failed: list[str] = []
     with alone(study.folder):
-        critic_of(study)                                            # if it is to be trained, once, not by every worker
+        if study.clip is None:
+            trained(study.folder)                                                   # once, not by every worker
         for seed in range(study.seeds):
             todo = jobs(study, variants, names if seed == 0 else again(study, names), seed)
             failed += _all(study, variants, todo, f"seed {seed}")

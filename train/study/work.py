@@ -70,7 +70,9 @@ def evaluated(run: Path, critic: Critic, wanted: Sequence[str], real: np.ndarray
 
 def critic_of(study: Study) -> Critic:
     """CLIP, where there is one, as in the paper; or a small network that knows the captioned shapes."""
-    return trained(study.folder) if study.clip is None else Clip(study.clip)
+    if study.clip is None:
+        return trained(study.folder)
+    return Clip(study.clip, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:
@@ -82,7 +84,8 @@ def work(study: Study, variants: Variants, job: Job) -> dict[str, Any] | None:
     """Runs a job and writes its row. Returns: the row, or None if a signal stopped it."""
     config, start = config_of(study, variants, job), time.time()
     torch.set_num_threads(config.threads or 1)
-    if train(config).stopped_by is not None:
+    outcome = train(config)
+    if outcome.stopped_by is not None:
         return None
     cache, critic = Cache(job.cache), critic_of(study)
     best = json.loads((config.run / ABOUT).read_text())
@@ -92,12 +95,12 @@ def work(study: Study, variants: Variants, job: Job) -> dict[str, Any] | None:
         "variant": job.variant,
         "dataset": job.dataset,
         "seed": job.seed,
-        "steps": config.steps,
+        "steps": outcome.step,
         "batch": config.batch,
         "best_step": best["step"],
         "validation_loss": best["loss"],
         "validation_curve": validation_curve(config.run),
-        "flops": step_flops(config, cache) * (config.steps or best["step"]),
+        "flops": step_flops(config, cache) * outcome.step,
         **found,
         "images": study.images,
         "seconds": round(time.time() - start, 1),

@@ -24,22 +24,22 @@ NAMED = (
 
 
 def small_base() -> Config:
-    """A run of about a minute on a CPU core: captioned shapes of 16 x 16 pixels, a four-block MM-DiT of width 96, 800
-    steps of 32. A token holds 4 x 4 pixels, 48 numbers: a model narrower than its tokens could not predict noise."""
+    """A run of about a minute on a CPU core: captioned shapes of 16 x 16 pixels, a four-block MM-DiT of width 96, 900
+    steps of 16. A token holds 4 x 4 pixels, 48 numbers: a model narrower than its tokens could not predict noise."""
     model = recipes.small_model(depth=4, head_dim=24, text_dim=64)
     small: dict[str, Any] = dict.fromkeys(("resolution", "max_height", "max_width", "position_base"), 16)
     return Config(
         run=Path("runs/study"),
         cache=Path("cache/study"),
         model=dataclasses.replace(model, **small),
-        batch=32,
-        steps=800,
+        batch=16,
+        steps=900,
         optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.99), warmup=100, decay="cosine", weight_decay=0.01),
         ema=Ema(decay=0.9, every=10),
         encoder_dropout=recipes.UNCONDITIONAL,
-        validation=Validation(every=200, samples=128),
+        validation=Validation(every=150, samples=128),
         samples=Samples(every=0, count=16, steps=25),
-        checkpoint_every=400,
+        checkpoint_every=450,
         keep=1,
         keep_best=True,
         threads=1,

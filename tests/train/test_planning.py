@@ -56,6 +56,16 @@ def test_checkpointing_keeps_less_and_computes_more():
     assert flops[0] == flops[1] < flops[2] < 1.4 * flops[0]
 
 
+@pytest.mark.parametrize("kind", [{"weight_sets": 3}, {"backbone": "uvit"}], ids=("3 sets", "uvit"))
+def test_other_backbones_are_planned_too(kind):
+    config = RECIPES["d15-256"]()
+    for checkpointing in ("none", "full"):
+        parallel = Parallel(checkpointing=checkpointing)
+        chosen = dataclasses.replace(config, model=presets.by_depth(2, **kind), parallel=parallel)
+        kept, kernels = activations(chosen, 1, 256)
+        assert kept > 0 and sum(kernel.flops for kernel in kernels) > 0
+
+
 def test_sharded_bytes_are_those_of_the_rows_that_a_process_gets():
     """Two processes' shards, gradients, moments and averages: a quarter of a percent off for padding of odd rows."""
     config, layout = small(), Layout(2, 1, 8, 1)

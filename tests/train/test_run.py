@@ -134,6 +134,16 @@ def test_impossible_settings_are_refused_before_anything_runs(config, change, me
         changed(config, **change)
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on(config):
+    train(config)
+    about = config.run / "checkpoints" / "step-00000012" / "run.json"
+    written = json.loads(about.read_text())
+    for name in ("backbone", "conv_blocks"):
+        del written["decides"]["model"][name]
+    about.write_text(json.dumps(written))
+    assert train(config).step == 12
+
+
 def test_another_configuration_does_not_go_on_in_the_same_folder(config):
     train(config)
     with pytest.raises(ValueError, match=r"other settings \(optimizer\); choose another"):

@@ -201,6 +201,10 @@ def test_sample_folders_are_those_the_benchmarks_read_and_go_on(tmp_path):
 
 
 def test_evaluation_errors_name_what_came(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no run folder: it holds no config\.json"):
+        evaluate(Evaluation(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder of a CLIPModel"):
+        Clip(tmp_path / "nowhere")
     bad = tmp_path / "list"
     for text, tasks, message in [
         ("", compbench, "holds no prompts"),

@@ -79,6 +79,8 @@ def evaluate(wanted: Evaluation) -> dict[str, float]:
     shapes its score, for one on scenes that of each of GenEval's categories.
     Raises: FileNotFoundError, ValueError or DataError for a run, a cache, a network or a list that is not there or does
         not fit, before anything is drawn."""
+    if not (wanted.run / "config.json").is_file():
+        raise FileNotFoundError(f"{wanted.run} is no run folder: it holds no config.json")
     folders = prompt_folders(wanted)
     sampler = Sampler.load(wanted.run, wanted.device)
     device = next(sampler.model.parameters()).device
@@ -102,7 +104,8 @@ def evaluate(wanted: Evaluation) -> dict[str, float]:
 
     def keep(more: dict[str, float]) -> None:
         found.update(more)
-        dated = {**about, "images": wanted.images, "date": time.strftime("%Y-%m-%d")}
+        compared_by = {"images": wanted.images, "clip": str(wanted.clip), "features": wanted.features}
+        dated = {**about, **compared_by, "date": time.strftime("%Y-%m-%d")}
         write_atomically(wanted.run / FILE, json.dumps({**found, "with": dated}, indent=1).encode())
 
     if cache.buckets("val"):

@@ -161,8 +161,8 @@ class Checkpoints:
         path = found[-1]
         about = json.loads((path / ABOUT).read_text())
         written = about["decides"]
-        model_then = MMDiTConfig.from_dict(written["model"]).to_dict()                # with fields that came since
-        written["model"] = json.loads(json.dumps(model_then))
+        if "model" in written:                                       # fields that have come since are at their defaults
+            written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
         if changed:
             run = self.folder.parent

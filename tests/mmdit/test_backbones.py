@@ -53,7 +53,7 @@ def test_cross_block_by_definition():
 def test_conv_block_by_definition():
     block = ConvBlock(12, 8).double()
     x, vector = torch.randn(2, 12, 6, 5).double(), torch.randn(2, 16).double()
-    first, second = torch.nn.GroupNorm(1, 12).double(), torch.nn.GroupNorm(2, 8).double()
+    first, second = torch.nn.GroupNorm(3, 12).double(), torch.nn.GroupNorm(2, 8).double()
     h = second(block.conv1(F.silu(first(x)))) * (1 + vector[:, 8:, None, None]) + vector[:, :8, None, None]
     torch.testing.assert_close(block(x, vector), block.skip(x) + block.conv2(F.silu(h)))
 

@@ -159,6 +159,9 @@ def test_report_ranks_beside_the_paper(tmp_path):
     assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 | 0.800 | 2.00 | 0.217 | 94.9 | 2 |" in lines
     assert "| eps/linear | 3.00 | 3.00 | 3.00 | 2.88 | 4.25 | 2.75 | 0.500 | 4.00 | 0.222 | 90.34 | 1 |" in lines
     assert [path.name for path in figures.draw(found, tmp_path)] == ["formulations.png"]
+    assert "of the 3 that" not in report(found)                                 # the paper ranks two of these only
+    more = report([*found, row("edm/rf", 0.1, 9.0)])
+    assert "of the 3 that it ranks: 0.50." in more, "ours: rf, eps/linear, edm/rf; theirs: eps/linear, rf, edm/rf"
     found.append({**row("rf", 0.9, 1.0), "dataset": "other"})                   # what others lack there is left out
     assert "| rf | 1.00" in report(found) and "eps/linear" not in report(found)
 

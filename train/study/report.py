@@ -111,6 +111,10 @@ def report(found: list[Row]) -> str:
         f"{', '.join(budget)}, {images} pictures a setting, {len(points(found))} settings; {found[0]['machine']}, "
         f"{max(r['date'] for r in found)}\n\n{ranks_table(found)}"
     )
+    if len(both := [name for name in best_first(found) if name in paper.RANKS]) > 2:
+        theirs = np.argsort(np.argsort([paper.RANKS[name][0] for name in both]))
+        rho = np.corrcoef(np.arange(len(both)), theirs)[0, 1]
+        text += f"\nSpearman's correlation with the paper's order, of the {len(both)} that it ranks: {rho:.2f}.\n"
     if len({row["parameters"] for row in found}) > 1:
         for dataset in dict.fromkeys(row["dataset"] for row in found):
             text += f"\n{dataset}:\n\n{sizes_table([row for row in found if row['dataset'] == dataset])}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAX_ROWS = 2**31 - 2**16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +33,11 @@ def refuses_triton(*args: Any) -> str | None:
         if tensor.device.type != "cpu" or not INTERPRETED:
             return f"tensors are on {tensor.device}; Triton kernels need a GPU"
     return None
+
+
+def too_many_rows(count: int) -> str | None:
+    """Why a kernel that numbers its rows in 32 bits, a block at a time, cannot take so many, or None."""
+    return f"the kernels take fewer than {MAX_ROWS} rows, not {count}" if count >= MAX_ROWS else None
 
 
 def interpreted(*args: Any) -> str | None:

@@ -64,6 +64,12 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
+def _stager() -> DefaultStager:
+    """Copies a state to memory of its own before `async_save` returns. One for each save: torch 2.11's can be used once
+    (pytorch issue 183413). Pinned memory would be allocated anew each time, which takes longer than it saves."""
+    return DefaultStager(StagingOptions(False, False, False, False))
+
+
 class Checkpoints:
     """Those of one run.
 
@@ -78,9 +84,6 @@ class Checkpoints:
         self._newest = -1
         if world.mesh is None:                                               # what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._stager: DefaultStager | None = None
-        if world.device.type == "cuda":                                      # the copy's memory stays between saves
-            self._stager = DefaultStager(StagingOptions(True, False, False, True))
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -95,9 +98,6 @@ class Checkpoints:
             raise
         else:
             self.wait()
-        finally:
-            if self._stager is not None:
-                self._stager.close()
 
     def save(
         self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, progress: Progress,
@@ -120,7 +120,7 @@ class Checkpoints:
         self._published.clear()
         self._writing = dcp.async_save(                                                             # type: ignore[assignment]
             state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None,
-            async_stager=self._stager,
+            async_stager=_stager(),
         )  # fmt: skip
         self._writing.add_done_callback(lambda done: self._publish(done, partial, about))           # type: ignore[union-attr]
 

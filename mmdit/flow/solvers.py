@@ -116,7 +116,8 @@ class PathLength:
         self.lengths = torch.zeros(len(z), device=z.device)
 
     def __call__(self, z: Tensor, t: float) -> Tensor:
-        self.lengths += (z - self._z.to(z.device)).flatten(1).norm(dim=1)
+        step = (z - self._z.to(z.device)).flatten(1).norm(dim=1)
+        self.lengths = self.lengths.to(z.device) + step                  # noise begins on the CPU, a solver moves it
         self._z = z
         return z
 

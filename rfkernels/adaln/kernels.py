@@ -32,14 +32,15 @@ def _store(ptr, rows, live, i, value, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _statistics(xs, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr):
-    """mean and rstd [ROWS], two passes over registers: the variance is of x - mean, not a difference of squares."""
+    """mean and rstd [ROWS], two passes over registers: the variance is of x - mean, not a difference of squares. The
+    mean is divided exactly: of a constant row its error is all that is left, and rstd magnifies it."""
     if RMS:
         mean = tl.zeros_like(tl.sum(xs[0], 1))
     else:
         total = xs[0]
         for i in tl.static_range(1, CHUNKS):
             total += xs[i]
-        mean = tl.sum(total, 1) / C
+        mean = tl.div_rn(tl.sum(total, 1), C * 1.0)
     square = tl.zeros_like(xs[0])
     for i in tl.static_range(CHUNKS):
         columns = i * CHUNK + tl.arange(0, CHUNK)
@@ -214,7 +215,7 @@ def sum_partials(
 ):  # fmt: skip
     """Second stage: partials [V, total, C] fp32; vector v sums its rows in groups of count_v, in a fixed order, and
     writes group g to out_v + g * stride_v."""
-    group, v = tl.program_id(0), tl.program_id(2)
+    group, v = tl.program_id(0).to(tl.int64), tl.program_id(2)
     count = tl.where(v == 0, count0, tl.where(v == 1, count1, count2))
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = columns < C

@@ -13,7 +13,7 @@ from rfkernels.adaln.chunks import gradient_of
 from rfkernels.launch_tables import row_launch
 from rfkernels.triton_support import device_name, multiprocessors, on
 
-PROGRAMS_PER_SM = 2          # of a backward, to hide latency; each holds most of the registers of half an SM
+PROGRAMS_PER_SM = 2          # of a backward: each holds most of the registers of half an SM
 
 
 @lru_cache
@@ -108,7 +108,7 @@ class Sums:
 
     def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor], in_chunks: bool) -> None:
         batch, length, channels = x.shape
-        wanted = -(-PROGRAMS_PER_SM * multiprocessors(x.device) // batch)
+        wanted = PROGRAMS_PER_SM * multiprocessors(x.device) // batch      # rounded down: one more is one wave more
         splits = max(1, min(wanted, -(-length // rows)))
         self.span = -(-length // splits)
         self.span = -(-self.span // rows) * rows

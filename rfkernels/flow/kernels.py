@@ -10,8 +10,8 @@ import triton.language as tl
 @triton.jit
 def _place(N, BLOCK: tl.constexpr):
     """(sample, elements [BLOCK], which of them exist) of a program; programs run through one sample, then the next."""
-    blocks = tl.cdiv(N, BLOCK)
-    element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    blocks = (N - 1) // BLOCK + 1
+    element = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return tl.program_id(0) // blocks, element, element < N
 
 

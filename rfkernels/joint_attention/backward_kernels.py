@@ -229,17 +229,20 @@ def attention_bwd_kv(
 @triton.jit(do_not_specialize=["R0", "R1", "R2", "R3", "R4", "R5", "R6", "R7"])
 def sum_rows(
     outs, partials_ptr, R0, R1, R2, R3, R4, R5, R6, R7,
-    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program v sums its R_v rows of partials [R_0 + R_1 + ..., D], in a fixed order, into outs[v] [D]."""
+    """Program (v, i) sums COLUMNS columns of the R_v rows of partials [R_0 + R_1 + ..., D], in a fixed order, into
+    outs[v] [D]. Few columns and many rows at a time: a sum of thousands of rows is a chain of loads."""
     counts = (R0, R1, R2, R3, R4, R5, R6, R7)
     v, first = tl.program_id(0), tl.program_id(0).to(tl.int64) * 0
     for i in tl.static_range(1, N):
         first += tl.where(v >= i, counts[i - 1], 0).to(tl.int64)
     count = _of(v, counts, N)
-    base = partials_ptr + first * D
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, count, ROWS):
-        total += _rows(base, D, start, count, True, D, ROWS, BLOCK_D)
-    d, out_ptr = tl.arange(0, BLOCK_D), _of(v, outs, N)
+        row = start + tl.arange(0, ROWS)
+        here = partials_ptr + (first + row)[:, None] * D + d[None, :]
+        total += tl.load(here, mask=(row < count)[:, None] & (d < D)[None, :], other=0.0)
+    out_ptr = _of(v, outs, N)
     tl.store(out_ptr + d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=d < D)

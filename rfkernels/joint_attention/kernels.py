@@ -39,7 +39,7 @@ def _locate(tile, sizes, N: tl.constexpr, BLOCK: tl.constexpr):
 def _valid(b, size, lengths_ptr, LENGTHS: tl.constexpr):
     """Tokens of sample b that are not padding."""
     if LENGTHS:
-        size = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), size)
+        size = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), size).to(tl.int32)       # clamped, then narrowed
     return size
 
 
@@ -50,7 +50,8 @@ def _base(ptr, b, h, strides):
 
 @triton.jit
 def _rows(base, stride, first, stop, MASKED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens first ... first + BLOCK as [BLOCK, BLOCK_D]; zero from `stop` on if MASKED, and beyond D."""
+    """Tokens first ... first + BLOCK as [BLOCK, BLOCK_D]; zero from `stop` on if MASKED, and beyond D. Offsets within
+    the tile are 32 bits wide: strides stay below launch.MAX_TOKEN_STRIDE."""
     token, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     here = base + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + d[None, :])
     if MASKED:
@@ -86,16 +87,18 @@ def _rstd(x, eps, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["total", "S0", "S1", "S2", "S3"])
 def key_rstd(
-    ks, k_strides, rstd_ptr, eps, total, S0, S1, S2, S3,
-    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    ks, k_strides, lengths, rstd_ptr, eps, total, S0, S1, S2, S3,
+    LENGTHS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """rstd of every key, [B, H, total] fp32. Program: BLOCK tokens of a stream, a head, a sample."""
+    """rstd of every key, [B, H, total] fp32; padding is not read, it counts as zeros. Program: BLOCK tokens of a
+    stream, a head, a sample."""
     sizes = (S0, S1, S2, S3)
     which, first, before = _locate(tl.program_id(0), sizes, N, BLOCK)
     h, b = tl.program_id(1), tl.program_id(2)
     size = _of(which, sizes, N)
     strides = (_of(which, k_strides[0], N), _of(which, k_strides[1], N), _of(which, k_strides[2], N))
-    k = _rows(_base(_of(which, ks, N), b, h, strides), strides[1], first, size, True, D, BLOCK, BLOCK_D).to(tl.float32)
+    valid = _valid(b, size, _of(which, lengths, N), LENGTHS)
+    k = _rows(_base(_of(which, ks, N), b, h, strides), strides[1], first, valid, True, D, BLOCK, BLOCK_D).to(tl.float32)
     token = first + tl.arange(0, BLOCK)
     out = rstd_ptr + (b.to(tl.int64) * tl.num_programs(1) + h) * total + before
     tl.store(out + token, tl.sum(_rstd(k, eps, D), 1), mask=token < size)

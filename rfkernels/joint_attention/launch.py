@@ -23,12 +23,22 @@ LOG2_E = log2(2.718281828459045)
 EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 50.0)}
 MAX_GRID = 65535             # of a CUDA grid's second and third dimension: heads and samples
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
+MAX_TOKEN_STRIDE = 2**31 // 128              # no tile has more tokens
+SUMMED_ROWS, SUMMED_COLUMNS = 1024, 8        # of a program of sum_rows at a time: eight 16-byte loads a thread
 
 
 def beyond_grid(shape: torch.Size) -> str | None:
     """Why there are too many samples or heads in [B, S, H, D] for a launch, or None."""
     most = max(shape[0], shape[2])
     return f"a launch takes at most {MAX_GRID} samples and heads, not {most}" if most > MAX_GRID else None
+
+
+def beyond_tile(*activations: Tensor | None) -> str | None:
+    """Why tokens of these [B, S, ...] lie too far apart for 32 bits within a tile of attention, or None."""
+    for x in activations:
+        if x is not None and x.stride(1) >= MAX_TOKEN_STRIDE and x.shape[1] > 1:
+            return f"the kernels take token strides below {MAX_TOKEN_STRIDE}, not {x.stride(1)}"
+    return None
 
 
 @lru_cache
@@ -211,15 +221,15 @@ def _forward(core: Core, scale: float, eps: float) -> list[Tensor]:
         return [*outs, lse, rstd.zero_()]
     kernels = _modules()[0]
     ks, vs = tuple(s.k for s in core.streams), tuple(s.v for s in core.streams)
+    lengths = _lengths(core.streams, core.streams)
     if rstd.numel():
         kernels.key_rstd[(_tiles(core.sizes, TOKENS), heads, batch)](
-            ks, _strides(ks), rstd, eps, keys, *_four(core.sizes),
+            ks, _strides(ks), lengths, rstd, eps, keys, *_four(core.sizes), LENGTHS=lengths[0] is not None,
             D=dim, N=len(ks), BLOCK=TOKENS, BLOCK_D=_block_d(dim), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     qs = tuple(s.q for s in core.asking if s.q is not None)
     block, _, settings = _settings("attention_fwd", like)
     centre, limit = EXPONENTS[like.dtype]
-    lengths = _lengths(core.streams, core.streams)
     kernels.attention_fwd[(_tiles(core.query_sizes, block), heads, batch)](
         qs, ks, vs, tuple(outs), _query_weights(core), _alike([s.k_weight for s in core.streams]),
         _lengths(core.asking, core.streams), lengths, _strides(qs), _strides(ks), _strides(vs),
@@ -317,7 +327,7 @@ def _core_backward(
     kernels = _modules()[1]
     qs = tuple(s.q for s in core.asking if s.q is not None)
     ks, vs = tuple(s.k for s in core.streams), tuple(s.v for s in core.streams)
-    douts = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)
+    douts = tuple(g if g.stride(-1) == 1 and g.stride(1) < MAX_TOKEN_STRIDE else g.contiguous() for g in grads)
     delta = torch.empty_like(lse)
     folds = [torch.empty((len(ks), *q.shape), dtype=q.dtype, device=q.device) for q in qs] if core.norm else []
     queries = tuple(folds) if core.norm else qs                           # as the second kernel reads them
@@ -353,8 +363,8 @@ def _sum_rows(partials: Tensor, like: Sequence[Tensor], rows: Sequence[int]) -> 
     """Consecutive runs of rows of partials, summed: one gradient for each weight."""
     dim = partials.shape[1]
     outs = [torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in like]
-    _modules()[1].sum_rows[(len(outs),)](
-        tuple(outs), partials, *rows, *[0] * (8 - len(rows)), D=dim, N=len(outs), ROWS=64, BLOCK_D=_block_d(dim),
-        num_warps=8, enable_fp_fusion=True,
+    _modules()[1].sum_rows[(len(outs), -(-dim // SUMMED_COLUMNS))](
+        tuple(outs), partials, *rows, *[0] * (8 - len(rows)), D=dim, N=len(outs), ROWS=SUMMED_ROWS,
+        COLUMNS=SUMMED_COLUMNS, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return [o.to(w.dtype) for o, w in zip(outs, like, strict=True)]

@@ -82,8 +82,9 @@ def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:
     places, asked, seen = [], 0, 0
     for i, s in enumerate(streams):
         length = s.k.shape[1]
-        places.append((i, slice(asked, asked + length * s.asks), slice(seen, seen + length)))
-        asked, seen = asked + length * s.asks, seen + length
+        asking = asked + length if s.asks else asked
+        places.append((i, slice(asked, asking), slice(seen, seen + length)))
+        asked, seen = asking, seen + length
     return places
 
 

@@ -73,6 +73,9 @@ def _refuses(streams, scale, eps):
         return f"the kernels take head dimensions in steps of 8 up to {MAX_HEAD_DIM}, not {dim}"
     if too_many := launch.beyond_grid(streams[0].shape):
         return too_many
+    for s in streams:
+        if too_far := launch.beyond_tile(*((s.q, s.k, s.v) if s.packed_tensor is None else (s.packed_tensor,))):
+            return too_far
     return refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rfkernels import checks
+from rfkernels.autocast import autocast_dtype
 
 
 class Rope(NamedTuple):
@@ -158,8 +159,7 @@ class Stream:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast q, k and v have one dtype, whatever came: a norm leaves fp32 where a projection leaves bf16."""
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    kind = "cpu" if first is None else first.device.type
-    if first is None or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    dtype = None if first is None else autocast_dtype(first.device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

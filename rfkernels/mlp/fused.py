@@ -17,8 +17,8 @@ _gelu_backward = operator(
     "(Tensor h, Tensor da, bool value, bool bias) -> (Tensor, Tensor, Tensor)",
     launch.gelu_backward,
     lambda h, da, value, bias: (
-        torch.empty_like(h) if value else h.new_empty(0),
-        torch.empty_like(h),
+        h.new_empty(h.shape if value else 0),
+        h.new_empty(h.shape),
         h.new_empty(h.shape[1] if bias else 0),
     ),
 )

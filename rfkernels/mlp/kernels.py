@@ -16,13 +16,13 @@ def gelu_bwd(
     if VALUE; a row of partials [splits, C] fp32, the sum of dh over its rows, if BIAS."""
     columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     inside = (columns < C)[None, :]
-    first = tl.program_id(1) * span
+    first = tl.program_id(1).to(tl.int64) * span
     end = tl.minimum(first + span, rows)
     dtype = h_ptr.dtype.element_ty
     sums = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)
-        here = row.to(tl.int64)[:, None] * C + columns[None, :]                        # [ROWS, CHUNK]
+        here = row[:, None] * C + columns[None, :]                        # [ROWS, CHUNK]
         mask = (row < end)[:, None] & inside
         h = tl.load(h_ptr + here, mask=mask, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + here, mask=mask, other=0.0).to(tl.float32)

@@ -23,8 +23,9 @@ def _kernels() -> Any:
 
 
 def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(gelu(h), dh, sum of dh over all rows) of h and da, the gradient of gelu(h), [N, C] contiguous; the first [0] if
-    not `value`, the last [0] if not `bias`."""
+    """(gelu(h), dh, sum of dh over all rows) of h and da, the gradient of gelu(h), [N, C]; the first [0] if not
+    `value`, the last [0] if not `bias`."""
+    h, da = h.contiguous(), da.contiguous()
     dh = torch.empty_like(h)
     a, db = torch.empty_like(h) if value else h.new_empty(0), h.new_empty(h.shape[1] if bias else 0)
     if not h.numel():

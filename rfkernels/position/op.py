@@ -7,7 +7,7 @@ from torch import Tensor
 from rfkernels import checks, dispatch
 from rfkernels.autocast import to_autocast
 from rfkernels.position import operators, reference
-from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton, too_many_rows
 
 
 def position_grid(
@@ -161,20 +161,35 @@ def _check_unembed(x, weight, bias, *, height, width, patch_size=2):
 dispatch.register(
     "position_grid", _check_grid, dispatch.Implementation("reference", "fp64 on the CPU", reference.position_grid)
 )
-def _refuses(*args):
-    return refuses_triton(*(a for i, a in enumerate(args) if i != POSITIONS))      # they may be fp64: read as fp32
 
 
-POSITIONS = 3                                                                        # among patch_embed's arguments
-for _name, _check, _operator, _definition, _what in (
-    ("patch_embed", _check_patch, operators.patch_embed, reference.patch_embed, "patchify, product, positions"),
-    ("patch_unembed", _check_unembed, operators.patch_unembed, reference.patch_unembed, "product and unpatchify"),
-):
+def _refuses_embed(latent, weight, bias, positions, patch_size):
+    return too_many_rows(latent.shape[0] * positions.shape[0]) or refuses_triton(latent, weight, bias)
+
+
+def _refuses_unembed(x, weight, bias, height, width, patch_size):
+    return too_many_rows(x.shape[0] * x.shape[1]) or refuses_triton(x, weight, bias)
+
+
+def _triton(what, run, refuses):
+    return dispatch.Implementation(
+        "triton", f"{what} in one kernel", run, refuses, interpreted if INTERPRETED else None
+    )
+
+
+for _name, _check, _fused, _definition in (
+    (
+        "patch_embed", _check_patch,       # positions may be fp64: they are read as fp32
+        _triton("patchify, product, positions", operators.patch_embed, _refuses_embed), reference.patch_embed,
+    ),
+    (
+        "patch_unembed", _check_unembed,
+        _triton("product and unpatchify", operators.patch_unembed, _refuses_unembed), reference.patch_unembed,
+    ),
+):  # fmt: skip
     dispatch.register(
         _name,
         _check,
-        dispatch.Implementation(
-            "triton", f"{_what} in one kernel", _operator, _refuses, interpreted if INTERPRETED else None
-        ),
+        _fused,
         dispatch.Implementation("reference", "plain PyTorch, op by op", _definition),
     )

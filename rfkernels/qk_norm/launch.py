@@ -46,6 +46,7 @@ def _sizes(q: Tensor, k: Tensor) -> list[int]:
 
 
 def qk_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     q_out, k_out, settings = _empty(q), _empty(k), _settings(q.shape[3])
     most = max(_rows(q), _rows(k))
     if most:
@@ -62,6 +63,7 @@ def qk_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dq_weight, dk_weight)"""
     dq_out, dk_out, settings = _unit(dq_out), _unit(dk_out), _settings(q.shape[3])
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     dq, dk = _empty(q), _empty(k)
     weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
     most, rows = max(_rows(q), _rows(k)), settings["ROWS"]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rfkernels import checks, dispatch
 from rfkernels.qk_norm import launch, operators, reference
-from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
+from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton, too_many_rows
 
 
 def qk_norm(
@@ -41,7 +41,8 @@ def _check(q, k, q_weight, k_weight, *, eps=1e-6):
 def _refuses(q, k, q_weight, k_weight, eps):
     if q.shape[-1] > launch.MAX_HEAD_DIM:
         return f"the kernels take head dimensions up to {launch.MAX_HEAD_DIM}, not {q.shape[-1]}"
-    return refuses_triton(q, k, q_weight, k_weight)
+    rows = [too_many_rows(x.shape[0] * x.shape[1] * x.shape[2]) for x in (q, k)]
+    return rows[0] or rows[1] or refuses_triton(q, k, q_weight, k_weight)
 
 
 dispatch.register(

@@ -52,3 +52,22 @@ def test_regressions_are_seen():
     assert "0 -> 2 spills" in regressions({"k": report(spills=2)}, table)[0]
     assert "occupancy 0.50 -> 0.25" in regressions({"k": report(occupancy=0.25)}, table)[0]
     assert "not in the committed table" in regressions({"new": report()}, table)[0]
+
+
+def test_the_mean_is_divided_exactly():
+    """The compiler's approximate division is a product with the rounded 1 / C; a row of equal numbers would not be 0.
+    The interpreter divides exactly whatever is asked for, so this is read in the code."""
+    script = """
+from rfkernels.inspect.cases import cases
+from rfkernels.inspect.compile import compile_only
+with compile_only("cuda", 90) as launched:
+    for case in cases():
+        if case.name in ("adaln_fwd/960", "gated_adaln_fwd/960"):
+            case.call()
+    for name, kernel, _ in launched:
+        print(name, "div.rn.f32" in kernel.asm["ptx"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split("\n")[:2] == ["adaln_fwd True", "gated_adaln_fwd True"], done.stderr

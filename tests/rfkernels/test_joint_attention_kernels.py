@@ -6,7 +6,7 @@ import torch
 import rfkernels
 from rfkernels import Rope, Stream
 from rfkernels.joint_attention import launch, library
-from rfkernels.testing import assert_within_rule, nan_filled
+from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from tests.rfkernels.attention_cases import DEVICE, Case, eager, on, run
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -296,3 +296,32 @@ def test_fp16_gradients_survive_short_and_long_keys(stretch):
     for i, (a, b, c) in enumerate(zip(got, exact, rough, strict=True)):
         if c.isfinite().all():
             assert_within_rule(f"tensor {i}", a, b, c)
+
+
+@pytest.mark.parametrize("value", (2**31, 2**32 + 3, 2**63 - 1, -(2**31) - 1, -(2**32) + 3, -(2**63)))
+def test_lengths_beyond_32_bits_are_clamped_as_others(value):
+    q, k, v = torch.randn(3, 2, 9, 1, 16, device=DEVICE)
+    weight = torch.ones(16, device=DEVICE)
+    clamped = torch.tensor([5, 9 if value > 0 else 0], device=DEVICE)
+    with rfkernels.backend("triton"):
+        got, want = (
+            rfkernels.joint_attention([rfkernels.Stream(q, k, v, weight, weight, lengths)])[0]
+            for lengths in (torch.tensor([5, value], device=DEVICE), clamped)
+        )
+    assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter moves")
+def test_padding_is_not_read():
+    q, k, v = torch.randn(3, 1, 150, 1, 16)
+    k[:, 100:] = float("nan")
+    weight = torch.ones(16)
+    with rfkernels.backend("triton"), traffic() as moved:
+        rfkernels.joint_attention([rfkernels.Stream(q, k, v, weight, weight, torch.tensor([100]))])
+    assert moved.loaded(k) and not moved.loaded(k[:, 100:])
+
+
+def test_tokens_too_far_apart_for_32_bits_are_refused_by_name():
+    q = torch.empty_strided((1, 2, 1, 16), (1, 2**24, 16, 1), device="meta")
+    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match="token strides below 16777216, not 16777216"):
+        rfkernels.joint_attention([rfkernels.Stream(q, q, q)])

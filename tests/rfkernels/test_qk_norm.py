@@ -101,3 +101,24 @@ def test_operator_compiles_and_is_registered_rightly():
     grads = [torch.randn(2, 5, 2, 16, device=DEVICE) for _ in range(2)]
     for a, b in zip(gradients(compiled, inputs, grads), gradients(fused, inputs, grads), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ("every second", "column", "one number for all"))
+def test_norm_weights_of_any_strides(layout):
+    make = {
+        "every second": lambda: torch.randn(64)[::2],
+        "column": lambda: torch.randn(32, 3)[:, 1],
+        "one number for all": lambda: torch.full((1,), 2.0).expand(32),
+    }[layout]
+    q, k = torch.randn(2, 2, 5, 3, 32, device=DEVICE)
+    inputs = [t.detach().requires_grad_() for t in (q, k, make().to(DEVICE), make().to(DEVICE))]
+    grads = [torch.randn_like(q) for _ in range(2)]
+    with rfkernels.backend("reference"):
+        want = gradients(rfkernels.qk_norm, inputs, grads)
+    torch.testing.assert_close(gradients(fused, inputs, grads), want, rtol=1e-4, atol=1e-5)
+
+
+def test_more_rows_than_32_bits_number_are_refused():
+    q = torch.empty(1, 2**31 // 4, 4, 8, device="meta")
+    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match="fewer than 2147418112 rows, not 2147483648"):
+        rfkernels.qk_norm(q, q[:, :1], q.new_empty(8), q.new_empty(8))

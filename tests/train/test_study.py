@@ -69,6 +69,17 @@ def test_path_length_of_flows_in_closed_form():
     assert way.lengths.item() == pytest.approx(5.0, rel=1e-3), "radius 5, one radian"
 
 
+def test_path_length_follows_the_solver_to_its_device():
+    """Noise is made on the CPU, the solver works where the model is: seen on tensors that only pretend to be there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        way = flow.PathLength(torch.randn(3, 2))
+        way(torch.randn(3, 2, device="cuda"), 0.5)
+        way(torch.randn(3, 2, device="cuda"), 0.0)
+        assert way.lengths.shape == (3,) and way.lengths.device.type == "cuda"
+
+
 def test_the_judge_knows_what_is_drawn(tmp_path):
     critic, rng = judge.trained(tmp_path), np.random.default_rng(5)
     wanted = shapes.everything()[::2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,9 +121,7 @@ def build(config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16
         model = MMDiT(config)
     for block in model.blocks:
         if parallel.checkpointing != "none":
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, **_contexts(parallel.checkpointing)
-            )
+            block.forward = _checkpointed(block.forward, parallel.checkpointing)
         if parallel.compile:
             block.compile(fullgraph=True)
     if world.mesh is not None:
@@ -150,21 +148,35 @@ def _prefetch(model: MMDiT, ahead: int) -> None:
         unit.set_modules_to_backward_prefetch(order[max(0, i - ahead) : i][::-1])
 
 
-def _contexts(kind: str) -> dict[str, Any]:
-    """Selective: the outputs of matrix products and attention are kept, all else is computed again."""
-    if kind == "full":
-        return {}
-    aten = torch.ops.aten
-    keep = {aten.mm.default, aten.addmm.default, torch.ops.rfkernels.joint_attention.default}
-    keep |= {                                                                        # of backbones that cross-attend
-        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }  # fmt: skip
+SDPA = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+ATTENTION = {"rfkernels.joint_attention", *(f"aten._scaled_dot_product_{kind}" for kind in SDPA)}
 
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+def kept(op: str, flops: int, rows: int, columns: int) -> bool:
+    """Whether selective checkpointing keeps the output [rows, columns] of an operator: attention, and products that do
+    not widen (a block's two projections back to its width). These cost most to compute again for what they occupy; the
+    outputs of qkv and of the MLP's first layer are seven of a block's eleven widths and are computed again."""
+    product = op in ("aten.mm", "aten.addmm")
+    return op in ATTENTION or (product and flops >= 2 * rows * columns**2)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name, flops, rows, columns = str(op).removesuffix(".default"), 0, 0, 0
+    if name in ("aten.mm", "aten.addmm"):
+        (rows, inner), (_, columns) = args[-2].shape, args[-1].shape
+        flops = 2 * rows * inner * columns
+    return CheckpointPolicy.MUST_SAVE if kept(name, flops, rows, columns) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpointed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """A forward whose activations are computed again in the backward. A function of its own, not a `partial`: Dynamo
+    passes over checkpoint itself as over all of PyTorch's code, and would compile nothing."""
+    more: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **more)
+
+    return checkpointed
 
 
 @torch.no_grad()

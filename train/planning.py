@@ -9,14 +9,16 @@ beside the computation, not on top: FSDP overlaps them where it can.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 
 from mmdit import MMDiT, backbones
-from mmdit.counting import Kernel, Made, made_in, trace
+from mmdit.counting import Kernel, Made, Trace, made_in, trace
 from mmdit.flops import TEXT_TOKENS, training_flops
 from mmdit.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
-from train.config import Config
+from train import parallel
+from train.config import Config, Parallel
 
 NETWORK = {"within a node": 450e9, "between nodes": 50e9}
 """Bytes per second and GPU, each way: NVLink 4, and a 400 Gb/s adapter for each GPU; by their data sheets."""
@@ -94,10 +96,10 @@ def whole_model(config: Config, batch: int, pixels: int) -> Made:
     return model, [normal(batch, c.in_channels, side, side), torch.rand(batch), context, pooled], [*model.parameters()]
 
 
-def one_block(config: Config, batch: int, pixels: int) -> Made:
-    """A call of the first block."""
+def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
+    """A call of a block."""
     with made_in(torch.bfloat16):
-        block = backbones.block(config.model, 0)
+        block = backbones.block(config.model, index)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
     texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
@@ -107,22 +109,38 @@ def one_block(config: Config, batch: int, pixels: int) -> Made:
     return lambda *_: block(xs, vectors, [None] * len(xs)), inputs, list(block.parameters())
 
 
+@lru_cache(maxsize=8)
+def _traces(config: Config, batch: int, pixels: int) -> tuple[Trace, list[Trace]]:
+    """Of the model, and of each of its blocks: those that take the same modulation vectors are alike."""
+    of: dict[str, Trace] = {}
+    kinds = [str(block.vectors) for block in model_on_meta(config).blocks]
+    for i, kind in enumerate(kinds):
+        if kind not in of:
+            of[kind] = trace(partial(one_block, config, i, batch, pixels), backward=True)
+    return trace(partial(whole_model, config, batch, pixels), backward=True), [of[kind] for kind in kinds]
+
+
 def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:
     """(bytes kept between forward and backward, kernels of a step with what is computed again)."""
-    whole = trace(lambda: whole_model(config, batch, pixels), backward=True)
-    if config.parallel.checkpointing == "none":
+    kind, neutral = config.parallel.checkpointing, replace(config, parallel=Parallel())
+    whole, blocks = _traces(neutral, batch, pixels)
+    if kind == "none":
         return whole.kept, whole.kernels
-    block = trace(lambda: one_block(config, batch, pixels), backward=True)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     inputs = 2 * batch * c.width * (TEXT_TOKENS + tokens)                                             # a block's, bf16
-    forward = block.kernels[: block.forward]
-    kept, again = inputs, forward
-    if config.parallel.checkpointing == "selective":
-        stay = [k for k in forward if k.kind in ("matmul", "attention")]
-        kept += sum(sum(k.writes.values()) for k in stay)
-        again = [k for k in forward if k not in stay]
-    outside = max(0, whole.kept - c.depth * block.kept)
-    return c.depth * kept + block.kept + outside, [*whole.kernels, *again * c.depth]
+    kept, kernels = max(0, whole.kept - sum(block.kept for block in blocks)), list(whole.kernels)
+    for block in blocks:
+        forward = block.kernels[: block.forward]
+        stay = [k for k in forward if kind == "selective" and _stays(k)]
+        kept += inputs + sum(sum(k.writes.values()) for k in stay)
+        kernels += [k for k in forward if k not in stay]
+    return kept + max(block.kept for block in blocks), kernels
+
+
+def _stays(kernel: Kernel) -> bool:
+    """Whether selective checkpointing keeps what a kernel writes; a product's output is a matrix."""
+    (_, _, *shape), *_ = kernel.writes
+    return parallel.kept(kernel.op, kernel.flops, *(shape if len(shape) == 2 else (0, 0)))
 
 
 def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> Plan:
@@ -194,6 +212,18 @@ def advice(config: Config, layout: Layout, sheet: Gpu, found: Plan, name: str, p
     return lines
 
 
+def checkpointing(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> list[str]:
+    """What each setting of activation checkpointing keeps, and what computing the rest again costs."""
+    lines, least = [], 0.0
+    for kind in ("none", "selective", "full"):
+        changed = replace(config, parallel=replace(config.parallel, checkpointing=kind))
+        kept, kernels = activations(changed, layout.local, pixels)
+        took = sum(seconds(k, assumed(sheet, name)) for k in kernels)
+        least = least or took
+        lines.append(f"  {kept / 1e9:8.2f} GB  {kind:9s}  kernels {took / least - 1:+.0%}")
+    return lines
+
+
 def nearer(config: Config, layout: Layout, sheet: Gpu, found: Plan, name: str, pixels: int) -> list[str]:
     """If a step waits for the network: what a whole model in each node (HSDP) would change."""
     if found.network <= found.compute or layout.gpus <= PER_NODE or layout.shards <= PER_NODE or layout.gpus % PER_NODE:
@@ -226,6 +256,9 @@ def report(config: Config, gpus: int, name: str, pixels: int | None) -> str:
         *(f"  {value / 1e9:8.2f} GB  {part}" for part, value in found.memory.items()),
         f"  {found.total / 1e9:8.2f} GB  together",
         *advice(config, layout, sheet, found, full, pixels),
+        "",
+        f"activations of {layout.local} samples by --parallel.checkpointing",
+        *checkpointing(config, layout, sheet, full, pixels),
         "",
         "received by a GPU a step",
         *(f"  {value / 1e9:8.2f} GB  {part}" for part, value in found.sent.items()),

@@ -31,16 +31,23 @@ def _store(ptr, rows, live, i, value, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _divided(total, C: tl.constexpr):
+    """total / C to the last bit: of a constant row the mean's error is all that is left, and rstd magnifies it. The
+    compiler's division is a product with the rounded 1 / C; the exact one is a call, which makes registers spill."""
+    near = total * (1.0 / C)
+    return tl.fma(tl.fma(near, -1.0 * C, total), 1.0 / C, near)
+
+
+@triton.jit
 def _statistics(xs, eps, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr):
-    """mean and rstd [ROWS], two passes over registers: the variance is of x - mean, not a difference of squares. The
-    mean is divided exactly: of a constant row its error is all that is left, and rstd magnifies it."""
+    """mean and rstd [ROWS], two passes over registers: the variance is of x - mean, not a difference of squares."""
     if RMS:
         mean = tl.zeros_like(tl.sum(xs[0], 1))
     else:
         total = xs[0]
         for i in tl.static_range(1, CHUNKS):
             total += xs[i]
-        mean = tl.div_rn(tl.sum(total, 1), C * 1.0)
+        mean = _divided(tl.sum(total, 1), C)
     square = tl.zeros_like(xs[0])
     for i in tl.static_range(CHUNKS):
         columns = i * CHUNK + tl.arange(0, CHUNK)

@@ -9,10 +9,11 @@ import triton.language as tl
 
 @triton.jit
 def _place(N, BLOCK: tl.constexpr):
-    """(sample, elements [BLOCK], which of them exist) of a program; programs run through one sample, then the next."""
+    """(sample, first element, which of the BLOCK elements from there on exist) of a program; programs run through one
+    sample, then the next."""
     blocks = (N - 1) // BLOCK + 1
-    element = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return tl.program_id(0) // blocks, element, element < N
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    return tl.program_id(0) // blocks, first, tl.arange(0, BLOCK) < N - first
 
 
 @triton.jit
@@ -21,17 +22,22 @@ def _row(ptr, b, stride):
 
 
 @triton.jit
+def _block(ptr, b, stride, first, BLOCK: tl.constexpr):
+    return _row(ptr, b, stride) + first + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def rectified_flow_fwd(
     x0_ptr, noise_ptr, t_ptr, z_ptr, target_ptr, N, stride_x0, stride_noise, BLOCK: tl.constexpr
 ):  # fmt: skip
     """z = (1 - t) x0 + t noise; target = noise - x0; both [B, N] contiguous."""
-    b, element, mask = _place(N, BLOCK)
+    b, first, mask = _place(N, BLOCK)
     t = tl.load(t_ptr + b).to(tl.float32)
-    x0 = tl.load(_row(x0_ptr, b, stride_x0) + element, mask=mask, other=0.0).to(tl.float32)
-    noise = tl.load(_row(noise_ptr, b, stride_noise) + element, mask=mask, other=0.0).to(tl.float32)
+    x0 = tl.load(_block(x0_ptr, b, stride_x0, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
+    noise = tl.load(_block(noise_ptr, b, stride_noise, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
     dtype = z_ptr.dtype.element_ty
-    tl.store(_row(z_ptr, b, N) + element, ((1.0 - t) * x0 + t * noise).to(dtype), mask=mask)
-    tl.store(_row(target_ptr, b, N) + element, (noise - x0).to(dtype), mask=mask)
+    tl.store(_block(z_ptr, b, N, first, BLOCK), ((1.0 - t) * x0 + t * noise).to(dtype), mask=mask)
+    tl.store(_block(target_ptr, b, N, first, BLOCK), (noise - x0).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -40,16 +46,16 @@ def rectified_flow_bwd(
     N, stride_dz, stride_dtarget, stride_x0, stride_noise, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx0 = (1 - t) dz - dtarget; dnoise = t dz + dtarget; if TIME, a partial sum of dz (noise - x0) per program."""
-    b, element, mask = _place(N, BLOCK)
+    b, first, mask = _place(N, BLOCK)
     t = tl.load(t_ptr + b).to(tl.float32)
-    dz = tl.load(_row(dz_ptr, b, stride_dz) + element, mask=mask, other=0.0).to(tl.float32)
-    dtarget = tl.load(_row(dtarget_ptr, b, stride_dtarget) + element, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(_block(dz_ptr, b, stride_dz, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
+    dtarget = tl.load(_block(dtarget_ptr, b, stride_dtarget, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
     dtype = dx0_ptr.dtype.element_ty
-    tl.store(_row(dx0_ptr, b, N) + element, ((1.0 - t) * dz - dtarget).to(dtype), mask=mask)
-    tl.store(_row(dnoise_ptr, b, N) + element, (t * dz + dtarget).to(dtype), mask=mask)
+    tl.store(_block(dx0_ptr, b, N, first, BLOCK), ((1.0 - t) * dz - dtarget).to(dtype), mask=mask)
+    tl.store(_block(dnoise_ptr, b, N, first, BLOCK), (t * dz + dtarget).to(dtype), mask=mask)
     if TIME:
-        x0 = tl.load(_row(x0_ptr, b, stride_x0) + element, mask=mask, other=0.0).to(tl.float32)
-        noise = tl.load(_row(noise_ptr, b, stride_noise) + element, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(_block(x0_ptr, b, stride_x0, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
+        noise = tl.load(_block(noise_ptr, b, stride_noise, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
         tl.store(partials_ptr + tl.program_id(0), tl.sum(dz * (noise - x0), 0))
 
 
@@ -58,9 +64,9 @@ def weighted_mse_fwd(
     prediction_ptr, target_ptr, partials_ptr, N, stride_p, stride_t, BLOCK: tl.constexpr
 ):  # fmt: skip
     """partials[program] = sum of (prediction - target)^2 over BLOCK elements of one sample, fp32."""
-    b, element, mask = _place(N, BLOCK)
-    prediction = tl.load(_row(prediction_ptr, b, stride_p) + element, mask=mask, other=0.0).to(tl.float32)
-    target = tl.load(_row(target_ptr, b, stride_t) + element, mask=mask, other=0.0).to(tl.float32)
+    b, first, mask = _place(N, BLOCK)
+    prediction = tl.load(_block(prediction_ptr, b, stride_p, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(_block(target_ptr, b, stride_t, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
     error = prediction - target
     tl.store(partials_ptr + tl.program_id(0), tl.sum(error * error, 0))
 
@@ -102,12 +108,12 @@ def weighted_mse_bwd(
 ):  # fmt: skip
     """dprediction = 2 dloss weight[b] (prediction - target) scale; dtarget its negative, if TARGET. scale is 1 over the
     number of elements."""
-    b, element, mask = _place(N, BLOCK)
+    b, first, mask = _place(N, BLOCK)
     factor = 2.0 * tl.load(dloss_ptr).to(tl.float32) * tl.load(weight_ptr + b).to(tl.float32) * scale
-    prediction = tl.load(_row(prediction_ptr, b, stride_p) + element, mask=mask, other=0.0).to(tl.float32)
-    target = tl.load(_row(target_ptr, b, stride_t) + element, mask=mask, other=0.0).to(tl.float32)
+    prediction = tl.load(_block(prediction_ptr, b, stride_p, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(_block(target_ptr, b, stride_t, first, BLOCK), mask=mask, other=0.0).to(tl.float32)
     gradient = factor * (prediction - target)
-    here = _row(dprediction_ptr, b, N) + element
+    here = _block(dprediction_ptr, b, N, first, BLOCK)
     tl.store(here, gradient.to(dprediction_ptr.dtype.element_ty), mask=mask)
     if TARGET:
-        tl.store(_row(dtarget_ptr, b, N) + element, (-gradient).to(dtarget_ptr.dtype.element_ty), mask=mask)
+        tl.store(_block(dtarget_ptr, b, N, first, BLOCK), (-gradient).to(dtarget_ptr.dtype.element_ty), mask=mask)

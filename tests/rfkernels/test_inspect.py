@@ -65,9 +65,9 @@ with compile_only("cuda", 90) as launched:
         if case.name in ("adaln_fwd/960", "gated_adaln_fwd/960"):
             case.call()
     for name, kernel, _ in launched:
-        print(name, "div.rn.f32" in kernel.asm["ptx"])
+        print(name, kernel.asm["ptx"].count("div.full.f32"))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.split("\n")[:2] == ["adaln_fwd True", "gated_adaln_fwd True"], done.stderr
+    assert done.stdout.split("\n")[:2] == ["adaln_fwd 1", "gated_adaln_fwd 1"], done.stderr      # the variance

@@ -9,9 +9,11 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from PIL import Image
 
+from mmdit import presets
 from mmdit.sample import Sampler
 from train.config import Parallel, Validation
 from train.data.plan import Plan
@@ -19,6 +21,7 @@ from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.loop import train
+from train.parallel import World, build
 from train.rendezvous import agreed
 
 from .conftest import changed
@@ -155,3 +158,26 @@ def test_compiled_blocks_train_to_the_same_weights(alone, tmp_path, launch):
     compiled = changed(alone, run=tmp_path / "run", parallel=Parallel(compile=True))
     launch(compiled, 2)
     agree(alone.run, compiled.run, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", ("none", "selective", "full"))
+def test_blocks_are_compiled_whole_whatever_is_computed_again(checkpointing, monkeypatch):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: original(self, backend=counter, **more))
+    torch._dynamo.reset()
+    model_config = presets.tiny()
+    inputs = [torch.randn(2, model_config.in_channels, 8, 8), torch.rand(2)]
+    inputs += [torch.randn(2, 5, model_config.context_dim), torch.randn(2, model_config.pooled_dim)]
+
+    def gradients(how):
+        model = build(model_config, how, World(torch.device("cpu")), 0, False)
+        with torch.no_grad():
+            for parameter in model.parameters():                     # a new model is zero: nothing would be compared
+                parameter.add_(torch.linspace(-0.05, 0.05, parameter.numel()).view_as(parameter))
+        leaves = list(model.parameters())
+        return torch.autograd.grad(model(*inputs).square().sum(), leaves, allow_unused=True)
+
+    want, got = (gradients(how) for how in (Parallel(), Parallel(compile=True, checkpointing=checkpointing)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2, "the last block is not like the others"

@@ -1,19 +1,24 @@
 """The plan of a run: its bytes against tensors that are really there, its times against their definition."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.saved_bytes import saved
 from mmdit import MMDiT, presets
 from mmdit.flops import training_flops
 from mmdit.hardware import GPUS
-from train import planning
+from train import parallel, planning
 from train.config import Parallel
+from train.parallel import World
 from train.planning import Layout, activations, plan, units
 from train.recipes import RECIPES
 
@@ -43,17 +48,52 @@ def test_activations_are_what_autograd_keeps():
     assert found.kept == pytest.approx(whole, rel=0.05)
 
 
-def test_checkpointing_keeps_less_and_computes_more():
-    """Selective spares little here: what the ops keep beside products and attention is little already."""
-    deep = dataclasses.replace(RECIPES["d24-256"](), parallel=Parallel())
+@pytest.mark.parametrize("pixels", (256, 1024))
+def test_checkpointing_keeps_less_and_computes_more(pixels):
+    deep = RECIPES[f"d24-{pixels}"]()
     by_kind = {
-        kind: activations(dataclasses.replace(deep, parallel=Parallel(checkpointing=kind)), 1, 256)
+        kind: activations(dataclasses.replace(deep, parallel=Parallel(checkpointing=kind)), 1, pixels)
         for kind in ("none", "selective", "full")
     }
-    kept = [kept for kept, _ in by_kind.values()]
-    assert kept[0] > kept[1] > kept[2] and kept[2] < 0.25 * kept[0]
+    none, selective, full = (kept for kept, _ in by_kind.values())
+    assert selective < 0.45 * none and full < 0.25 * none
     flops = [sum(k.flops for k in kernels) for _, kernels in by_kind.values()]
-    assert flops[0] == flops[1] < flops[2] < 1.4 * flops[0]
+    assert flops[0] < flops[1] < 1.2 * flops[0] and flops[1] < flops[2] < 1.4 * flops[0]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still there; views of what was there before left out."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.made = {t.untyped_storage()._cdata for t in before}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.before:
+                self.made[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
+        return out
+
+    def bytes(self):
+        return sum(found.nbytes() for found in (made() for made in self.made.values()) if found is not None)
+
+
+@pytest.mark.parametrize("kind", ("selective", "full"))
+def test_what_checkpointing_keeps_is_what_is_there(kind):
+    """Of a real forward in bf16 on this machine, the one block that is computed again left out; within 5 %."""
+    config, batch = small(checkpointing=kind), 2
+    model = parallel.build(config.model, config.parallel, World(torch.device("cpu")), 0, False).bfloat16()
+    inputs = [torch.randn(batch, 16, 32, 32).bfloat16(), torch.rand(batch), torch.randn(batch, 154, 4096).bfloat16(),
+              torch.randn(batch, 2048).bfloat16()]  # fmt: skip
+    with Alive([*model.parameters(), *model.buffers(), *inputs]) as alive:
+        out = model(*inputs)
+        gc.collect()
+        there = alive.bytes()
+    assert out.requires_grad
+    planned, _ = activations(config, batch, 256)
+    again = planning._traces(small(), batch, 256)[1][0].kept
+    assert planned - again == pytest.approx(there + sum(x.nbytes for x in inputs), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", [{"weight_sets": 3}, {"backbone": "uvit"}], ids=("3 sets", "uvit"))

@@ -171,7 +171,9 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 def _checkpointed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """A forward whose activations are computed again in the backward. A function of its own, not a `partial`: Dynamo
     passes over checkpoint itself as over all of PyTorch's code, and would compile nothing."""
-    more: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    more: dict[str, Any] = {}
+    if kind == "selective":
+        more["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
     def checkpointed(*args: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **more)

@@ -160,6 +160,7 @@ def test_compiled_blocks_train_to_the_same_weights(alone, tmp_path, launch):
     agree(alone.run, compiled.run, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")            # Dynamo's own, of the modulation's chunks
 @pytest.mark.parametrize("checkpointing", ("none", "selective", "full"))
 def test_blocks_are_compiled_whole_whatever_is_computed_again(checkpointing, monkeypatch):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

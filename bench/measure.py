@@ -53,6 +53,7 @@ class _Timed:
 
     def __init__(self, call: Call, device: torch.device, number: int | None = None) -> None:
         self.call, self.device, self.graph = call, device, None
+        self.results: list[object] = []
         for i in range(WARMUPS):
             call(i)
         self.peak = self._peak()
@@ -80,7 +81,7 @@ class _Timed:
                     self.call(i)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
-                self._results = [self.call(i) for i in range(self.number)]
+                self.results = [self.call(i) for i in range(self.number)]
             self.graph = graph
         except RuntimeError:                              # something synchronised: timed as it is, and said so
             torch.cuda.set_stream(before)
@@ -126,7 +127,7 @@ def interleaved(calls: dict[str, Call], device: torch.device, rounds: int = 15) 
     timed = {name: _Timed(call, device) for name, call in calls.items()}
     if any(t.graph is None for t in timed.values()):
         for t in timed.values():                          # with the host for one, with the host for all
-            t.graph = None
+            t.graph, t.results = None, []                 # the outputs' memory with it
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for r in range(rounds):

@@ -37,7 +37,7 @@ def sample(
     shift: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     skip_blocks: tuple[int, ...] = (),
-    graph: bool = False,
+    graph: bool = True,
     device: str | None = None,
     weights: Path | None = None,
     dtype: Dtype | None = None,
@@ -67,7 +67,7 @@ def sample(
         shift: alpha of the schedule; that of the training, or of the scheduler's configuration, unless given.
         interval: Times at which guidance acts.
         skip_blocks: Skip-layer guidance: 7 8 9 for SD3.5 medium.
-        graph: On a GPU, replay the model as a CUDA graph.
+        graph: On a GPU, replay the model as a CUDA graph; --no-graph saves the memory that it keeps.
         device: cpu, cuda, ...; a GPU if there is one.
         weights: Pipeline: the model's weights from another file, in any layout.
         dtype: Pipeline: of the model; as stored unless given.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import autoencoder, checkpoint, flow, keyed, text
+from mmdit import autoencoder, checkpoint, flow, graphs, keyed, text
 from mmdit.config import MMDiTConfig
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
@@ -47,8 +47,9 @@ class Settings:
     """Share of the steps after which it acts."""
     skip_until: float = 0.2
     """Share of the steps before which it acts."""
-    graph: bool = False
-    """On a GPU, capture the model's forward as a CUDA graph and replay it: no host time between kernels."""
+    graph: bool = True
+    """On a GPU, replay the model's forward as a CUDA graph: no host time between kernels. What is captured stays in GPU
+    memory with the model."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("solver", tuple(SOLVERS)), ("schedule", SCHEDULES)):
@@ -116,32 +117,34 @@ class _Field:
         self.skipping = {
             float(ts[i]) for i in within if settings.skip_from * count < i < settings.skip_until * count
         }
-        self.modulations = self._all_at_once([float(t) for t in ts[:-1]])
-        self.run: Callable[..., Tensor] = model
-        if settings.graph and self.device.type == "cuda":
-            self.run = Graphed(model)
+        times = [float(t) for t in ts]
+        # The formulation's times, fp64; the model is told them in fp32. All at once: a copy from the host waits for it.
+        own = self.formulation.path.time(torch.tensor(times, dtype=torch.float64)).to(self.device)
+        self.own = dict(zip(times, own.split(1), strict=True))
+        self.modulations = self._all_at_once(times[:-1])
+        self.graphs = graphs.of(model) if settings.graph and graphs.refusal(model) is None else None
 
+    @torch.no_grad()
     def _all_at_once(self, times: list[float]) -> dict[float, Tensor]:
         rows = len(times) * len(self.context)
         if rows * self.model.modulation.linear.out_features * self.dtype.itemsize > MODULATION_BYTES:
             return {}
-        own = self._own(times).repeat_interleave(len(self.context))
+        own = torch.cat([self.own[t] for t in times]).repeat_interleave(len(self.context))
         made = self.model.condition(own.float(), self.pooled.repeat(len(times), 1))
         return dict(zip(times, made.chunk(len(times)), strict=True))
 
-    def _own(self, straight: list[float]) -> Tensor:
-        """The formulation's times, fp64; the model is told them in fp32."""
-        return self.formulation.path.time(torch.tensor(straight, dtype=torch.float64)).to(self.device)
-
     def _velocity(self, z: Tensor, t: float, rows: slice, skip: Collection[int] = ()) -> Tensor:
         count = rows.stop - rows.start
-        now, found = self._own([t] * count), self.modulations.get(t)
+        now, found = self.own[t].expand(count), self.modulations.get(t)
         modulation = self.model.condition(now.float(), self.pooled[rows]) if found is None else found[rows]
         lengths = None if self.lengths is None else self.lengths[rows]
         read = self.formulation.read(z, now).to(self.dtype)
-        output = self.run(
-            read, None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip
-        )
+        if self.graphs is not None:
+            output = self.graphs(self.model, read, self.context[rows], lengths, modulation, skip)
+        else:
+            output = self.model(
+                read, None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip
+            )
         return self.formulation.velocity(output.float(), z, now)
 
     @torch.no_grad()
@@ -162,45 +165,6 @@ class _Field:
             without = self._velocity(z, t, alone, settings.skip_blocks)
             v = v + settings.skip_scale * (last[0][: self.batch] - without)
         return v
-
-
-class Graphed:
-    """A model's forward as CUDA graphs, one for each shape and set of skipped blocks. The text is fixed at the capture;
-    latent and modulation are copied in, the output is copied out."""
-
-    def __init__(self, model: MMDiT) -> None:
-        self.model = model
-        self._captured: dict[Any, tuple[Any, Tensor, Tensor, Tensor]] = {}
-
-    def __call__(
-        self, z: Tensor, timestep: None, context: Tensor, pooled: None, lengths: Tensor | None, *, modulation: Tensor,
-        skip_blocks: Collection[int],
-    ) -> Tensor:  # fmt: skip
-        key = (z.shape, context.data_ptr(), tuple(skip_blocks))
-        if key not in self._captured:
-            own = z.clone(), modulation.clone()
-
-            def forward() -> Tensor:
-                out: Tensor = self.model(
-                    own[0], None, context, None, lengths, modulation=own[1], skip_blocks=skip_blocks
-                )
-                return out
-
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):                    # kernels compile and workspaces are made before a capture
-                for _ in range(2):
-                    forward()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = forward()
-            self._captured[key] = graph, *own, out
-        graph, own_z, own_modulation, out = self._captured[key]
-        own_z.copy_(z)
-        own_modulation.copy_(modulation)
-        graph.replay()
-        return out.clone()
 
 
 def _same_length(*sides: Conditioning) -> list[Conditioning]:

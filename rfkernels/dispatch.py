@@ -105,6 +105,11 @@ def backend(name: str, *only: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> frozenset[tuple[str | None, str]]:
+    """What is forced: (op, backend), the op None for every op."""
+    return frozenset(_forced.items())
+
+
 def forced_backend(op: str) -> str | None:
     return _forced.get(op) or _forced.get(None) if _forced else None
 

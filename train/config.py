@@ -12,7 +12,7 @@ from mmdit import presets
 from mmdit.config import MMDiTConfig
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
-        "skip_nonfinite", "read_ahead", "wandb", "keep_best")  # fmt: skip
+        "skip_nonfinite", "read_ahead", "wandb", "keep_best", "log_every")  # fmt: skip
 """What may change when a run goes on: it does not decide the weights."""
 Grid = Literal["paper", "midpoints", "mlperf"]
 
@@ -123,6 +123,8 @@ class Config:
     """Probability of zeroing each text encoder, independently. With three encoders 0.464 leaves 10 % unconditional."""
     validation: Validation = field(default_factory=Validation)
     samples: Samples = field(default_factory=Samples)
+    log_every: int = 10
+    """Steps after which their losses and gradient norms are read and logged: only then a GPU is waited for."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last one is always written."""
     keep: int = 2
@@ -150,7 +152,7 @@ class Config:
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
         if not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
-        least_one = {name: getattr(self, name) for name in ("batch", "keep", "checkpoint_every")}
+        least_one = {name: getattr(self, name) for name in ("batch", "keep", "log_every", "checkpoint_every")}
         least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
         least_one |= {"parallel.replicas": self.parallel.replicas, "parallel.accumulate": self.parallel.accumulate}
         least_one |= {"parallel.prefetch": self.parallel.prefetch}

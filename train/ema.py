@@ -25,7 +25,8 @@ class EmaWeights:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the average in place of its weights."""
+        """The model with the average in place of its weights. A copy of the weights is kept meanwhile: as much
+        as the gradients, which are not there then."""
         parameters = dict(model.named_parameters())
         kept: dict[str, Tensor] = {k: v.detach().clone() for k, v in parameters.items()}
         with torch.no_grad():

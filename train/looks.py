@@ -118,7 +118,7 @@ class Looks:
         height, width = settings["sizes"][0]
         shape, count = (c.in_channels, height // factor, width // factor), len(self._text[0].context)
         noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(count)])
-        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=self.config.shift)
+        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=self.config.shift, graph=False)
         parallel.gather_root(self.model)
         conditional, unconditional = self._text
         z = denoise(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mmdit import checkpoint as weights
 from mmdit import flow
@@ -33,6 +32,7 @@ from train.nonfinite import Nonfinite
 from train.objective import Batch, Objective
 from train.parallel import World
 from train.reader import Reader
+from train.stepping import Stepper, Taken
 
 
 @dataclass
@@ -78,7 +78,7 @@ def train_in(config: Config, world: World) -> Outcome:
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
-        fused=device.type == "cuda",
+        fused=True,
     )
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
     objective = Objective.of(config, cache, flow.by_name(config.formulation, config.shift))
@@ -104,50 +104,57 @@ def train_in(config: Config, world: World) -> Outcome:
             weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra, max_shard_bytes=1 << 62)
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
+    stepper = Stepper(model, optimizer, config.optimizer.clip, world)
     meter = Meter(config.model, world)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main)
     interrupts = Interrupts("saving after this step")
-    with interrupts, shown as bar, watchdog, checkpoints.finished(), reader:
+
+    def read() -> None:
+        """Logs the steps since the last reading: here the host waits for the device."""
+        for taken, loss, norm in stepper.read():
+            bad.check(progress, taken.step, loss, norm, plan.at(taken.step))
+            values = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": taken.lr}
+            log.write(taken.step + 1, **values)
+            shown.advance(loss, taken.fraction)
+
+    with interrupts, shown, watchdog, checkpoints.finished(), reader:
         model.train()
         stopped = 0
         over = budget.spent(progress.step)
         while not over and not stopped:
-            value, batches = 0.0, reader.parts(progress.step)
+            loss, batches = torch.zeros((), device=device), reader.parts(progress.step)
             for i in range(parts):
                 parallel.reduce_gradients(model, i == parts - 1)
                 with meter.waiting():
                     batch = next(batches)
                 with autocast(config, device):
-                    loss = objective.loss(model, batch) * (len(batch.t) / config.batch)
-                loss.backward()
-                value += loss.item()
-            norm = gradient_norm(model, config.optimizer.clip)
-            lr = learning_rate(config.optimizer, progress.step, budget.fraction(progress.step))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            (value,) = world.sums(value)
-            if bad.passes(progress, value, norm, plan.at(progress.step)):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    part = objective.loss(model, batch) * (len(batch.t) / config.batch)
+                part.backward()
+                loss += part.detach()
+            fraction = budget.fraction(progress.step)
+            lr = learning_rate(config.optimizer, progress.step, fraction)
+            stepper(Taken(progress.step, lr, fraction), loss)
 
             look.settled = True
             progress.step += 1
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
-            log.write(progress.step, **{"train/loss": value, "train/gradient_norm": norm, "train/lr": lr})
-            log.speed(progress.step, **meter.step(config.batch, *tokens(batch, config)))
-            bar.advance(value, budget.fraction(progress.step))
-            watchdog.beat(progress.step)
-            if due(config.checkpoint_every, progress.step):
-                save()                                              # before anything that may fail
+            saves = due(config.checkpoint_every, progress.step)
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
+            if due(config.log_every, progress.step) or saves or draw or check:
+                read()
+            log.speed(progress.step, **meter.step(config.batch, *tokens(batch, config)))
+            watchdog.beat(progress.step)
+            if saves:
+                save()                                              # before anything that may fail
             if draw or check:
                 best.offer(progress.step, look(progress.step, draw=draw, check=check), model, ema)
             # one clock and any process's signal decide for all
-            over = bool(world.largest(budget.spent(progress.step) and world.main)[0])
-            stopped = int(world.largest(interrupts.received or 0)[0])
+            spent, received = world.largest(budget.spent(progress.step) and world.main, interrupts.received or 0)
+            over, stopped = bool(spent), int(received)
+        read()
         save()
     if not stopped:                         # also if a former process ended before its last look
         drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
@@ -185,12 +192,6 @@ def tokens(batch: Batch, config: Config) -> tuple[int, int]:
     if batch.text.lengths.ndim == 2:
         text = round(float(batch.text.lengths.sum(1).float().mean()))
     return height * width // config.model.patch_size**2, text
-
-
-def gradient_norm(model: nn.Module, clip: float) -> float:
-    """Of all gradients, over all processes; they are scaled down to `clip` if it is above 0."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

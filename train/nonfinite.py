@@ -14,27 +14,28 @@ from train.parallel import World
 
 
 class Nonfinite:
-    """Passes over steps whose loss or gradient is not finite; after too many in a row the run stops, and what they
-    were made of is on disk."""
+    """Counts steps whose loss or gradient is not finite, which changed nothing; after too many in a row the run
+    stops, and what they were made of is on disk."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.last: list[dict] = []
 
-    def passes(self, progress: Progress, loss: float, norm: float, batch: tuple[str, np.ndarray]) -> bool:
-        """Whether the step may be taken. Raises: ValueError when the limit is passed."""
+    def check(
+        self, progress: Progress, step: int, loss: float, norm: float, batch: tuple[str, np.ndarray]
+    ) -> None:
+        """Of each step in order. Raises: ValueError when the limit is passed."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.last.clear()
-            return True
+            return
         progress.skipped += 1
-        found = {"step": progress.step, "loss": str(loss), "gradient_norm": str(norm)}
+        found = {"step": step, "loss": str(loss), "gradient_norm": str(norm)}
         self.last.append({**found, "bucket": batch[0], "rows": batch[1].tolist()})
         if len(self.last) > self.config.skip_nonfinite:
             path = self.config.run / "nonfinite.json"
             if self.world.main:
                 write_atomically(path, json.dumps(self.last, indent=1).encode())
             raise ValueError(
-                f"step {progress.step}: loss {loss}, gradient norm {norm}, the last of {len(self.last)} in a row; "
+                f"step {step}: loss {loss}, gradient norm {norm}, the last of {len(self.last)} in a row; "
                 f"their samples are in {path}, the last good state in {self.config.run / 'checkpoints'}"
             )
-        return False

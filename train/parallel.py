@@ -44,7 +44,8 @@ class World:
     side: Any = None
     """A process group of its own for what goes on beside training, in a thread: checkpoints."""
     talk: Any = None
-    """And one for what the main thread tells meanwhile: Gloo pairs what two threads send over one group as it comes."""
+    """And one, of the CPUs, for what the main thread tells meanwhile: Gloo pairs what two threads send over one group
+    as it comes, and nobody has to wait for a GPU."""
 
     @property
     def main(self) -> bool:
@@ -73,9 +74,15 @@ class World:
     def _reduced(self, values: tuple[float, ...], op: Any) -> list[float]:
         if self.mesh is None:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.talk)
         return tensor.tolist()
+
+    def added(self, value: Tensor) -> Tensor:
+        """The sum over all processes, on the device: the host goes on."""
+        if self.mesh is not None:
+            dist.all_reduce(value)
+        return value
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""Optimizer steps that never wait for the device: loss, gradient norm, clipping and the decision whether a step may be
+taken stay there until somebody wants to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from train.parallel import World
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step as the host knows it."""
+
+    step: int
+    """Counted from 0."""
+    lr: float
+    fraction: float
+    """Of the budget, before it."""
+
+
+class Stepper:
+    """Takes the steps of a run, and keeps what they came to.
+
+    Args:
+        optimizer: a fused one: it divides gradients by `grad_scale` and leaves everything alone where `found_inf` is 1,
+            both tensors, in the pass that it makes anyway.
+        clip: largest norm of the gradient, over all parameters and processes; 0: any.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, world: World) -> None:
+        self._model, self._optimizer, self._clip, self._world = model, optimizer, clip, world
+        self._taken: list[tuple[Taken, Tensor]] = []
+
+    def __call__(self, taken: Taken, loss: Tensor) -> None:
+        """A step with the gradients that are there, or none if the loss or their norm is not finite.
+
+        Args: loss: this process's part of it, scalar; it is added up over the processes."""
+        loss = self._world.added(loss.double())
+        norm = gradient_norm(self._model)
+        for group in self._optimizer.param_groups:
+            group["lr"] = taken.lr
+        found_inf = (~(loss.isfinite() & norm.isfinite())).float()
+        self._optimizer.grad_scale = (norm / self._clip).clamp(min=1) if self._clip else None        # type: ignore[attr-defined]
+        self._optimizer.found_inf = found_inf                                                       # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._taken.append((taken, torch.stack([loss, norm.double()])))
+
+    def read(self) -> Iterator[tuple[Taken, float, float]]:
+        """(step, loss, gradient norm) of the steps since the last reading. Waits for the device, once."""
+        if not self._taken:
+            return
+        steps, values = zip(*self._taken, strict=True)
+        self._taken.clear()
+        for taken, (loss, norm) in zip(steps, torch.stack(values).tolist(), strict=True):
+            yield taken, loss, norm
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Of all gradients, over all processes; scalar fp32."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -20,8 +20,8 @@ def gelu_bwd(
     end = tl.minimum(first + span, rows)
     dtype = h_ptr.dtype.element_ty
     sums = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in range(first, end, ROWS):
-        row = start + tl.arange(0, ROWS)
+    for start in range(0, end - first, ROWS):
+        row = first + (start + tl.arange(0, ROWS))
         here = row[:, None] * C + columns[None, :]                        # [ROWS, CHUNK]
         mask = (row < end)[:, None] & inside
         h = tl.load(h_ptr + here, mask=mask, other=0.0).to(tl.float32)

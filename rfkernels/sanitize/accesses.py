@@ -10,9 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from rfkernels.sanitize.arguments import HALF, TAG, Argument, Shadow
-from rfkernels.sanitize.findings import watch
+from rfkernels.sanitize.findings import Writer, watch
 
 DEPTH = 6                    # functions between a line and its kernel that are named
+WRITERS = 64                 # storages of which the last writer is remembered
+REMEMBERED = 1 << 24         # elements of such a storage
 ATOMIC, READ, SCRATCH = "atomic", "read", "scratch"
 
 
@@ -68,6 +70,18 @@ class Launch:
                 break
             frame = frame.f_back
         return " < ".join(parts)
+
+    def end(self) -> None:
+        """Remembers who wrote what, for a while."""
+        for argument in self.arguments:
+            shadow = self._shadows.get(argument.start)
+            if shadow is not None and shadow.written.size <= REMEMBERED and shadow.written.any():
+                watch.writers.pop(argument.start, None)
+                watch.writers[argument.start] = Writer(
+                    self.name, argument.name, shadow.written, shadow.granule, self._numbers
+                )
+        while len(watch.writers) > WRITERS:
+            del watch.writers[next(iter(watch.writers))]
 
     def argument_of(self, address: int) -> Argument | None:
         index = ((address + int(HALF)) >> int(TAG)) - 1

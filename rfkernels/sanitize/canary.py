@@ -16,7 +16,9 @@ from rfkernels.sanitize.findings import watch
 
 WORD = 0x7FFB                # a NaN as bf16, as fp16 and, repeated, as fp32 and fp64
 UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-CANARY: dict[int, Any] = {2: np.uint16(WORD), 4: np.uint32(WORD * 0x0001_0001), 8: np.uint64(WORD * 0x0001_0001_0001_0001)}
+CANARY: dict[int, Any] = {
+    2: np.uint16(WORD), 4: np.uint32(WORD * 0x0001_0001), 8: np.uint64(WORD * 0x0001_0001_0001_0001)
+}  # fmt: skip
 SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ALLOCATORS = ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty", "new_empty_strided")))
 SPARSE_FROM = 1 << 20        # bytes of a torch.empty in sparse mode
@@ -49,14 +51,15 @@ def is_canary(values: np.ndarray) -> np.ndarray | None:
     return np.ascontiguousarray(values).view(UNSIGNED[size]) == CANARY[size] if size in CANARY else None
 
 
-def unwritten(tensor: Tensor) -> int:
-    """How many elements nobody wrote."""
+def unwritten(tensor: Tensor) -> Tensor | None:
+    """Which elements nobody wrote; None if there are none."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or not tensor.numel():
-        return 0
+        return None
     if tensor.layout is not torch.strided or tensor.element_size() not in CANARY or tensor.is_complex():
-        return 0
+        return None
     dense, size = tensor.detach().contiguous(), tensor.element_size()
-    return int((_bytes(dense.data_ptr(), dense.numel() * size).view(UNSIGNED[size]) == CANARY[size]).sum())
+    found = _bytes(dense.data_ptr(), dense.numel() * size).view(UNSIGNED[size]) == CANARY[size]
+    return torch.from_numpy(found).view(tensor.shape) if found.any() else None
 
 
 def check_results(name: str, results: Any) -> None:
@@ -64,11 +67,18 @@ def check_results(name: str, results: Any) -> None:
     if isinstance(results, (list, tuple)):
         for i, result in enumerate(results):
             check_results(f"{name}[{i}]", result)
-    elif isinstance(results, Tensor) and (count := unwritten(results)):
-        site = watch.sites.get(results.untyped_storage().data_ptr(), "an unknown place")
+    elif isinstance(results, Tensor) and (where := unwritten(results)) is not None:
+        start, count = results.untyped_storage().data_ptr(), int(where.sum())
+        site = watch.sites.get(start, "an unknown place")
         shape, dtype = list(results.shape), str(results.dtype).removeprefix("torch.")
         detail = f"{count} of {results.numel()} elements were never written; {shape} {dtype}, allocated at {site}"
-        watch.report("unwritten-output", name, "", "", detail)
+        writer, kernel, argument = watch.writers.get(start), name, ""
+        if writer is not None:
+            places = torch.arange(results.untyped_storage().nbytes() // results.element_size())
+            element = int(places.as_strided(results.shape, results.stride(), results.storage_offset())[where].min())
+            kernel, argument = writer.kernel, writer.argument
+            detail = f"{name}: {detail}; {writer.before(element * results.element_size())}"
+        watch.report("unwritten-output", kernel, "", argument, detail)
 
 
 def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,25 @@ class Statistics:
     """Results of arithmetic in at most 32 bits that were computed again in 64."""
 
 
+@dataclass
+class Writer:
+    """The launch that wrote a storage last."""
+
+    kernel: str
+    argument: str
+    by: Any
+    """The program that wrote each granule, counted from 1; 0: none."""
+    granule: int
+    programs: dict[int, tuple[int, int, int]]
+
+    def before(self, byte: int) -> str:
+        """Which program wrote what lies before a byte, in words."""
+        earlier = self.by[: byte // self.granule]
+        wrote = earlier[earlier != 0]
+        number = int(wrote[-1]) if wrote.size else int(self.by[self.by != 0][0])
+        return f"program {self.programs[number]} wrote what lies {'before' if wrote.size else 'after'} the first"
+
+
 class Watch:
     """All of it. There is one, `watch`."""
 
@@ -85,6 +104,8 @@ class Watch:
         """The launch that is running, see accesses.Launch."""
         self.sites: dict[int, str] = {}
         """Where storages were allocated, by address."""
+        self.writers: dict[int, Writer] = {}
+        """Of the storages written last, by address."""
         self.installed = False
         self._context = ""
         self.reset()

@@ -148,6 +148,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> None:
             raise InterpreterError(repr(error)) from error
     finally:
         watch.launch = None
+        launch.end()
         scope.restore()
         while _scopes:
             _scopes.pop().restore()

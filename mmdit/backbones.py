@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.blocks import JointBlock, Vectors
+from mmdit.blocks import JointBlock, Pending, Vectors, norm_of, settled
 from mmdit.config import MMDiTConfig
-from rfkernels import adaln, gated_adaln, gated_residual, joint_attention, qk_norm
+from rfkernels import gated_adaln, gated_residual, joint_attention, qk_norm
 from rfkernels.nn import Mlp, StreamAttention
 
 
@@ -55,20 +55,23 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
+        self.leaves_pending = True
         self.attn = StreamAttention(config.width, config.heads, head_dim=config.head_dim, qk_norm=config.qk_norm)
         self.cross = CrossAttention(config)
         self.mlp = Mlp(config.width, config.mlp_ratio * config.width)
 
     def forward(
-        self, xs: list[Tensor], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+        self, xs: Sequence[Tensor | Pending], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None]
+    ) -> list[Tensor | Pending]:
         """As JointBlock's, of text and image; the text comes back as it was."""
-        text, x = xs
+        text = settled(xs[0])
         shift, scale, gate, gate_cross, shift_mlp, scale_mlp, gate_mlp = modulations[0]
-        attended = joint_attention([self.attn.stream(adaln(x, shift, scale))])[0]
+        x, y = norm_of(xs[1], shift, scale)
+        attended = joint_attention([self.attn.stream(y)])[0]
         x = gated_residual(x, self.attn.project(attended), gate)                                     # type: ignore[arg-type]
         h, y = gated_adaln(x, self.cross(x, text, lengths[0]), gate_cross, shift_mlp, scale_mlp)
-        return [text, gated_residual(h, self.mlp(y), gate_mlp)]
+        left = Pending(h, self.mlp(y), gate_mlp)
+        return [text, left if self.leaves_pending else settled(left)]
 
 
 def block(config: MMDiTConfig, index: int) -> JointBlock | CrossBlock:

@@ -1,8 +1,12 @@
-"""The joint block: every stream has its own weights, all streams meet in one attention."""
+"""The joint block: every stream has its own weights, all streams meet in one attention.
+
+A block leaves its last gated residual to whatever comes next, which adds it in the launch of its first norm.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +17,25 @@ from rfkernels.nn import Mlp, StreamAttention
 Vectors = tuple[Tensor, ...]
 """(shift, scale) of the norm before attention, then (gate; shift, scale, gate of the MLP), then (shift, scale, gate of
 the second attention), each [B, width]."""
+
+
+class Pending(NamedTuple):
+    """A stream [B, S, width] as a block leaves it: ``residual + gate * branch``, still to be added."""
+
+    residual: Tensor
+    branch: Tensor
+    gate: Tensor
+    """[B, width]."""
+
+
+def norm_of(x: Tensor | Pending, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(the stream, its modulated norm)."""
+    return (x, adaln(x, shift, scale)) if isinstance(x, Tensor) else gated_adaln(*x, shift, scale)
+
+
+def settled(x: Tensor | Pending) -> Tensor:
+    """The stream as one tensor."""
+    return x if isinstance(x, Tensor) else gated_residual(*x)
 
 
 class StreamBlock(nn.Module):
@@ -32,8 +55,8 @@ class StreamBlock(nn.Module):
         self.attn2 = attention() if dual else None
         self.mlp = None if pre_only else Mlp(config.width, config.mlp_ratio * config.width)
 
-    def update(self, x: Tensor, attended: Tensor, own: Tensor | None, m: Vectors) -> Tensor:
-        """x after the residuals of the attentions and of the MLP."""
+    def update(self, x: Tensor, attended: Tensor, own: Tensor | None, m: Vectors) -> Pending:
+        """x after the residuals of the attentions; that of the MLP is pending."""
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = m[:6]
         assert self.mlp is not None
         branch = self.attn.project(attended)
@@ -41,7 +64,7 @@ class StreamBlock(nn.Module):
             x = gated_residual(x, branch, gate)
             branch, gate = self.attn2.project(own), m[8]
         h, y = gated_adaln(x, branch, gate, shift_mlp, scale_mlp)
-        return gated_residual(h, self.mlp(y), gate_mlp)
+        return Pending(h, self.mlp(y), gate_mlp)
 
     def attend_alone(self, x: Tensor, m: Vectors) -> Tensor | None:
         """The second attention of MMDiT-X: the same norm with its own modulation, this stream only."""
@@ -60,6 +83,9 @@ class JointBlock(nn.Module):
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         self.names = WEIGHT_SETS[config.weight_sets]
+        self.leaves_pending = True
+        """False: the block adds its last residual itself. Its output is one tensor then, where that is all that is kept
+        of it (full activation checkpointing)."""
         self.last = index == config.depth - 1
         for name in dict.fromkeys(self.names):
             pre_only = self.last and name.startswith("context")
@@ -72,21 +98,22 @@ class JointBlock(nn.Module):
         return [half.vectors for half in self.children()]                                          # type: ignore[misc]
 
     def forward(
-        self, xs: list[Tensor], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+        self, xs: Sequence[Tensor | Pending], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None]
+    ) -> list[Pending] | list[Tensor]:
         """xs: one [B, S_i, width] per stream, image last; modulations: one per weight set, image last. The last block
         returns the image only."""
         halves: list[StreamBlock] = [self.get_submodule(name) for name in self.names]               # type: ignore[misc]
         vectors = list(modulations) * len(xs) if len(modulations) == 1 else list(modulations)
         goes_on = [not self.last] * (len(xs) - 1) + [True]
-        streams = [
-            half.attn.stream(adaln(x, m[0], m[1]), length, queries=on)
-            for half, x, m, length, on in zip(halves, xs, vectors, lengths, goes_on, strict=True)
-        ]
-        attended = joint_attention(streams)
+        begun = [norm_of(x, m[0], m[1]) for x, m in zip(xs, vectors, strict=True)]
+        attended = joint_attention([
+            half.attn.stream(y, length, queries=on)
+            for half, (_, y), length, on in zip(halves, begun, lengths, goes_on, strict=True)
+        ])
         image = len(xs) - 1
-        return [
+        left = [
             halves[i].update(x, out, halves[i].attend_alone(x, vectors[i]) if i == image else None, vectors[i])
-            for i, (x, out) in enumerate(zip(xs, attended, strict=True))
+            for i, ((x, _), out) in enumerate(zip(begun, attended, strict=True))
             if out is not None
         ]
+        return left if self.leaves_pending else [settled(x) for x in left]

@@ -127,7 +127,8 @@ def attention_launches(op: str, args: tuple[Any, ...]) -> int:
         return prepared + inside + 1
     weights = [weight for weight, _ in sides if weight is not None]
     sums = 1 if inside else len(weights)
-    return 2 * prepared + 2 + sums + sum(weight.dtype != torch.float32 for weight in weights)
+    mixed = inside and len({weight.dtype for weight in weights}) > 1
+    return 2 * prepared + 2 + sums + sum(mixed and weight.dtype != torch.float32 for weight in weights)
 
 
 class _Counter(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rfkernels
+from mmdit.blocks import Pending, norm_of
 from mmdit.config import MMDiTConfig
 from rfkernels.nn import PatchEmbed, PatchUnembed
 
@@ -45,9 +45,9 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.unembed = PatchUnembed(config.width, config.patch_channels, patch_size=config.patch_size)
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], height: int, width: int) -> Tensor:
+    def forward(self, x: Tensor | Pending, vectors: tuple[Tensor, ...], height: int, width: int) -> Tensor:
         """x [B, h*w, width] and (shift, scale) -> a latent of height x width."""
-        out: Tensor = self.unembed(rfkernels.adaln(x, *vectors), height, width)
+        out: Tensor = self.unembed(norm_of(x, *vectors)[1], height, width)
         return out
 
 

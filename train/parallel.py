@@ -126,7 +126,10 @@ def build(config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16
     """
     with torch.device("meta"):
         model = MMDiT(config)
+    block: Any
     for block in model.blocks:
+        if parallel.checkpointing == "full":
+            block.leaves_pending = False                # one tensor of each stream is kept, not two
         if parallel.checkpointing != "none":
             block.forward = _checkpointed(block.forward, parallel.checkpointing)
         if parallel.compile:

@@ -362,7 +362,9 @@ def _core_backward(
 def _sum_rows(partials: Tensor, like: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
     """Consecutive runs of rows of partials, summed: one gradient for each weight."""
     dim = partials.shape[1]
-    outs = [torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in like]
+    dtypes = {w.dtype for w in like}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32               # the kernel picks one of them at run time
+    outs = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in like]
     _modules()[1].sum_rows[(len(outs), -(-dim // SUMMED_COLUMNS))](
         tuple(outs), partials, *rows, *[0] * (8 - len(rows)), D=dim, N=len(outs), ROWS=SUMMED_ROWS,
         COLUMNS=SUMMED_COLUMNS, num_warps=8, enable_fp_fusion=True,

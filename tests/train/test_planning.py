@@ -84,6 +84,7 @@ def test_what_checkpointing_keeps_is_what_is_there(kind):
     """Of a real forward in bf16 on this machine, the one block that is computed again left out; within 5 %."""
     config, batch = small(checkpointing=kind), 2
     model = parallel.build(config.model, config.parallel, World(torch.device("cpu")), 0, False).bfloat16()
+    model.blocks[-1].leaves_pending = False            # on a CPU a residual outside of a block keeps its branch in fp32
     inputs = [torch.randn(batch, 16, 32, 32).bfloat16(), torch.rand(batch), torch.randn(batch, 154, 4096).bfloat16(),
               torch.randn(batch, 2048).bfloat16()]  # fmt: skip
     with Alive([*model.parameters(), *model.buffers(), *inputs]) as alive:

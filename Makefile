@@ -5,12 +5,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: demo demo-emoji test lint clean help
+.PHONY: demo demo-emoji test test-oldest sanitize lint clean help
 
 help:
 	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 8 minutes on 2 CPU cores)"
 	@echo "make demo-emoji  the same path on OpenMoji with a pretrained text encoder (about 45 minutes on 2 CPU cores)"
 	@echo "make test        run the tests"
+	@echo "make test-oldest run kernels, compiled blocks and checkpoints with the oldest supported PyTorch and Triton"
+	@echo "make sanitize    run the kernels' tests with every memory access checked"
 	@echo "make lint        ruff, mypy, and the compiler's report on the kernels"
 	@echo "make clean       remove what the demos made"
 
@@ -32,6 +34,25 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/python -m pytest
+
+# The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers.
+OLDEST       := .venv-oldest
+OLDEST_TESTS := $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
+	joint_attention_operator.py patch_kernels.py qk_norm.py inspect.py sanitize.py large.py) \
+	tests/mmdit/test_graphs.py tests/train/test_run.py tests/train/test_parallel.py::test_blocks_are_compiled_whole_whatever_is_computed_again
+
+$(OLDEST)/.installed: pyproject.toml
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check "torch==2.11.0" "triton==3.6.0" --editable ".[oldest]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m rfkernels.inspect --check --targets sm_90
+
+sanitize: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.py gelu_mlp.py \
+		joint_attention_kernels.py patch_kernels.py qk_norm.py)
 
 lint: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rfkernels
 from bench import eager
-from bench.environment import importable
+from bench.environment import excluded, importable
 from mmdit import presets
 from mmdit.blocks import JointBlock
 from mmdit.counting import made_in
@@ -48,7 +48,8 @@ def compiled(op: Op) -> dict[str, Op]:
     if not torch.cuda.is_available():
         return {}
     autotuned = torch.compile(op, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return {"compile": torch.compile(op, fullgraph=True, dynamic=False), "max-autotune": autotuned}
+    found = {"compile": torch.compile(op, fullgraph=True, dynamic=False), "max-autotune": autotuned}
+    return {name: contender for name, contender in found.items() if name not in excluded()}
 
 
 # --- adaLN family -----------------------------------------------------------------------------------------------------
@@ -318,7 +319,8 @@ def block_case(batch: int, tokens: int, depth: int, device: torch.device, dtype:
     if torch.cuda.is_available():
         found["ours, compiled"] = BlockOp(shared, eager.twin, compile={})
         found["compile"] = plain(eager.Block, compile={})
-        found["max-autotune"] = plain(eager.Block, compile={"mode": "max-autotune-no-cudagraphs"})
+        if "max-autotune" not in excluded():
+            found["max-autotune"] = plain(eager.Block, compile={"mode": "max-autotune-no-cudagraphs"})
     forward = 2 * 12 * config.width**2 * batch * (TEXT_TOKENS + tokens)              # qkv, proj, fc1, fc2
     forward += 4 * batch * config.width * (TEXT_TOKENS + tokens) ** 2
     counted: dict[str, Op] = {"eager": plain(partial(eager.Block, norm=eager.rms_norm_as_on_a_gpu))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from mmdit.hardware import Ceilings
+
+
+def pretending() -> bool:
+    """Whether a script for a GPU is tried on a CPU: `bench/gpu.sh --pretend`, at sizes that show nothing but that it
+    runs."""
+    return os.environ.get("BENCH_PRETEND") == "1"
+
+
+def excluded() -> frozenset[str]:
+    """Contenders that are left out, BENCH_WITHOUT="max-autotune,diffusers"."""
+    return frozenset(os.environ.get("BENCH_WITHOUT", "").split(",")) - {""}
 
 
 def device() -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import eager
-from bench.environment import importable
+from bench.environment import excluded, importable, pretending
 from mmdit import MMDiT, counting, presets
 from mmdit.counting import Trace, made_in
 from mmdit.flops import TEXT_TOKENS, training_flops
@@ -46,7 +46,7 @@ class Size:
 
 # Batches that fill an H200 (139 GiB) in training with what eager PyTorch keeps, and 1.
 GPU = (Size(24, 256, 32), Size(24, 512, 8), Size(24, 1024, 2), Size(24, 256, 1), Size(38, 256, 8), Size(38, 1024, 1))
-CPU = (Size(6, 256, 2),)
+CPU = (Size(2, 64, 1),) if pretending() else (Size(6, 256, 2),)
 
 
 def ours(size: Size) -> MMDiT:
@@ -107,7 +107,8 @@ COMPILED: dict[str, tuple[Callable[[MMDiT], Any], str | None]] = {
 def names() -> list[str]:
     """The ways to run a model that this machine has."""
     found = ["ours", "eager"] + ["diffusers"] * importable("diffusers")
-    return [*found, *COMPILED] if torch.cuda.is_available() else found
+    every = [*found, *COMPILED] if torch.cuda.is_available() else found
+    return [name for name in every if name not in excluded()]
 
 
 def contenders(

@@ -1,8 +1,9 @@
 """Measures launch settings on this GPU and writes its launch table: python -m bench.sweep --out FOLDER --minutes 8
 
 Bounded in time, most promising first, resumable: what was measured is in FOLDER/sweep.json and is not measured again.
-The table, FOLDER/<gpu>.json, goes to rfkernels/launch_tables. A setting that does not compile, spills out of shared
-memory or changes a result beyond rounding is passed over, with the reason.
+With --candidates only the settings of that file are tried, see bench.device.precompile. The table, FOLDER/<gpu>.json,
+goes to rfkernels/launch_tables. A setting that does not compile, does not fit in shared memory or changes a result
+beyond rounding is passed over, with the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import environment
+from bench.environment import pretending
 from bench.measure import interleaved
 from mmdit.files import write_atomically
 from rfkernels import launch_tables
@@ -33,6 +35,9 @@ from rfkernels.position.launch import Patches
 from rfkernels.triton_support import capability
 
 TEXT = 154
+WIDTHS = (64,) if pretending() else (1536, 2432, 1152, 1920, 960, 3072)
+BATCH, TOKENS = (1, 9) if pretending() else (64, 256)
+DIMS, HEADS = ((16,), 1) if pretending() else ((64, 128), 24)
 Setting = RowLaunch | AttentionLaunch | PatchLaunch
 
 
@@ -54,8 +59,8 @@ class Task:
 def row_tasks(device: torch.device) -> Iterator[Task]:
     """The adaLN family at the widths of d = 24 and 38, then the others, at 16k rows."""
     lanes_and_warps = [RowLaunch(lanes, warps) for lanes in (16, 32, 64, 128) for warps in (2, 4, 8, 16)]
-    for width in (1536, 2432, 1152, 1920, 960, 3072):
-        batch, tokens = 64, 256
+    for width in WIDTHS:
+        batch, tokens = BATCH, TOKENS
         x, y, z, h = torch.randn(4, batch, tokens, width, device=device, dtype=torch.bfloat16).unbind()
         v = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
         statistics = adaln.adaln(x, v, v, "layer", 1e-6)[1]
@@ -78,9 +83,9 @@ def row_tasks(device: torch.device) -> Iterator[Task]:
 def attention_tasks(device: torch.device) -> Iterator[Task]:
     """Forward and both backward kernels at head dimensions 64 and 128, at the paper's pretraining shape."""
     arch = capability(device)
-    for dim in (64, 128):
-        batch, heads = 32, 24
-        qkvs = [torch.randn(batch, n, 3, heads, dim, device=device, dtype=torch.bfloat16) for n in (TEXT, 256)]
+    for dim in DIMS:
+        batch, heads, sizes = max(1, BATCH // 2), HEADS, (TEXT * TOKENS // 256, TOKENS)
+        qkvs = [torch.randn(batch, n, 3, heads, dim, device=device, dtype=torch.bfloat16) for n in sizes]
         weight = torch.ones(dim, device=device)
         tensors = [qkvs[0], weight, weight, qkvs[1], weight, weight]
         settings = ("3qk,3qk", dim**-0.5, 1e-6)
@@ -98,7 +103,7 @@ def attention_tasks(device: torch.device) -> Iterator[Task]:
             yield Task(kernel, f"{dim}/2", attention_launch(kernel, dim, 2, arch), tuple(tried), call)
 
 
-def patch_tasks(device: torch.device, batch: int = 64, widths: tuple[int, ...] = (1536, 2432)) -> Iterator[Task]:
+def patch_tasks(device: torch.device, batch: int = BATCH, widths: tuple[int, ...] = WIDTHS[:2]) -> Iterator[Task]:
     """The kernels between a latent and its tokens, at the widths of d = 24 and 38."""
     tiles = [(64, 128, 64, 4), (64, 64, 64, 4), (128, 128, 64, 8), (128, 64, 64, 4), (64, 256, 64, 8), (32, 128, 64, 4)]
     tried = tuple(PatchLaunch(*tile, stages) for stages in (2, 3, 4) for tile in tiles)
@@ -142,14 +147,16 @@ def try_setting(task: Task, setting: Any, table: dict[str, Any], want: list[Tens
             off = float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-20)) if b.numel() else 0.0
             if not off < 0.02:
                 return None, f"result off by {off:.1%}"
-        return interleaved({"it": lambda i: task.call()}, environment.device(), rounds=5)["it"].median, ""
+        rounds = 1 if pretending() else 5
+        return interleaved({"it": lambda i: task.call()}, environment.device(), rounds)["it"].median, ""
     except Exception as error:                    # does not compile, or does not fit: the next one
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
-def main(out: Path, minutes: float = 8.0, only: str = "") -> None:
-    if not torch.cuda.is_available():
+def main(out: Path, minutes: float = 8.0, only: str = "", candidates: Path | None = None) -> None:
+    if not torch.cuda.is_available() and not pretending():
         sys.exit("error: the sweep measures on a GPU, and there is none")
+    chosen = None if candidates is None else json.loads(candidates.read_text())
     device, deadline = environment.device(), time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     log, name = out / "sweep.json", environment.device_name()
@@ -166,7 +173,7 @@ def main(out: Path, minutes: float = 8.0, only: str = "") -> None:
             want = task.call()
             for setting in tqdm(dict.fromkeys((task.now, *task.candidates)), desc=task.name, disable=None):
                 key = json.dumps(asdict(setting))
-                if key in entries:
+                if key in entries or (chosen is not None and key not in chosen.get(task.name, ())):
                     continue
                 if stopped := time.monotonic() > deadline:
                     break
@@ -190,4 +197,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="folder for sweep.json and the launch table")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after this long; the next run goes on (8)")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--candidates", type=Path, help="try only the settings in this file of bench.device.precompile")
     main(**vars(parser.parse_args()))

@@ -10,6 +10,11 @@ import pytest
 
 from rfkernels.testing import mend_interpreter
 
+DEVICE_TIER = {
+    f"test_{name}.py"
+    for name in ("adaln_kernels", "flow_kernels", "gelu_mlp", "joint_attention_kernels", "joint_attention_operator",
+                 "patch_kernels", "qk_norm")
+}  # fmt: skip
 mend_interpreter()
 torch.backends.cudnn.allow_tf32 = False        # a convolution that results are compared with has fp32's error
 
@@ -17,3 +22,18 @@ torch.backends.cudnn.allow_tf32 = False        # a convolution that results are 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """The device tier (`-m device`), for the few minutes of a borrowed GPU: of each test of the kernels as few cases as
+    show every value of every parameter once, not the product of all."""
+    seen = {}
+    for item in items:
+        if "rfkernels" not in item.path.parts or item.path.name not in DEVICE_TIER:
+            continue
+        parameters = getattr(item, "callspec", None)
+        values = {(name, str(value)) for name, value in (parameters.params.items() if parameters else ())} or {"alone"}
+        known = seen.setdefault((item.path, item.originalname), set())
+        if values - known:
+            known |= values
+            item.add_marker(pytest.mark.device)

@@ -1,12 +1,15 @@
 """Launch settings: measured ones per GPU as JSON beside this file, a heuristic where nothing was measured. Nothing is
 tuned at run time, so a user's first step is as fast as the second.
 
+A table in the folder RFKERNELS_LAUNCH_TABLES goes before.
+
     {"adaln_fwd": {"1536": {"lanes": 32, "warps": 4}}}          file name: the GPU's name, lower case, "_" for spaces
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +66,9 @@ def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaun
 
 @lru_cache
 def table(device: str) -> dict[str, Any]:
-    path = Path(__file__).with_name(device.lower().replace(" ", "_").replace("/", "_") + ".json")
+    name = device.lower().replace(" ", "_").replace("/", "_") + ".json"
+    folders = [Path(folder) for folder in (os.environ.get("RFKERNELS_LAUNCH_TABLES"),) if folder]
+    path = next((f / name for f in folders if (f / name).is_file()), Path(__file__).with_name(name))
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -1,7 +1,5 @@
 import pytest
 
-from tests.mmdit.pipelines import made
-
 VARIANTS = {"sd3-medium": ((), False), "sd35-medium": ((0, 1), True), "sd35-large": ((), True)}
 
 
@@ -12,6 +10,8 @@ def folders(tmp_path_factory):
 
     def get(name="sd35-large"):
         if name not in found:
+            from tests.mmdit.pipelines import made  # needs diffusers, which other tests do not
+
             dual, qk_norm = VARIANTS[name]
             pipe, folder = made(dual, qk_norm), tmp_path_factory.mktemp(name)
             pipe.save_pretrained(folder)

@@ -1,0 +1,155 @@
+"""bench/gpu.sh first | second: what a GPU has to say in under five minutes.
+
+    first    is everything right: the compiler, every kernel, training, sampling; a profile; compute-sanitizer
+    second   how fast: the d = 24 step, three ops, errors; the sweep of launch settings, and the step with what it found
+
+Each part has a deadline and leaves what it has; one that fails keeps no other from running. All of it is one archive,
+OUT/<gpu>-<date>-<call>.tgz; given with --earlier, what passed there is not run again and its launch table is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+from bench.device.runner import Outcome, Part, Queue, pack, unpack
+
+SECONDS = 285.0              # of a call; its machine is given ten minutes at most, and each start costs one or two
+KERNEL_TESTS = ("adaln_kernels", "flow_kernels", "gelu_mlp", "joint_attention_kernels", "joint_attention_operator",
+                "patch_kernels", "qk_norm")  # fmt: skip
+PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
+STEP = "d24-256px-B32"
+OPS = {"attention": "joint_attention-1536-B64", "adaln": "gated_adaln-1536-B64", "block": "block-1536-B64"}
+
+
+def python(*arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", *map(str, arguments)]
+
+
+def other_ptxas() -> str | None:
+    """Another assembler than the one that Triton uses: that it ships for Blackwell, or CUDA's."""
+    spec = find_spec("triton")
+    shipped = Path(spec.origin or "").parent / "backends" / "nvidia" / "bin" if spec is not None else Path()
+    return next((str(path) for path in (shipped / PTXAS[0], Path(PTXAS[1])) if path.is_file()), None)
+
+
+def bench_part(name: str, file: str, ops: str, seconds: float, work: Path, **environment: str) -> Part:
+    """A suite, its results in WORK/NAME.json."""
+    results = ("--benchmark-json", work / f"{name}.json")
+    command = python("-m", "pytest", f"bench/test_{file}.py", "--ops", ops, *results)
+    return Part(name, command, seconds, environment={"BENCH_WITHOUT": "max-autotune", **environment})
+
+
+def first(work: Path, pretend: bool) -> list[Part]:
+    """Correctness."""
+    ptxas, processes = other_ptxas(), "2" if pretend else "14"
+    tests = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else KERNEL_TESTS)]
+    training = "bench.device.training"
+    spread = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", training, "plain")
+    sanitized = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    one = ("-m", "pytest", "-p", "no:xdist")
+    attention = ("tests/rfkernels/test_joint_attention_kernels.py", "-k")
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}               # else a stray access hits a neighbour's block
+    return [
+        Part("ptxas", python("-m", "bench.device.attention"), 60),
+        Part("ptxas-other", python("-m", "bench.device.attention"), 60,
+             environment={"TRITON_PTXAS_PATH": ptxas or "", "TRITON_CACHE_DIR": str(work / "cache-other")}),
+        Part("tests", python("-m", "pytest", "-m", "device", "-n", processes, "--dist", "load", "--timeout", 100,
+                             "--tb", "line", "--junit-xml", work / "tests.xml", *tests), 150, beside=True),
+        Part("train", python("-m", training, "plain"), 70),
+        Part("resume", python("-m", training, "resumed"), 60),
+        Part("sample", python("-m", training, "sampled"), 40),
+        Part("spread", python(*spread), 60),
+        Part("compiled", python("-m", training, "compiled"), 90),
+        Part("profile", python("-m", "bench.profile"), 70),
+        Part("memcheck", [*sanitized, "memcheck", *python(*one, *attention, "lengths_per_sample and bf16")], 45,
+             environment=uncached, needs="compute-sanitizer"),
+        Part("racecheck", [*sanitized, "racecheck", *python(*one, *attention, "bits_when_repeated")], 45,
+             environment=uncached, needs="compute-sanitizer"),
+    ]  # fmt: skip
+
+
+def second(work: Path, pretend: bool) -> list[Part]:
+    """Numbers."""
+    processes, most = ("2", "2") if pretend else ("14", "40")
+    step, ops = ("d2", {"qk_norm": "qk_norm"}) if pretend else (STEP, OPS)
+    compile_ = ("-m", "bench.device.precompile", "--processes", processes, "--most", most, "--seconds", 120)
+    sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 1.0, "--candidates", work / "candidates.json")
+    return [
+        Part("precompile", python(*compile_), 130, beside=True),
+        bench_part("step", "model", step, 120, work),
+        *(bench_part(name, "ops", case, 45, work) for name, case in ops.items()),
+        Part("error", python("-m", "bench.attention_error"), 30),
+        Part("sweep", python(*sweep), 75),
+        bench_part("step-again", "model", step, 60, work, RFKERNELS_LAUNCH_TABLES=str(work)),
+    ]
+
+
+CALLS = {"first": first, "second": second}
+
+
+def prepared(pretend: bool) -> None:
+    """The environment of all parts."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if pretend else "2")
+    if pretend:
+        os.environ.update(BENCH_PRETEND="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+def main(call: str, out: Path, pretend: bool, earlier: Path | None, seconds: float, hang: str) -> int:
+    prepared(pretend)
+    import torch
+
+    if not pretend and not torch.cuda.is_available():
+        print("error: PyTorch sees no GPU here; --pretend tries the script on a CPU", file=sys.stderr)
+        return 1
+    about: dict[str, Any] = {"call": call, "environment": environment.environment(), "pretended": pretend}
+    print(about["environment"], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    slug = environment.device_name().lower().replace(" ", "_")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        work = Path(folder)
+        known: dict[str, Outcome] = unpack(earlier, work) if earlier is not None else {}
+        if (work / f"{slug}.json").is_file():                             # of an earlier sweep
+            os.environ["RFKERNELS_LAUNCH_TABLES"] = str(work)
+        os.environ.setdefault("TRITON_CACHE_DIR", str(work.with_suffix(".triton")))
+        parts = CALLS[call](work, pretend)
+        if hang:                                             # for the test of deadlines
+            stuck = python("-c", "import time; print('hanging', flush=True); time.sleep(1000)")
+            parts = [Part(p.name, stuck, 3, p.beside) if p.name == hang else p for p in parts]
+        queue = Queue(work, seconds, known)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)        # archived all the same
+        try:
+            queue.run(parts)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        finally:
+            table = work / f"{slug}.json"                                # of the sweep, for launch_tables
+            about["launch_table"] = table.name if table.is_file() else None
+            archive = out / f"{slug}-{time.strftime('%Y-%m-%d', time.gmtime())}-{call}.tgz"
+            pack(work, archive, about)
+    print(queue.verdict())
+    print(f"wrote {archive}")
+    return int(not all(outcome.good for outcome in queue.outcomes))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("call", choices=CALLS)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "bench/results"),
+                        help="folder of the archive ($OUT, else bench/results)")  # fmt: skip
+    parser.add_argument("--pretend", action="store_true", help="on a CPU: kernels interpreted, tiny shapes")
+    parser.add_argument("--earlier", type=Path, help="archive of a call before, to go on from")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all parts together ({SECONDS:.0f})")
+    parser.add_argument("--hang", default="", help="a part that is made to hang, to try the deadlines")
+    sys.exit(main(**vars(parser.parse_args())))

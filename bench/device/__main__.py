@@ -55,13 +55,13 @@ def first(work: Path, pretend: bool) -> list[Part]:
     training = "bench.device.training"
     spread = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", training, "plain")
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    one = ("-m", "pytest", "-p", "no:xdist")
-    attention = ("tests/rfkernels/test_joint_attention_kernels.py", "-k")
+    one_attention = ("-m", "bench.device.attention")
+    lengths = ("tests/rfkernels/test_joint_attention_kernels.py", "-k", "lengths_per_sample and True-True")
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}               # else a stray access hits a neighbour's block
     return [
-        Part("ptxas", python("-m", "bench.device.attention"), 60),
-        Part("ptxas-other", python("-m", "bench.device.attention"), 60,
-             environment={"TRITON_PTXAS_PATH": ptxas or "", "TRITON_CACHE_DIR": str(work / "cache-other")}),
+        Part("ptxas", python(*one_attention), 60),
+        Part("ptxas-other", python(*one_attention), 60,
+             environment={"TRITON_PTXAS_PATH": ptxas or "", "TRITON_CACHE_DIR": f"{work}.ptxas-other"}),
         Part("tests", python("-m", "pytest", "-m", "device", "-n", processes, "--dist", "load", "--timeout", 100,
                              "--tb", "line", "--junit-xml", work / "tests.xml", *tests), 150, beside=True),
         Part("train", python("-m", training, "plain"), 70),
@@ -70,9 +70,9 @@ def first(work: Path, pretend: bool) -> list[Part]:
         Part("spread", python(*spread), 60),
         Part("compiled", python("-m", training, "compiled"), 90),
         Part("profile", python("-m", "bench.profile"), 70),
-        Part("memcheck", [*sanitized, "memcheck", *python(*one, *attention, "lengths_per_sample and bf16")], 45,
+        Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 45,
              environment=uncached, needs="compute-sanitizer"),
-        Part("racecheck", [*sanitized, "racecheck", *python(*one, *attention, "bits_when_repeated")], 45,
+        Part("racecheck", [*sanitized, "racecheck", "--kernel-regex", "kns=attention", *python(*one_attention)], 45,
              environment=uncached, needs="compute-sanitizer"),
     ]  # fmt: skip
 
@@ -120,7 +120,7 @@ def main(call: str, out: Path, pretend: bool, earlier: Path | None, seconds: flo
         known: dict[str, Outcome] = unpack(earlier, work) if earlier is not None else {}
         if (work / f"{slug}.json").is_file():                             # of an earlier sweep
             os.environ["RFKERNELS_LAUNCH_TABLES"] = str(work)
-        os.environ.setdefault("TRITON_CACHE_DIR", str(work.with_suffix(".triton")))
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{work}.triton")
         parts = CALLS[call](work, pretend)
         if hang:                                             # for the test of deadlines
             stuck = python("-c", "import time; print('hanging', flush=True); time.sleep(1000)")

@@ -69,7 +69,7 @@ def row_tasks(device: torch.device) -> Iterator[Task]:
             "adaln_bwd": lambda x=x, y=y, v=v, s=statistics: adaln.adaln_backward(y, x, v, v, s, "layer"),
             "gated_adaln_fwd": lambda x=x, y=y, v=v: adaln.gated_adaln(x, y, v, v, v, "layer", 1e-6),
             "gated_adaln_bwd": lambda x=x, y=y, z=z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
-                z, h, x, y, v, v, v, s, "layer"
+                z, h, x, y, v, v, v, s, "layer", True
             ),
             "gated_residual_fwd": lambda x=x, y=y, v=v: [adaln.gated_residual(x, y, v)],
             "gated_residual_bwd": lambda x=x, y=y, v=v: adaln.gated_residual_backward(x, y, v),
@@ -93,7 +93,7 @@ def attention_tasks(device: torch.device) -> Iterator[Task]:
         grads = [torch.randn_like(out) for out in outputs[:2]]
         calls: dict[str, Callable[[], list[Tensor]]] = {
             "attention_fwd": lambda t=tensors, s=settings: attention.forward(t, *s),
-            "attention_bwd_q": lambda g=grads, o=outputs, t=tensors, s=settings: attention.backward(g, o, t, *s),
+            "attention_bwd_q": lambda g=grads, o=outputs, t=tensors, s=settings: attention.backward(g, o, t, *s, True),
         }
         calls["attention_bwd_kv"] = calls["attention_bwd_q"]
         tiles = [(64, 64, 4), (128, 64, 8), (64, 128, 4), (64, 32, 4), (32, 64, 4), (128, 128, 8), (64, 64, 8),

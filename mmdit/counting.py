@@ -114,8 +114,9 @@ def attention_flops(op: str, args: tuple[Any, ...]) -> int:
 
 def attention_launches(op: str, args: tuple[Any, ...]) -> int:
     """Of rfkernels' joint attention. With norms on both sides and no rotation: rstd of the keys and attention; dQ, dK
-    and dV, and the sums of the weights' gradients. Otherwise q and k are prepared by a kernel each, in the backward
-    again, and have a backward of their own. Gradients of weights are cast to their dtype."""
+    and dV, the sums of the weights' gradients, and those of biases where they are asked for. Otherwise q and k are
+    prepared by a kernel each, in the backward again, and have a backward of their own. Gradients of weights of several
+    dtypes are cast to their own."""
     from rfkernels.joint_attention.layout import parse
 
     backward = op.endswith("backward")
@@ -128,7 +129,7 @@ def attention_launches(op: str, args: tuple[Any, ...]) -> int:
     weights = [weight for weight, _ in sides if weight is not None]
     sums = 1 if inside else len(weights)
     mixed = inside and len({weight.dtype for weight in weights}) > 1
-    return 2 * prepared + 2 + sums + sum(mixed and weight.dtype != torch.float32 for weight in weights)
+    return 2 * prepared + 2 + sums + bool(args[6]) + sum(mixed and weight.dtype != torch.float32 for weight in weights)
 
 
 class _Counter(TorchDispatchMode):

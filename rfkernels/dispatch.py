@@ -39,6 +39,7 @@ class Implementation:
 
 _registry: dict[str, tuple[Implementation, ...]] = {}
 _checked: dict[str, Callable[..., tuple[Any, ...]]] = {}
+_pretended: set[str] = set()
 
 
 def _from_environment() -> str | None:
@@ -76,13 +77,20 @@ def as_on_a_gpu(*only: str) -> Iterator[None]:
 
         return replace(first, refuses=asked, slower=None)
 
-    before = dict(_registry)
+    before, pretended = dict(_registry), set(only or _registry) - _pretended
     for op in only or before:
         _registry[op] = (willing(before[op][0]), *before[op])
+    _pretended.update(pretended)
     try:
         yield
     finally:
         _registry.update(before)
+        _pretended.difference_update(pretended)
+
+
+def pretended(op: str) -> bool:
+    """Whether `as_on_a_gpu` holds for an op."""
+    return op in _pretended
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import rfkernels
 from rfkernels import checks
 from rfkernels.adaln.op import NORMS, Norm
+from rfkernels.bias import linear
 from rfkernels.joint_attention.stream import Rope, Stream
 
 
@@ -128,6 +129,10 @@ class StreamAttention(nn.Module):
         """x [B, S, dim] as a stream for `rfkernels.joint_attention`; see Stream for the other arguments."""
         heads = (-1, self.heads, self.head_dim)
         q, k = (norm if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        if queries and plain(self.qkv):
+            whole = (3, *heads[1:])
+            qkv = linear(x, self.qkv.weight, self.qkv.bias, whole, before="joint_attention")
+            return Stream.packed(qkv, q, k, lengths, rope)
         if queries:
             return Stream.packed(self.qkv(x).unflatten(-1, heads), q, k, lengths, rope)
         if not plain(self.qkv):
@@ -140,7 +145,12 @@ class StreamAttention(nn.Module):
     def project(self, attended: Tensor) -> Tensor:
         """[B, S, heads, head_dim] -> [B, S, dim]."""
         out = attended.flatten(2)
-        return out if self.proj is None else self.proj(out)
+        if self.proj is None:
+            return out
+        if plain(self.proj):
+            return linear(out, self.proj.weight, self.proj.bias, before="gated_adaln")
+        projected: Tensor = self.proj(out)
+        return projected
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}"

@@ -137,22 +137,23 @@ def _store_sums(ptr, row, sums, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl
 @triton.jit(do_not_specialize=["S", "span"])
 def adaln_bwd(
     dy_ptr, dh_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, statistics_ptr,
-    dx_ptr, dbranch_ptr, dshift_ptr, dscale_ptr, dgate_ptr,
+    dx_ptr, dbranch_ptr, dshift_ptr, dscale_ptr, dgate_ptr, dbias_ptr,
     S, span,
     stride_dyb, stride_dys, stride_dhb, stride_dhs, stride_xb, stride_xs, stride_bb, stride_bs,
     stride_gate_b, stride_gate_s, stride_scale_b, stride_scale_s,
     C: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
-    SHIFT_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, GATE_PER_TOKEN: tl.constexpr,
+    SHIFT_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, GATE_PER_TOKEN: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (b, split) walks over `span` tokens of sample b. Gradients of vectors that tokens share are summed in
     registers and leave as one row of partials [B * splits, C]; those of per-token vectors leave with their token.
-    x is the input of the norm (h if GATED); dx is the gradient of x, and of the residual if GATED."""
+    x is the input of the norm (h if GATED); dx is the gradient of x, and of the residual if GATED. If BIAS, dbranch is
+    summed like a shared vector: the gradient of the bias of whatever made the branch."""
     b, split = tl.program_id(0), tl.program_id(1)
     last = tl.minimum((split + 1) * span, S)
     tokens_in_all = tl.num_programs(0).to(tl.int64) * S
     dshifts, dscales = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
-    dgates = _zeros(ROWS, CHUNK, CHUNKS)
+    dgates, dbiases = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
     for start in range(split * span, last, ROWS):
         tokens = start + tl.arange(0, ROWS)
         live = tokens < last
@@ -188,7 +189,7 @@ def adaln_bwd(
         mean_drift = (tl.sum(drift, 1) / C)[:, None]
         if RMS:
             mean_drift = mean_drift * 0.0
-        gates = ()
+        gates, biases = (), ()
         for i in tl.static_range(CHUNKS):
             dx = (gs[i] - mean_drift - x_hats[i] * mean_along) * rstd
             if GATED:
@@ -196,6 +197,10 @@ def adaln_bwd(
                 gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
                 branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
                 _store(dbranch_ptr, out_rows, live, i, gate * dx, C, CHUNK)
+                if BIAS:
+                    biases = biases + (dbiases[i] + gate * dx,)
+                else:
+                    biases = biases + (dbiases[i],)
                 if GATE_PER_TOKEN:
                     _store(dgate_ptr, out_rows, live, i, branch * dx, C, CHUNK)
                     gates = gates + (dgates[i],)
@@ -203,8 +208,9 @@ def adaln_bwd(
                     gates = gates + (dgates[i] + branch * dx,)
             else:
                 gates = gates + (dgates[i],)
+                biases = biases + (dbiases[i],)
             _store(dx_ptr, out_rows, live, i, dx, C, CHUNK)
-        dgates = gates
+        dgates, dbiases = gates, biases
     row = b.to(tl.int64) * tl.num_programs(1) + split
     if not SHIFT_PER_TOKEN:
         _store_sums(dshift_ptr, row, dshifts, C, CHUNK, CHUNKS)
@@ -212,18 +218,20 @@ def adaln_bwd(
         _store_sums(dscale_ptr, row, dscales, C, CHUNK, CHUNKS)
     if GATED and not GATE_PER_TOKEN:
         _store_sums(dgate_ptr, row, dgates, C, CHUNK, CHUNKS)
+    if BIAS:
+        _store_sums(dbias_ptr, row, dbiases, C, CHUNK, CHUNKS)
 
 
-@triton.jit(do_not_specialize=["total", "count0", "count1", "count2"])
+@triton.jit(do_not_specialize=["total", "count0", "count1", "count2", "count3"])
 def sum_partials(
-    partials_ptr, out0_ptr, out1_ptr, out2_ptr,
-    total, count0, count1, count2, stride0, stride1, stride2,
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr,
+    total, count0, count1, count2, count3, stride0, stride1, stride2, stride3,
     C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Second stage: partials [V, total, C] fp32; vector v sums its rows in groups of count_v, in a fixed order, and
     writes group g to out_v + g * stride_v."""
     group, v = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    count = tl.where(v == 0, count0, tl.where(v == 1, count1, count2))
+    count = tl.where(v == 0, count0, tl.where(v == 1, count1, tl.where(v == 2, count2, count3)))
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = columns < C
     if group * count < total:
@@ -238,8 +246,10 @@ def sum_partials(
             tl.store(out0_ptr + group * stride0 + columns, value.to(out0_ptr.dtype.element_ty), mask=inside)
         elif v == 1:
             tl.store(out1_ptr + group * stride1 + columns, value.to(out1_ptr.dtype.element_ty), mask=inside)
-        else:
+        elif v == 2:
             tl.store(out2_ptr + group * stride2 + columns, value.to(out2_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out3_ptr + group * stride3 + columns, value.to(out3_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S"])

@@ -13,6 +13,7 @@ from rfkernels.adaln.chunks import gradient_of
 from rfkernels.launch_tables import row_launch
 from rfkernels.triton_support import device_name, multiprocessors, on
 
+SUMMED: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}     # of the second stage
 PROGRAMS_PER_SM = 2          # of a backward: each holds most of the registers of half an SM
 
 
@@ -126,13 +127,12 @@ class Sums:
     def finish(self) -> list[Tensor]:
         if self._shared:
             count, total, channels = self._partials.shape
-            padded = [*self._shared, *[self._shared[0]] * (3 - count)]
+            padded = [*self._shared, *[self._shared[0]] * (4 - count)]
             sizes = [total if g.ndim == 1 else self.splits for g in padded]
             strides = [0 if g.ndim == 1 else g.stride(0) for g in padded]
             groups = total // min(sizes[:count])
             _kernels().sum_partials[(groups, -(-channels // 128), count)](
-                self._partials, *padded, total, *sizes, *strides, C=channels, ROWS=8, CHUNK=128, num_warps=4,
-                enable_fp_fusion=True,
+                self._partials, *padded, total, *sizes, *strides, C=channels, **SUMMED
             )  # fmt: skip
         return self.grads
 
@@ -143,8 +143,7 @@ def column_sums(partials: Tensor, out: Tensor) -> Tensor:
     if channels > 128 * 65535:                                            # more than a grid's second dimension holds
         return out.copy_(partials.sum(0).view_as(out))
     _kernels().sum_partials[(1, -(-channels // 128), 1)](
-        partials, out, out, out, rows, rows, rows, rows, 0, 0, 0, C=channels, ROWS=8, CHUNK=128, num_warps=4,
-        enable_fp_fusion=True,
+        partials, out, out, out, out, rows, rows, rows, rows, rows, 0, 0, 0, 0, C=channels, **SUMMED
     )  # fmt: skip
     return out
 
@@ -171,10 +170,10 @@ def adaln_backward(
     shift_per_token, scale_per_token = _per_token(shift, scale)
     with on(x.device):
         _kernels().adaln_bwd[(x.shape[0], sums.splits)](
-            dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None,
+            dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None, None,
             x.shape[1], sums.span, *_rows(dy), 0, 0, *_rows(x), 0, 0, 0, 0, *_vector(scale),
             RMS=norm == "rms", GATED=False, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
-            GATE_PER_TOKEN=True, **settings,
+            GATE_PER_TOKEN=True, BIAS=False, **settings,
         )  # fmt: skip
         dshift, dscale = sums.finish()
     return dx, dshift, dscale
@@ -190,24 +189,27 @@ def gated_adaln_backward(
     scale: Tensor,
     statistics: Tensor,
     norm: str,
+    bias: bool,
     in_chunks: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of residual, branch, gate, shift, scale; in_chunks as for adaln_backward."""
+    """Gradients of residual, branch, gate, shift, scale, and the sum of the branch's over all tokens, [C], or [0] if
+    not `bias`; in_chunks as for adaln_backward."""
     if not h.numel():
-        return tuple(torch.zeros_like(t) for t in (h, branch, gate, shift, scale))
+        nothing = branch.new_zeros(branch.shape[2] if bias else 0)
+        return *(torch.zeros_like(t) for t in (h, branch, gate, shift, scale)), nothing
     dresidual, dbranch, dh, dy = _empty(h), _empty(branch), _unit(dh), _unit(dy)
     rows, settings = _settings("gated_adaln_bwd", h)
-    sums = Sums(h, rows, (shift, scale, gate), in_chunks)
+    sums = Sums(h, rows, (shift, scale, gate, *([branch[0, 0]] if bias else [])), in_chunks)
     shift_per_token, scale_per_token, gate_per_token = _per_token(shift, scale, gate)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](
-            dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),
+            dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(), *[None] * (not bias),
             h.shape[1], sums.span, *_rows(dy), *_rows(dh), *_rows(h), *_rows(branch), *_vector(gate), *_vector(scale),
             RMS=norm == "rms", GATED=True, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
-            GATE_PER_TOKEN=gate_per_token, **settings,
+            GATE_PER_TOKEN=gate_per_token, BIAS=bias, **settings,
         )  # fmt: skip
-        dshift, dscale, dgate = sums.finish()
-    return dresidual, dbranch, dgate, dshift, dscale
+        dshift, dscale, dgate, *dbias = sums.finish()
+    return dresidual, dbranch, dgate, dshift, dscale, dbias[0] if bias else branch.new_empty(0)
 
 
 def gated_residual_backward(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfkernels import bias
 from rfkernels.adaln import launch, library, reference
 from rfkernels.registration import Operator
 
@@ -72,6 +73,7 @@ def triton_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float)
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, gate, shift, scale, ctx.norm, _ = inputs
+    ctx.bias = bias.wanted(branch)
     h, _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -83,10 +85,14 @@ def _differentiate_gated(
 ) -> tuple[Tensor | None, ...]:
     if dh is None and dy is None:
         return (None,) * 7
-    h = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors                   # once: activation checkpointing computes them again, and then lets go
+    h = saved[0]
     dh = torch.zeros_like(h) if dh is None else dh
     dy = torch.zeros_like(h) if dy is None else dy
-    return *call(dh, dy, *ctx.saved_tensors, ctx.norm), None, None
+    *gradients, sums = call(dh, dy, *saved, ctx.norm, ctx.bias)
+    if ctx.bias:
+        bias.give(gradients[1], sums)
+    return *gradients, None, None
 
 
 _triton_gated = Operator(
@@ -94,11 +100,13 @@ _triton_gated = Operator(
     forward_schema="(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, str norm, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor gate, Tensor shift, Tensor scale,"
-    " Tensor statistics, str norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor statistics, str norm, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=launch.gated_adaln,
     backward=launch.gated_adaln_backward,
     fake_forward=lambda residual, branch, *_: (*_like(residual, residual), _statistics(residual)),
-    fake_backward=lambda dh, dy, h, branch, gate, shift, scale, *_: _like(h, branch, gate, shift, scale),
+    fake_backward=lambda dh, dy, h, branch, gate, shift, scale, statistics, norm, bias: (
+        *_like(h, branch, gate, shift, scale), branch.new_empty(branch.shape[2] if bias else 0)
+    ),
     save=_save_gated,
     differentiate=_differentiate_gated,
     direct_backward=partial(launch.gated_adaln_backward, in_chunks=True),

@@ -16,7 +16,7 @@ from rfkernels.triton_support import INSTALLED, INTERPRETED
 
 TABLES = Path(__file__).with_name("tables")          # one for each Triton that was looked at: compilers differ
 PRODUCTS = ("attention", "patch", "tokens_to_patches")        # kernels that multiply matrices, by how their names begin
-REDUCTIONS = ("sum_partials", "sum_rows", "sum_per_sample", "weighted_mse_total", "key_rstd")
+REDUCTIONS = ("sum_partials", "sum_rows", "sum_heads", "sum_per_sample", "weighted_mse_total", "key_rstd")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

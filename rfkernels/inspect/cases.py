@@ -72,7 +72,7 @@ def cases() -> Iterator[Case]:
             "adaln_fwd": (4, partial(launch.adaln, x, v, v, "layer", 1e-6)),
             "adaln_bwd": (6, partial(launch.adaln_backward, x, x, v, v, s, "layer")),
             "gated_adaln_fwd": (8, partial(launch.gated_adaln, x, x, v, v, v, "layer", 1e-6)),
-            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, "layer")),
+            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, "layer", True)),
             "gated_residual_fwd": (6, partial(launch.gated_residual, x, x, v)),
             "gated_residual_bwd": (6, partial(launch.gated_residual_backward, x, x, v)),
         }
@@ -97,6 +97,6 @@ def cases() -> Iterator[Case]:
         settings = ("3qk,3qk", dim**-0.5, 1e-6)
         least = 2 * sum(out.numel() for out in outs)
         forward = partial(attention.forward, tensors, *settings)
-        backward = partial(attention.backward, outs, [*outs, rows, rows], tensors, *settings)
+        backward = partial(attention.backward, outs, [*outs, rows, rows], tensors, *settings, True)
         yield Case(f"attention_fwd/{dim}", forward, 4 * least, 1.30)
         yield Case(f"attention_bwd/{dim}", backward, 8 * least, 2.0)

@@ -274,18 +274,24 @@ class Gradients:
 
 
 def backward(
-    grads: list[Tensor], outputs: list[Tensor], tensors: list[Tensor], layout: str, scale: float, eps: float
+    grads: list[Tensor], outputs: list[Tensor], tensors: list[Tensor], layout: str, scale: float, eps: float, bias: bool
 ) -> list[Tensor]:
-    """Gradients of the differentiable ones of `tensors`, in their order. grads: one per asking stream."""
+    """Gradients of the differentiable ones of `tensors`, in their order; if `bias`, then of each stream, which all have
+    to be as `summable` says, the sum of its gradient over all tokens, [3, H, D]. grads: one per asking stream."""
     streams = parse(tensors, layout)
     with on(streams[0].k.device):
-        found = _backward(streams, grads, outputs, scale, eps)
-    return [t for s, g in zip(streams, found, strict=True) for t in g.all(s)]
+        found, sums = _backward(streams, grads, outputs, scale, eps, bias)
+    return [*(t for s, g in zip(streams, found, strict=True) for t in g.all(s)), *sums]
+
+
+def summable(layout: str) -> bool:
+    """Whether the kernels can sum the streams' gradients: all are packed whole, ask, and need no preparation."""
+    return {code.replace("l", "") for code in layout.split(",")} in ({"3"}, {"3qk"})
 
 
 def _backward(
-    streams: list[Parts], grads: list[Tensor], outputs: list[Tensor], scale: float, eps: float
-) -> list[Gradients]:
+    streams: list[Parts], grads: list[Tensor], outputs: list[Tensor], scale: float, eps: float, bias: bool
+) -> tuple[list[Gradients], list[Tensor]]:
     found = [Gradients.empty(s) for s in streams]
     core = core_of(streams, eps)
     lse, rstd = outputs[-2:]
@@ -293,12 +299,13 @@ def _backward(
         for g in found:
             for t in g.activations:
                 t.zero_()
-        return found
+        return found, [torch.zeros_like(g.activations[0][0, 0]) for g in found] if bias else []
     asking = [i for i, s in enumerate(streams) if s.asks]
     # Gradients of what the kernels see; of a prepared stream these are not yet those of the stream.
     dqs = [found[i].q if core.streams[i].q is streams[i].q else _empty_heads(streams[i]) for i in asking]
     dks = [g.k if c.k is s.k else _empty_heads(s) for g, c, s in zip(found, core.streams, streams, strict=True)]
-    weights = _core_backward(core, grads, outputs[:-2], lse, rstd, dqs, dks, [g.v for g in found], scale, eps)
+    dvs = [g.v for g in found]
+    weights, sums = _core_backward(core, grads, outputs[:-2], lse, rstd, dqs, dks, dvs, scale, eps, bias)
     for which, i in enumerate(asking):
         if core.norm:
             found[i].weights["q"] = weights[which]
@@ -314,14 +321,15 @@ def _backward(
             dweight = prepare_backward(dks[i], s.k, g.k, s.k_weight, s, eps)
             if dweight is not None:
                 g.weights["k"] = dweight
-    return found
+    return found, sums
 
 
 def _core_backward(
     core: Core, grads: Sequence[Tensor], outs: Sequence[Tensor], lse: Tensor, rstd: Tensor,
-    dqs: Sequence[Tensor | None], dks: Sequence[Tensor], dvs: Sequence[Tensor], scale: float, eps: float,
-) -> list[Tensor]:  # fmt: skip
-    """Fills dqs, dks, dvs; returns the gradients of the norm weights if the kernels normalise: queries', then keys'."""
+    dqs: Sequence[Tensor | None], dks: Sequence[Tensor], dvs: Sequence[Tensor], scale: float, eps: float, bias: bool,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Fills dqs, dks, dvs. Returns the gradients of the norm weights if the kernels normalise, queries', then keys';
+    and if `bias` the sums of each stream's gradients, [3, H, D]."""
     like = core.streams[0].k
     batch, _, heads, dim = like.shape
     kernels = _modules()[1]
@@ -340,23 +348,35 @@ def _core_backward(
     q_weights, k_weights = _query_weights(core), _alike([s.k_weight for s in core.streams])
     q_lengths, k_lengths = _lengths(core.asking, core.streams), _lengths(core.streams, core.streams)
     sizes = (*_four(core.query_sizes), *_four(core.sizes))
-    flags = {"NORM": core.norm, "LENGTHS": k_lengths[0] is not None, "NQ": len(qs), "N": len(ks)}
+    flags = {"NORM": core.norm, "LENGTHS": k_lengths[0] is not None, "NQ": len(qs), "N": len(ks), "BIAS": bias}
+    tiles_q, tiles_k = _tiles(core.query_sizes, block_q), _tiles(core.sizes, block_k)
+    empty = (1, heads, tiles_q, batch, dim), (2, heads, tiles_k, batch, dim)
+    sums_q, sums_kv = (
+        torch.empty(shape if bias else (0,), dtype=torch.float32, device=like.device) for shape in empty
+    )
     strides_k, strides_v, strides_o = _strides(ks), _strides(vs), _strides(douts)
     filled = tuple(t for t in dqs if t is not None)
-    kernels.attention_bwd_q[(_tiles(core.query_sizes, block_q), heads, batch)](
+    kernels.attention_bwd_q[(tiles_q, heads, batch)](
         qs, ks, vs, tuple(outs), douts, filled, queries, q_weights, k_weights, q_lengths, k_lengths,
         _strides(qs), strides_k, strides_v, strides_o, _strides(filled),
-        rstd, lse, delta, partials, scale * LOG2_E, eps, lse.shape[2], sum(core.sizes), *sizes, **flags, **settings_q,
+        rstd, lse, delta, partials, sums_q, scale * LOG2_E, eps, lse.shape[2], sum(core.sizes), *sizes, **flags,
+        **settings_q,
     )  # fmt: skip
-    kernels.attention_bwd_kv[(_tiles(core.sizes, block_k), heads, batch)](
+    kernels.attention_bwd_kv[(tiles_k, heads, batch)](
         queries, ks, vs, douts, tuple(dks), tuple(dvs), q_lengths, k_lengths,
         strides_q, strides_k, strides_v, strides_o, _strides(dks), _strides(dvs),
-        lse, delta, scale * LOG2_E, eps, lse.shape[2], *sizes, **flags, **settings_k,
+        lse, delta, sums_kv, scale * LOG2_E, eps, lse.shape[2], *sizes, **flags, **settings_k,
     )  # fmt: skip
+    sums = [torch.empty((3, heads, dim), dtype=like.dtype, device=like.device) for _ in ks] if bias else []
+    if bias:
+        kernels.sum_heads[(heads, 3 * len(ks))](
+            tuple(sums), sums_q, sums_kv, batch, *_four(core.sizes), D=dim, N=len(ks), BLOCK_M=block_q, BLOCK_N=block_k,
+            ROWS=64, BLOCK_D=_block_d(dim), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     if not core.norm:
-        return []
+        return [], sums
     weights = [s.q_weight for s in core.asking] + [s.k_weight for s in core.streams]
-    return _sum_rows(partials, [w for w in weights if w is not None], q_rows + [sum(q_rows)] * len(ks))
+    return _sum_rows(partials, [w for w in weights if w is not None], q_rows + [sum(q_rows)] * len(ks)), sums
 
 
 def _sum_rows(partials: Tensor, like: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfkernels.autocast import to_autocast
+from rfkernels.bias import gradient_of as bias_gradient
+from rfkernels.bias import marked
 from rfkernels.mlp import launch
 from rfkernels.registration import operator
 
@@ -44,7 +46,7 @@ class _GeluMlp(torch.autograd.Function):
             gradients[1] = dh.t() @ x.reshape(-1, x.shape[-1]) if dw1 else None
             gradients[2] = bias if db1 else None
             gradients[3] = rows.t() @ a if dw2 else None
-        gradients[4] = rows.sum(0) if db2 else None
+        gradients[4] = bias_gradient(dy, rows) if db2 else None
         return tuple(gradients)
 
 
@@ -53,7 +55,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return without_gradient(*given)
     out: Tensor = _GeluMlp.apply(*to_autocast(*given))
-    return out
+    return out if b2 is None or torch.compiler.is_compiling() else marked(out)
 
 
 def without_gradient(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:

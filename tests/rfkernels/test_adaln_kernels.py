@@ -270,7 +270,7 @@ def test_every_byte_is_moved_once(width):
         assert moved.loaded(h) == moved.loaded(y) == 0
         with traffic() as moved:
             inputs = (dh, dy, h, branch, gate, shift, scale, statistics)
-            dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, "layer")
+            dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, "layer", False)
         assert [moved.loaded(t) for t in (dh, dy, h, branch)] == [n] * 4
         assert [moved.stored(t) for t in (dresidual, dbranch)] == [n] * 2
 

@@ -31,7 +31,7 @@ def modulated():
 
     partials, out = huge(1, 6000, 64, dtype=F32), strided((6000, 64), (400_000, 1))
     launch._kernels().sum_partials[(6000, 1, 1)](
-        partials, out, out, out, 6000, 1, 1, 1, 400_000, 0, 0, C=64, ROWS=8, CHUNK=128, num_warps=4
+        partials, out, out, out, out, 6000, 1, 1, 1, 1, 400_000, 0, 0, 0, C=64, **launch.SUMMED
     )
 
 
@@ -66,7 +66,7 @@ def attention():
     qkv, w = huge(1, 1_500_001, 3, 24, 64), huge(64)
     tensors, settings = [qkv, w, w, torch.tensor([90])], ("3qkl", 0.125, 1e-6)
     outs = launch.forward(tensors, *settings)
-    launch.backward(outs[:1], outs, tensors, *settings)
+    launch.backward(outs[:1], outs, tensors, *settings, True)
 
 
 def far_tokens():
@@ -76,7 +76,7 @@ def far_tokens():
     q, w = strided((1, 130, 1, 64), (1, launch.MAX_TOKEN_STRIDE - 64, 64, 1)), huge(64)
     tensors, settings = [q, q, q, w, w], ("1qk", 0.125, 1e-6)
     outs = launch.forward(tensors, *settings)
-    launch.backward(outs[:1], outs, tensors, *settings)
+    launch.backward(outs[:1], outs, tensors, *settings, False)
 
 
 def patches():

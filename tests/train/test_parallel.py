@@ -13,8 +13,10 @@ import torch._dynamo.testing
 import torch.distributed as dist
 from PIL import Image
 
+import rfkernels
 from mmdit import presets
 from mmdit.sample import Sampler
+from rfkernels.testing import assert_within_rule
 from train.config import Parallel, Validation
 from train.data.plan import Plan
 from train.data.precompute import precompute
@@ -182,3 +184,32 @@ def test_blocks_are_compiled_whole_whatever_is_computed_again(checkpointing, mon
     want, got = (gradients(how) for how in (Parallel(), Parallel(compile=True, checkpointing=checkpointing)))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2, "the last block is not like the others"
+
+
+def test_the_kernels_of_a_model_are_right_whatever_is_computed_again():
+    """The whole model in Triton's interpreter, its borders and biases included, against fp64."""
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    config = presets.tiny(depth=3)
+    inputs = [torch.randn(2, config.in_channels, 8, 8), torch.rand(2)]
+    inputs += [torch.randn(2, 5, config.context_dim), torch.randn(2, config.pooled_dim)]
+
+    def gradients(kind, backend, dtype=torch.float32):
+        model = build(config, Parallel(checkpointing=kind), World(torch.device("cpu")), 0, False).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.linspace(-0.05, 0.05, parameter.numel()).view_as(parameter))
+        given = [inputs[0].to(dtype), inputs[1].float(), *(x.to(dtype) for x in inputs[2:])]
+        with rfkernels.backend(backend):
+            out = model(*given)
+            leaves = dict(model.named_parameters())
+            found = torch.autograd.grad(out.square().sum(), list(leaves.values()), allow_unused=True)
+        return [out.detach(), *(g for g in found if g is not None)]
+
+    exact, eager = gradients("none", "reference", torch.float64), gradients("none", "reference")
+    plain = gradients("none", "triton")
+    for i, (a, b, c) in enumerate(zip(plain, exact, eager, strict=True)):
+        # fp32 sums of other orders: the yardstick is luck where few elements are summed
+        assert_within_rule(f"tensor {i}", a, b, c, factor=4.0)
+    for kind in ("selective", "full"):
+        again = gradients(kind, "triton")
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)

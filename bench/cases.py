@@ -267,7 +267,6 @@ class _Weights:
     def block(self) -> JointBlock:
         with self.device, made_in(self.dtype):
             made = JointBlock(presets.by_depth(self.depth), 0)
-        made.leaves_pending = False                               # by itself; in a model the next one's norm adds it
         for parameter in made.parameters():
             nn.init.normal_(parameter, std=0.03)
         return made

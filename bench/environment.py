@@ -24,8 +24,8 @@ def pretending() -> bool:
 
 
 def excluded() -> frozenset[str]:
-    """Contenders that are left out, BENCH_WITHOUT="max-autotune,diffusers"."""
-    return frozenset(os.environ.get("BENCH_WITHOUT", "").split(",")) - {""}
+    """Contenders that are left out, BENCH_WITHOUT="max-autotune;ours, compiled"."""
+    return frozenset(os.environ.get("BENCH_WITHOUT", "").split(";")) - {""}
 
 
 def device() -> torch.device:

@@ -39,7 +39,6 @@ def block_bytes(choose: dict[str, str], batch: int = 2, text: int = 77, image: i
     """Bytes per token and channel of one joint block in bf16, with `choose` naming backends of single ops."""
     config = presets.by_depth(2, heads=2)
     block = JointBlock(config, 0).bfloat16()
-    block.leaves_pending = False
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     xs = [torch.randn(batch, n, config.width, dtype=torch.bfloat16, requires_grad=True) for n in (text, image)]

@@ -156,7 +156,9 @@ def try_setting(task: Task, setting: Any, table: dict[str, Any], want: list[Tens
 def main(out: Path, minutes: float = 8.0, only: str = "", candidates: Path | None = None) -> None:
     if not torch.cuda.is_available() and not pretending():
         sys.exit("error: the sweep measures on a GPU, and there is none")
-    chosen = None if candidates is None else json.loads(candidates.read_text())
+    chosen = json.loads(candidates.read_text()) if candidates is not None and candidates.is_file() else None
+    if candidates is not None and chosen is None:
+        print(f"no {candidates}: every setting is tried", flush=True)
     device, deadline = environment.device(), time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     log, name = out / "sweep.json", environment.device_name()
@@ -187,7 +189,8 @@ def main(out: Path, minutes: float = 8.0, only: str = "", candidates: Path | Non
                 table.setdefault(task.kernel, {})[task.key] = json.loads(best)
                 before = timed.get(json.dumps(asdict(task.now)))
                 print(f"{task.name:28s} {before or 0:9.1f} us -> {timed[best]:9.1f} us  {best}", flush=True)
-    (out / f"{name.lower().replace(' ', '_')}.json").write_text(json.dumps(kept, indent=1) + "\n")
+                found = out / f"{name.lower().replace(' ', '_')}.json"              # whenever this is stopped
+                write_atomically(found, (json.dumps(kept, indent=1) + "\n").encode())
     if stopped:
         print("stopped by the clock: run again to go on")
 

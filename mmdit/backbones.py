@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.blocks import JointBlock, Pending, Vectors, norm_of, settled
+from mmdit.blocks import JointBlock, Pending, Vectors, norm_of, pending, settled
 from mmdit.config import MMDiTConfig
 from rfkernels import gated_adaln, gated_residual, joint_attention, qk_norm
 from rfkernels.nn import Mlp, StreamAttention
@@ -55,7 +55,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
-        self.leaves_pending = True
+        self.leaves_pending = False
         self.attn = StreamAttention(config.width, config.heads, head_dim=config.head_dim, qk_norm=config.qk_norm)
         self.cross = CrossAttention(config)
         self.mlp = Mlp(config.width, config.mlp_ratio * config.width)
@@ -70,7 +70,7 @@ class CrossBlock(nn.Module):
         attended = joint_attention([self.attn.stream(y)])[0]
         x = gated_residual(x, self.attn.project(attended), gate)                                     # type: ignore[arg-type]
         h, y = gated_adaln(x, self.cross(x, text, lengths[0]), gate_cross, shift_mlp, scale_mlp)
-        left = Pending(h, self.mlp(y), gate_mlp)
+        left = pending(h, self.mlp(y), gate_mlp)
         return [text, left if self.leaves_pending else settled(left)]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
-from rfkernels import adaln, gated_adaln, gated_residual, joint_attention
+from rfkernels import adaln, bias, gated_adaln, gated_residual, joint_attention
 from rfkernels.nn import Mlp, StreamAttention
 
 Vectors = tuple[Tensor, ...]
@@ -26,16 +27,25 @@ class Pending(NamedTuple):
     branch: Tensor
     gate: Tensor
     """[B, width]."""
+    summed: bool = False
+    """Whether the branch's layer takes the sum of its gradient (rfkernels.bias). FSDP hands a block other tensors than
+    the one before it left, so this is said here too."""
 
 
 def norm_of(x: Tensor | Pending, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(the stream, its modulated norm)."""
-    return (x, adaln(x, shift, scale)) if isinstance(x, Tensor) else gated_adaln(*x, shift, scale)
+    if isinstance(x, Tensor):
+        return x, adaln(x, shift, scale)
+    return gated_adaln(x.residual, bias.marked(x.branch) if x.summed else x.branch, x.gate, shift, scale)
 
 
 def settled(x: Tensor | Pending) -> Tensor:
     """The stream as one tensor."""
-    return x if isinstance(x, Tensor) else gated_residual(*x)
+    return x if isinstance(x, Tensor) else gated_residual(x.residual, x.branch, x.gate)
+
+
+def pending(residual: Tensor, branch: Tensor, gate: Tensor) -> Pending:
+    return Pending(residual, branch, gate, not torch.compiler.is_compiling() and bias.wanted(branch))
 
 
 class StreamBlock(nn.Module):
@@ -64,7 +74,7 @@ class StreamBlock(nn.Module):
             x = gated_residual(x, branch, gate)
             branch, gate = self.attn2.project(own), m[8]
         h, y = gated_adaln(x, branch, gate, shift_mlp, scale_mlp)
-        return Pending(h, self.mlp(y), gate_mlp)
+        return pending(h, self.mlp(y), gate_mlp)
 
     def attend_alone(self, x: Tensor, m: Vectors) -> Tensor | None:
         """The second attention of MMDiT-X: the same norm with its own modulation, this stream only."""
@@ -83,9 +93,9 @@ class JointBlock(nn.Module):
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         self.names = WEIGHT_SETS[config.weight_sets]
-        self.leaves_pending = True
-        """False: the block adds its last residual itself. Its output is one tensor then, where that is all that is kept
-        of it (full activation checkpointing)."""
+        self.leaves_pending = False
+        """True in a model: its last residual is left to whatever comes next. Not under full activation checkpointing,
+        where a block's output is all that is kept of it: one tensor is less than two."""
         self.last = index == config.depth - 1
         for name in dict.fromkeys(self.names):
             pre_only = self.last and name.startswith("context")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,14 +15,17 @@ from torch.distributed.tensor import DTensor
 from mmdit.model import MMDiT
 from rfkernels import dispatch
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 WARMUPS = 2              # kernels compile and libraries make their workspaces before a capture
+KEPT = 4                 # captures of a model, each with the memory of its activations
 
 
 def refusal(model: MMDiT) -> str | None:
     """Why a model cannot be replayed, or None. A replay runs kernels alone: what Python does in between is left out."""
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "the model has forward hooks"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on: its copies of the weights would be captured, and are gone when it ends"
     parameters = list(model.parameters())
     if parameters[0].device.type != "cuda":
         return f"the model is on {parameters[0].device}"
@@ -29,27 +34,32 @@ def refusal(model: MMDiT) -> str | None:
     return None
 
 
-def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(forward: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """(what runs the forward's kernels again, the output that they write)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUPS):
-            forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = forward()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUPS):
+                forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):          # its own stream belongs to the device that was used first
+            out = forward()
     return graph.replay, out
 
 
 class Graphs:
-    """Those of one model, one for each shape of its inputs and set of skipped blocks. Every input is copied to where
-    the capture read it, so one capture serves all texts, times and batches of a shape."""
+    """Those of one model, for the last few shapes of its inputs and sets of skipped blocks. Every input is copied to
+    where the capture read it, so one capture serves all texts, times and batches of a shape.
 
-    def __init__(self, weights: tuple[int, ...], capture: Capture = capture) -> None:
-        self.weights, self._capture = weights, capture
-        self._captured: dict[Any, tuple[Callable[[], None], list[Tensor], Tensor]] = {}
+    Args: memory: where the model's parameters and buffers lie.
+    """
+
+    def __init__(self, memory: tuple[int, ...], capture: Capture = capture) -> None:
+        self.memory, self._capture = memory, capture
+        self.captured: OrderedDict[Any, tuple[Callable[[], None], list[Tensor], Tensor]] = OrderedDict()
+        self._full = False
 
     def __call__(
         self, model: MMDiT, z: Tensor, context: Tensor, lengths: Tensor | None, modulation: Tensor,
@@ -57,25 +67,37 @@ class Graphs:
     ) -> Tensor:  # fmt: skip
         """The model's output; arguments as of its forward."""
         given = [z, context, modulation, *([] if lengths is None else [lengths])]
-        circumstances = torch.is_autocast_enabled("cuda"), dispatch.forced()
-        key = (*((t.shape, t.dtype) for t in given), tuple(sorted(skip_blocks)), *circumstances)
-        if key not in self._captured:
-            own = [t.clone() for t in given]
-
-            def forward() -> Tensor:
-                own_z, own_context, own_modulation, *own_lengths = own
-                out: Tensor = model(
-                    own_z, None, own_context, None, *own_lengths, modulation=own_modulation, skip_blocks=skip_blocks
-                )
-                return out
-
-            replay, out = self._capture(forward)
-            self._captured[key] = replay, own, out
-        replay, own, out = self._captured[key]
+        how = tuple(sorted(skip_blocks)), torch.is_inference_mode_enabled(), dispatch.forced()
+        key = (*((t.shape, t.dtype) for t in given), *how)
+        if key not in self.captured and not self._full:
+            self._make(key, model, given, skip_blocks)
+        if key not in self.captured:
+            plain: Tensor = model(z, None, context, None, lengths, modulation=modulation, skip_blocks=skip_blocks)
+            return plain
+        self.captured.move_to_end(key)
+        replay, own, out = self.captured[key]
         for mine, theirs in zip(own, given, strict=True):
             mine.copy_(theirs)
         replay()
         return out.clone()
+
+    def _make(self, key: Any, model: MMDiT, given: list[Tensor], skip_blocks: Collection[int]) -> None:
+        own = [t.clone() for t in given]
+
+        def forward() -> Tensor:
+            z, context, modulation, *lengths = own
+            out: Tensor = model(z, None, context, None, *lengths, modulation=modulation, skip_blocks=skip_blocks)
+            return out
+
+        while len(self.captured) >= KEPT:
+            self.captured.popitem(last=False)
+        try:
+            replay, out = self._capture(forward, own[0].device)
+            self.captured[key] = replay, own, out
+        except torch.OutOfMemoryError:
+            self.captured.clear()
+            self._full = True
+            warnings.warn("no GPU memory for CUDA graphs: sampling goes on without them", stacklevel=2)
 
 
 _of: WeakKeyDictionary[MMDiT, Graphs] = WeakKeyDictionary()
@@ -83,7 +105,7 @@ _of: WeakKeyDictionary[MMDiT, Graphs] = WeakKeyDictionary()
 
 def of(model: MMDiT) -> Graphs:
     """The graphs of a model, kept as long as it lives and its weights stay where they are; their values may change."""
-    weights = tuple(p.data_ptr() for p in model.parameters())
-    if model not in _of or _of[model].weights != weights:
-        _of[model] = Graphs(weights)
+    memory = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    if model not in _of or _of[model].memory != memory:
+        _of[model] = Graphs(memory)
     return _of[model]

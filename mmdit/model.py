@@ -43,6 +43,8 @@ class MMDiT(nn.Module):
         texts = max(1, config.weight_sets - 1)
         self.context_embed = nn.ModuleList(nn.Linear(config.context_dim, config.width) for _ in range(texts))
         self.blocks = nn.ModuleList(backbones.block(config, i) for i in range(config.depth))
+        for block in self.blocks:
+            block.leaves_pending = True                                                             # type: ignore[assignment]
         self.stages = backbones.ConvStages(config) if config.backbone == "uvit" else None
         self.final_layer = FinalLayer(config)
         counts = [count for block in self.blocks for count in block.vectors]                        # type: ignore[union-attr]

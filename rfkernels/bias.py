@@ -41,7 +41,8 @@ def gradient_of(output_gradient: Tensor, rows: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.shape = x.shape
         out = F.linear(x, weight, bias)
         return out.view(*out.shape[:-1], *shape) if shape else out
 
@@ -52,7 +53,7 @@ class _Linear(torch.autograd.Function):
         rows = dy.reshape(-1, weight.shape[0])
         dx, dweight, dbias, _ = ctx.needs_input_grad
         return (
-            (rows @ weight).view(x.shape) if dx else None,
+            (rows @ weight).view(ctx.shape) if dx else None,
             rows.t() @ x.reshape(-1, x.shape[-1]) if dweight else None,
             gradient_of(dy, rows) if dbias else None,
             None,
@@ -63,7 +64,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...
     """``F.linear(x, weight, bias)``, the last dimension unflattened to `shape`. It stands before an op, whose kernels,
     where they run, give the gradient of bias with that of the output.
 
-    Args: x: [..., C]. weight: [N, C]. bias: [N] or None. shape: of N in the output, () to leave it.
+    Args: x: [..., C]. weight: [N, C]. bias: [N] or None. shape: of N in the output, () to leave it. The output may not
+        be changed in place then.
     """
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad) or not _sums(before, x, weight):
         out = F.linear(x, weight, bias)

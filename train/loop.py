@@ -133,9 +133,8 @@ def train_in(config: Config, world: World) -> Outcome:
                     part = objective.loss(model, batch) * (len(batch.t) / config.batch)
                 part.backward()
                 loss += part.detach()
-            fraction = budget.fraction(progress.step)
-            lr = learning_rate(config.optimizer, progress.step, fraction)
-            stepper(Taken(progress.step, lr, fraction), loss)
+            lr = learning_rate(config.optimizer, progress.step, budget.fraction(progress.step))
+            stepper(Taken(progress.step, lr, budget.fraction(progress.step + 1)), loss)
 
             look.settled = True
             progress.step += 1
@@ -186,12 +185,9 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def tokens(batch: Batch, config: Config) -> tuple[int, int]:
-    """Image and text tokens of a sample; of two text streams those that are read, for one is padded to all its room."""
+    """Image and text tokens of a sample."""
     height, width = batch.x0.shape[2:]
-    text = batch.text.context.shape[1]
-    if batch.text.lengths.ndim == 2:
-        text = round(float(batch.text.lengths.sum(1).float().mean()))
-    return height * width // config.model.patch_size**2, text
+    return height * width // config.model.patch_size**2, batch.text_tokens
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

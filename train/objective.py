@@ -28,16 +28,19 @@ class Batch(NamedTuple):
     """[B] fp32."""
     text: text.Conditioning
     """bf16 as in the cache, fp32 after `to`."""
+    text_tokens: int = 0
+    """Of a sample that are read, on average: of two text streams padding is not, for one is padded to all its room."""
 
     def to(self, device: torch.device) -> Batch:
         """On a device, in fp32 from there on: half as much is copied."""
         x0, noise, t, context, lengths, pooled = (v.to(device, non_blocking=True) for v in (*self[:3], *self.text))
-        return Batch(x0.float(), noise, t, text.Conditioning(context.float(), lengths, pooled.float()))
+        conditioning = text.Conditioning(context.float(), lengths, pooled.float())
+        return self._replace(x0=x0.float(), noise=noise, t=t, text=conditioning)
 
     def pinned(self) -> Batch:
         """In memory from which a GPU copies while it computes."""
         x0, noise, t, context, lengths, pooled = (v.pin_memory() for v in (*self[:3], *self.text))
-        return Batch(x0, noise, t, text.Conditioning(context, lengths, pooled))
+        return self._replace(x0=x0, noise=noise, t=t, text=text.Conditioning(context, lengths, pooled))
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,11 @@ class Objective:
         x0 = torch.stack([s.latent for s in samples])
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
         features = [s.features for s in samples]
-        return Batch(x0, noise, t, text.assemble(features, self.context_dim, keep, self.beside, self.split))
+        conditioning = text.assemble(features, self.context_dim, keep, self.beside, self.split)
+        read = conditioning.context.shape[1]
+        if conditioning.lengths.ndim == 2:
+            read = round(float(conditioning.lengths.sum(1).float().mean()))
+        return Batch(x0, noise, t, conditioning, read)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean weighted squared error of the batch, scalar fp32."""

@@ -100,7 +100,6 @@ def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
     """A call of a block."""
     with made_in(torch.bfloat16):
         block = backbones.block(config.model, index)
-    block.leaves_pending = False
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
     texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)

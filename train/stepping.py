@@ -21,7 +21,7 @@ class Taken:
     """Counted from 0."""
     lr: float
     fraction: float
-    """Of the budget, before it."""
+    """Of the budget, after it."""
 
 
 class Stepper:

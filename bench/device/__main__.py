@@ -23,8 +23,8 @@ from bench import environment
 from bench.device.runner import Outcome, Part, Queue, pack, unpack
 
 SECONDS = 285.0              # of a call; its machine is given ten minutes at most, and each start costs one or two
-KERNEL_TESTS = ("adaln_kernels", "flow_kernels", "gelu_mlp", "joint_attention_kernels", "joint_attention_operator",
-                "patch_kernels", "qk_norm")  # fmt: skip
+KERNEL_TESTS = ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "joint_attention_kernels",
+                "joint_attention_operator", "patch_kernels", "qk_norm")  # fmt: skip
 PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
 STEP = "d24-256px-B32"
 OPS = {"attention": "joint_attention-1536-B64", "adaln": "gated_adaln-1536-B64", "block": "block-1536-B64"}
@@ -53,7 +53,8 @@ def first(work: Path, pretend: bool) -> list[Part]:
     ptxas, processes = other_ptxas(), "2" if pretend else "14"
     tests = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else KERNEL_TESTS)]
     training = "bench.device.training"
-    spread = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", training, "plain")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 1)
+    spread = (*launcher, "-m", training, "plain")
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     one_attention = ("-m", "bench.device.attention")
     lengths = ("tests/rfkernels/test_joint_attention_kernels.py", "-k", "lengths_per_sample and True-True")
@@ -70,7 +71,7 @@ def first(work: Path, pretend: bool) -> list[Part]:
         Part("spread", python(*spread), 60),
         Part("compiled", python("-m", training, "compiled"), 90),
         Part("profile", python("-m", "bench.profile"), 70),
-        Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 45,
+        Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 60,
              environment=uncached, needs="compute-sanitizer"),
         Part("racecheck", [*sanitized, "racecheck", "--kernel-regex", "kns=attention", *python(*one_attention)], 45,
              environment=uncached, needs="compute-sanitizer"),
@@ -84,8 +85,9 @@ def second(work: Path, pretend: bool) -> list[Part]:
     compile_ = ("-m", "bench.device.precompile", "--processes", processes, "--most", most, "--seconds", 120)
     sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 1.0, "--candidates", work / "candidates.json")
     return [
+        bench_part("step", "model", step, 45, work, BENCH_WITHOUT="max-autotune;compile;ours, compiled"),
         Part("precompile", python(*compile_), 130, beside=True),
-        bench_part("step", "model", step, 120, work),
+        bench_part("step-compile", "model", step, 110, work),
         *(bench_part(name, "ops", case, 45, work) for name, case in ops.items()),
         Part("error", python("-m", "bench.attention_error"), 30),
         Part("sweep", python(*sweep), 75),
@@ -100,6 +102,7 @@ def prepared(pretend: bool) -> None:
     """The environment of all parts."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("OMP_NUM_THREADS", "1" if pretend else "2")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")                    # a machine without a network has no other
     if pretend:
         os.environ.update(BENCH_PRETEND="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
@@ -120,7 +123,7 @@ def main(call: str, out: Path, pretend: bool, earlier: Path | None, seconds: flo
         known: dict[str, Outcome] = unpack(earlier, work) if earlier is not None else {}
         if (work / f"{slug}.json").is_file():                             # of an earlier sweep
             os.environ["RFKERNELS_LAUNCH_TABLES"] = str(work)
-        os.environ.setdefault("TRITON_CACHE_DIR", f"{work}.triton")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rfkernels-triton"))
         parts = CALLS[call](work, pretend)
         if hang:                                             # for the test of deadlines
             stuck = python("-c", "import time; print('hanging', flush=True); time.sleep(1000)")

@@ -140,18 +140,37 @@ def _verdict(log: Path) -> list[str]:
     return marked or [line for line in lines if line.strip()][-1:]
 
 
+def _started_by(pid: int) -> list[int]:
+    """All processes that descend from one, those in sessions of their own too: torchrun's workers are."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):                                                # it may have ended since
+            text = stat.read_text()
+            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(text.split()[0]))
+    found, pending = [], [pid]
+    while pending:
+        found += (here := children.get(pending.pop(), []))
+        pending += here
+    return found
+
+
 def _kill(process: subprocess.Popen, number: signal.Signals) -> None:
     """To a part and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+    for pid in (*_started_by(process.pid), process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _stop(process: subprocess.Popen) -> None:
+    started = _started_by(process.pid)
     _kill(process, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
     _kill(process, signal.SIGKILL)
     process.wait()
+    for pid in started:                                       # whose parent ended first
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def unpack(archive: Path, folder: Path) -> dict[str, Outcome]:

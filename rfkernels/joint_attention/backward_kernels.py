@@ -43,15 +43,6 @@ def _store_sum(partials_ptr, section, value, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _store_head_sum(partials_ptr, section, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sum over the tile's tokens to partials [sections, heads, tiles, batch, D], where a head's rows lie together."""
-    tiles, heads, batch = tl.num_programs(0).to(tl.int64), tl.num_programs(1), tl.num_programs(2)
-    row = ((section * heads + tl.program_id(1)) * tiles + tl.program_id(0)) * batch + tl.program_id(2)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(partials_ptr + row * D + d, tl.sum(value, 0), mask=d < D)
-
-
-@triton.jit
 def _store(base, stride, first, size, value, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     token, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     here = base + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + d[None, :])
@@ -90,14 +81,14 @@ def _query_gradient(
 def attention_bwd_q(
     qs, ks, vs, outs, douts, dqs, folds, q_weights, k_weights, q_lengths, k_lengths,
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
-    rstd_ptr, lse_ptr, delta_ptr, partials_ptr, sums_ptr, scale, eps, queries, keys, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
+    rstd_ptr, lse_ptr, delta_ptr, partials_ptr, scale, eps, queries, keys, Q0, Q1, Q2, Q3, S0, S1, S2, S3,
     NORM: tl.constexpr, LENGTHS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, NQ: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq, delta [B, H, queries] and, if NORM, the folded queries [N, B, S, H, D] in the input's dtype and partials
-    [1 + N, tiles * B * H, D] of dq_weight and each dk_weight. If BIAS, sums [1, H, tiles, B, D] of dq over the tokens
-    of a tile. `scale` is in units of log2, as in the forward."""
+    [1 + N, tiles * B * H, D] of dq_weight and each dk_weight. If BIAS, one more section of them: sums of dq over the
+    tokens of a tile. `scale` is in units of log2, as in the forward."""
     q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
     which, first, before = _locate(tl.program_id(0), q_sizes, NQ, BLOCK_M)
     h, b = tl.program_id(1), tl.program_id(2)
@@ -154,10 +145,10 @@ def attention_bwd_q(
         rstd = _rstd(q, eps, D)
         _store_sum(partials_ptr, 0, dq * q * rstd, D, BLOCK_D)
         dq = _norm_backward(dq * _weight(weight_ptr, D, BLOCK_D), q * rstd, rstd, D)
-    if BIAS:
-        _store_head_sum(sums_ptr, 0, dq, D, BLOCK_D)
     dq_at = (_of(which, dq_strides[0], NQ), _of(which, dq_strides[1], NQ), _of(which, dq_strides[2], NQ))
     _store(_base(_of(which, dqs, NQ), b, h, dq_at), dq_at[1], first, size, dq, D, BLOCK_M, BLOCK_D)
+    if BIAS:
+        _store_sum(partials_ptr, 1 + N if NORM else 0, dq, D, BLOCK_D)
 
 
 @triton.jit
@@ -187,7 +178,7 @@ def attention_bwd_kv(
 ):  # fmt: skip
     """dk and dv. Program: BLOCK_N keys of one of N streams, a head, a sample. If NORM, queries_of are those folded for
     each key stream, [N, B, S, H, D], and scores take the keys' rstd; otherwise the queries as they are, and `scale`. If
-    BIAS, sums [2, H, tiles, B, D] of dk and dv over the tokens of a tile."""
+    BIAS, sums [2, tiles * B * H, D] of dk and dv over the tokens of a tile."""
     q_sizes, sizes = (Q0, Q1, Q2, Q3), (S0, S1, S2, S3)
     which, first, _ = _locate(tl.program_id(0), sizes, N, BLOCK_N)
     h, b = tl.program_id(1), tl.program_id(2)
@@ -226,20 +217,21 @@ def attention_bwd_kv(
         lse_ptr += q_sizes[i]
         delta_ptr += q_sizes[i]
     seen = (first + tl.arange(0, BLOCK_N) < valid)[:, None]
-    dv = tl.where(seen, dv, 0.0)
+    dv = tl.where(seen, dv, 0.0)                                     # leaves first: there is no room for all at once
+    dv_at = (_of(which, dv_strides[0], N), _of(which, dv_strides[1], N), _of(which, dv_strides[2], N))
+    _store(_base(_of(which, dvs, N), b, h, dv_at), dv_at[1], first, size, dv, D, BLOCK_N, BLOCK_D)
+    if BIAS:
+        _store_sum(sums_ptr, 1, dv, D, BLOCK_D)
     if NORM:
         k = _rows(k_base, strides_k[1], first, valid, True, D, BLOCK_N, BLOCK_D).to(tl.float32)
         rstd = _rstd(k, eps, D)
         dk = tl.where(seen, _norm_backward(dk * LN2, k * rstd, rstd, D), 0.0)
     else:
         dk = tl.where(seen, dk * (scale * LN2), 0.0)
-    if BIAS:
-        _store_head_sum(sums_ptr, 0, dk, D, BLOCK_D)
-        _store_head_sum(sums_ptr, 1, dv, D, BLOCK_D)
     dk_at = (_of(which, dk_strides[0], N), _of(which, dk_strides[1], N), _of(which, dk_strides[2], N))
-    dv_at = (_of(which, dv_strides[0], N), _of(which, dv_strides[1], N), _of(which, dv_strides[2], N))
     _store(_base(_of(which, dks, N), b, h, dk_at), dk_at[1], first, size, dk, D, BLOCK_N, BLOCK_D)
-    _store(_base(_of(which, dvs, N), b, h, dv_at), dv_at[1], first, size, dv, D, BLOCK_N, BLOCK_D)
+    if BIAS:
+        _store_sum(sums_ptr, 0, dk, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["R0", "R1", "R2", "R3", "R4", "R5", "R6", "R7"])
@@ -269,24 +261,23 @@ def sum_heads(
     outs, q_sums_ptr, kv_sums_ptr, batch, S0, S1, S2, S3, D: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """outs[i] [3, H, D] of stream i: sums over all tokens of dq, dk, dv, from those of tiles of BLOCK_M queries, [1, H,
-    tiles, B, D], and of BLOCK_N keys, [2, H, tiles, B, D]. Program: a head, a stream's q, k or v."""
+    """outs[i] [3, H, D] of stream i: sums over all tokens of dq, dk, dv, from those of tiles of BLOCK_M queries,
+    [tiles, B, H, D], and of BLOCK_N keys, [2, tiles, B, H, D]. Program: a head, a stream's q, k or v."""
     sizes = (S0, S1, S2, S3)
     h, heads = tl.program_id(0), tl.num_programs(0)
     which, part = tl.program_id(1) // 3, tl.program_id(1) % 3
-    first_m, first_n, all_m, all_n = 0, 0, 0, 0
+    first_m, first_n, all_n = 0, 0, 0
     for i in tl.static_range(N):
         first_m += tl.where(which > i, tl.cdiv(sizes[i], BLOCK_M), 0)
         first_n += tl.where(which > i, tl.cdiv(sizes[i], BLOCK_N), 0)
-        all_m += tl.cdiv(sizes[i], BLOCK_M)
         all_n += tl.cdiv(sizes[i], BLOCK_N)
     size = _of(which, sizes, N)
-    first = tl.where(part == 0, h * all_m + first_m, ((part - 1) * heads + h) * all_n + first_n)
+    tile = tl.where(part == 0, first_m, (part - 1) * all_n + first_n)
     count = tl.where(part == 0, tl.cdiv(size, BLOCK_M), tl.cdiv(size, BLOCK_N)) * batch
-    base = tl.where(part == 0, q_sums_ptr, kv_sums_ptr) + first.to(tl.int64) * batch * D
+    base = tl.where(part == 0, q_sums_ptr, kv_sums_ptr) + (tile.to(tl.int64) * batch * heads + h) * D
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, count, ROWS):
-        total += _rows(base, D, start, count, True, D, ROWS, BLOCK_D)
+        total += _rows(base, heads * D, start, count, True, D, ROWS, BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     out_ptr = _of(which, outs, N) + (part * heads + h) * D
     tl.store(out_ptr + d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=d < D)

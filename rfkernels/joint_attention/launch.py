@@ -344,22 +344,19 @@ def _core_backward(
     _, block_k, settings_k = _settings("attention_bwd_kv", like)
     q_rows = [-(-s // block_q) * heads * batch for s in core.query_sizes]
     sections = (1 + len(ks)) if core.norm else 0
-    partials = torch.empty(sections * sum(q_rows), dim, dtype=torch.float32, device=like.device)
+    partials = torch.empty((sections + bias) * sum(q_rows), dim, dtype=torch.float32, device=like.device)
     q_weights, k_weights = _query_weights(core), _alike([s.k_weight for s in core.streams])
     q_lengths, k_lengths = _lengths(core.asking, core.streams), _lengths(core.streams, core.streams)
     sizes = (*_four(core.query_sizes), *_four(core.sizes))
     flags = {"NORM": core.norm, "LENGTHS": k_lengths[0] is not None, "NQ": len(qs), "N": len(ks), "BIAS": bias}
     tiles_q, tiles_k = _tiles(core.query_sizes, block_q), _tiles(core.sizes, block_k)
-    empty = (1, heads, tiles_q, batch, dim), (2, heads, tiles_k, batch, dim)
-    sums_q, sums_kv = (
-        torch.empty(shape if bias else (0,), dtype=torch.float32, device=like.device) for shape in empty
-    )
+    sums_kv = torch.empty(2 * tiles_k * batch * heads * bias, dim, dtype=torch.float32, device=like.device)
     strides_k, strides_v, strides_o = _strides(ks), _strides(vs), _strides(douts)
     filled = tuple(t for t in dqs if t is not None)
     kernels.attention_bwd_q[(tiles_q, heads, batch)](
         qs, ks, vs, tuple(outs), douts, filled, queries, q_weights, k_weights, q_lengths, k_lengths,
         _strides(qs), strides_k, strides_v, strides_o, _strides(filled),
-        rstd, lse, delta, partials, sums_q, scale * LOG2_E, eps, lse.shape[2], sum(core.sizes), *sizes, **flags,
+        rstd, lse, delta, partials, scale * LOG2_E, eps, lse.shape[2], sum(core.sizes), *sizes, **flags,
         **settings_q,
     )  # fmt: skip
     kernels.attention_bwd_kv[(tiles_k, heads, batch)](
@@ -370,8 +367,8 @@ def _core_backward(
     sums = [torch.empty((3, heads, dim), dtype=like.dtype, device=like.device) for _ in ks] if bias else []
     if bias:
         kernels.sum_heads[(heads, 3 * len(ks))](
-            tuple(sums), sums_q, sums_kv, batch, *_four(core.sizes), D=dim, N=len(ks), BLOCK_M=block_q, BLOCK_N=block_k,
-            ROWS=64, BLOCK_D=_block_d(dim), num_warps=4, enable_fp_fusion=True,
+            tuple(sums), partials[sections * sum(q_rows) :], sums_kv, batch, *_four(core.sizes), D=dim, N=len(ks),
+            BLOCK_M=block_q, BLOCK_N=block_k, ROWS=64, BLOCK_D=_block_d(dim), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if not core.norm:
         return [], sums

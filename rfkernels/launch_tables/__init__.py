@@ -144,7 +144,7 @@ ATTENTION = {
     },
     "attention_bwd_q": {
         80: {64: AttentionLaunch(64, 32, 4, 2), 128: AttentionLaunch(32, 32, 8, 2)},
-        90: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(64, 32, 8, 2)},
+        90: {64: AttentionLaunch(64, 64, 4, 3), 128: AttentionLaunch(64, 32, 8, 2)},
         100: {64: AttentionLaunch(64, 64, 4, 2), 128: AttentionLaunch(64, 64, 8, 2)},
     },
     "attention_bwd_kv": {

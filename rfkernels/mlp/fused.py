@@ -55,7 +55,8 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return without_gradient(*given)
     out: Tensor = _GeluMlp.apply(*to_autocast(*given))
-    return out if b2 is None or torch.compiler.is_compiling() else marked(out)
+    wants = b2 is not None and b2.requires_grad and not torch.compiler.is_compiling()
+    return marked(out) if wants else out
 
 
 def without_gradient(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:

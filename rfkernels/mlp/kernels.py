@@ -17,13 +17,14 @@ def gelu_bwd(
     columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     inside = (columns < C)[None, :]
     first = tl.program_id(1).to(tl.int64) * span
-    end = tl.minimum(first + span, rows)
+    count = tl.minimum(span, rows - first).to(tl.int32)
     dtype = h_ptr.dtype.element_ty
     sums = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in range(0, end - first, ROWS):
-        row = first + (start + tl.arange(0, ROWS))
-        here = row[:, None] * C + columns[None, :]                        # [ROWS, CHUNK]
-        mask = (row < end)[:, None] & inside
+    h_ptr, da_ptr, a_ptr, dh_ptr = h_ptr + first * C, da_ptr + first * C, a_ptr + first * C, dh_ptr + first * C
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)                                               # from the first
+        here = row.to(tl.int64)[:, None] * C + columns[None, :]                        # [ROWS, CHUNK]
+        mask = (row < count)[:, None] & inside
         h = tl.load(h_ptr + here, mask=mask, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + here, mask=mask, other=0.0).to(tl.float32)
         square = h * h

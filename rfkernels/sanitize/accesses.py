@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rfkernels.sanitize.findings import Writer, watch
 DEPTH = 6                    # functions between a line and its kernel that are named
 WRITERS = 64                 # storages of which the last writer is remembered
 REMEMBERED = 1 << 24         # elements of such a storage
+FOREIGN = tuple(str(Path(find_spec(name).origin or "").parent) for name in ("triton", "numpy"))    # type: ignore[union-attr]
 ATOMIC, READ, SCRATCH = "atomic", "read", "scratch"
 
 
@@ -63,8 +65,7 @@ class Launch:
         mine = str(Path(__file__).parent)
         while frame is not None and len(parts) < DEPTH:
             name = frame.f_code.co_filename
-            foreign = name.startswith(mine) or "/triton/" in name or "/numpy/" in name
-            if not foreign and "rfkernels/testing" not in name:
+            if not name.startswith((mine, *FOREIGN)) and not name.endswith("rfkernels/testing.py"):
                 parts.append(f"{Path(name).parent.name}/{Path(name).name}:{frame.f_lineno} ({frame.f_code.co_name})")
             if frame.f_code is self.code:
                 break

@@ -23,6 +23,8 @@ from rfkernels.triton_support import INTERPRETED
 def pytest_configure(config: pytest.Config) -> None:
     if not INTERPRETED:
         raise pytest.UsageError("the sanitizer watches Triton's interpreter: set TRITON_INTERPRET=1")
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("the sanitizer watches one process: run without -n")
     install()
     dispatch.run = _checking(dispatch.run, "forward of {}")
     torch.autograd.grad = _checking(torch.autograd.grad, "a gradient")
@@ -40,11 +42,18 @@ def _checking(function: Any, label: str) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    before = sum(f.count for f in watch.errors)
+    before = {id(f): f.count for f in watch.errors}
     with watch.running(item.nodeid):
         yield
-    if sum(f.count for f in watch.errors) > before:
-        pytest.fail(f"sanitizer: {watch.errors[-1]}", pytrace=False)
+    new = [f for f in watch.errors if f.count > before.get(id(f), 0)]
+    if new:
+        pytest.fail(f"sanitizer: {new[-1]}", pytrace=False)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What was launched by a fixture or at an import fails the run too."""
+    if watch.errors and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

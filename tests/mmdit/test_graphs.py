@@ -24,7 +24,7 @@ def captures(monkeypatch):
     """How many captures there were; a replay computes on what the captured tensors hold now."""
     made = []
 
-    def recording(forward):
+    def recording(forward, device):
         out = forward()
         made.append(out)
         return lambda: out.copy_(forward()), out
@@ -55,6 +55,9 @@ def test_one_capture_serves_all_batches_texts_and_times_of_a_shape(model, captur
     skipping = {"skip_blocks": (0,), "skip_from": 0.0, "skip_until": 1.0}
     assert torch.equal(draw(model, 4, True, **skipping), draw(model, 4, False, **skipping))
     assert len(captures) == 3
+    for batch in (1, 2, 3):
+        draw(model, 5, True, batch=batch)
+    assert len(graphs.of(model).captured) <= graphs.KEPT
 
 
 def test_weights_may_change_in_place_and_are_captured_anew_when_they_move(model, captures):
@@ -67,14 +70,27 @@ def test_weights_may_change_in_place_and_are_captured_anew_when_they_move(model,
     assert torch.equal(draw(model, 0, True), draw(model, 0, False)) and len(captures) == 2
 
 
-def test_what_cannot_be_replayed_is_run(model):
+def test_what_cannot_be_replayed_is_run(model, monkeypatch):
     assert graphs.refusal(model) == "the model is on cpu"
     assert torch.equal(draw(model, 0, True), draw(model, 0, False))
     handle = model.blocks[0].register_forward_hook(lambda *a: None)
     assert graphs.refusal(model) == "the model has forward hooks"
     handle.remove()
     with FakeTensorMode(), torch.device("cuda"):
-        assert graphs.refusal(MMDiT(model.config)) is None
+        there = MMDiT(model.config)
+        assert graphs.refusal(there) is None
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        assert graphs.refusal(there).startswith("autocast is on")
+
+
+def test_without_memory_for_graphs_it_samples_all_the_same(model, captures, monkeypatch):
+    def full(forward, device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(graphs.Graphs.__init__, "__defaults__", (full,))
+    with pytest.warns(UserWarning, match="no GPU memory for CUDA graphs"):
+        got = draw(model, 0, True)
+    assert torch.equal(got, draw(model, 0, False)) and not captures
 
 
 def test_sampling_makes_no_graph_of_gradients_and_asks_the_host_for_times_once(model, monkeypatch):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import rfkernels
+from rfkernels.adaln import launch
 
 NORMS = ("layer", "rms")
 MODULATIONS = {"per-sample": (2, 24), "per-token": (2, 5, 24), "shared": (24,)}
@@ -112,3 +113,12 @@ def test_saves_one_activation():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         rfkernels.adaln(x, shift, scale)
     assert sum(saved.values()) <= x.numel() + shift.numel() + scale.numel() + 2 * x.shape[0] * x.shape[1]
+
+
+@pytest.mark.parametrize("batch", (1, 2, 31, 32, 33, 64, 100, 264, 300))
+def test_programs_of_a_backward_are_one_wave(batch, monkeypatch):
+    """A program more than the multiprocessors hold at a time would run alone after all others."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    x = torch.empty((batch, 1024, 64), device="meta")
+    programs = batch * launch.Sums(x, 1, (x[:, 0],), in_chunks=False).splits
+    assert programs <= max(batch, 264) and (batch > 132 or programs > 132)

@@ -392,12 +392,3 @@ def test_the_reference_is_what_is_stored_then_normed():
     x, branch, gate, shift, scale = tensors("gated_adaln", 2, 3, 64, torch.bfloat16)
     h, y = reference.gated_adaln(x, branch, gate, shift, scale, "layer", 1e-6)
     assert torch.equal(y, reference.adaln(h, shift, scale, "layer", 1e-6))
-
-
-@pytest.mark.parametrize("batch", (1, 2, 31, 32, 33, 64, 100, 264, 300))
-def test_programs_of_a_backward_are_one_wave(batch, monkeypatch):
-    """A program more than the multiprocessors hold at a time would run alone after all others."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    x, v = (torch.empty(shape, device="meta") for shape in ((batch, 1024, 1536), (batch, 1536)))
-    programs = batch * launch.Sums(x, 1, (v,), in_chunks=False).splits
-    assert programs <= max(batch, 264) and (batch > 132 or programs > 132)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rfkernels import dispatch
 from rfkernels.autocast import to_autocast
@@ -82,10 +81,11 @@ def marked(output: Tensor) -> Tensor:
 
 def _sums(op: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels of an op will run, so that somebody gives sums."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if torch.compiler.is_compiling() or transformed or isinstance(weight, DTensor):
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if dispatch.pretended(op):
+        return True
+    if type(weight) not in (Tensor, torch.nn.Parameter):                 # a DTensor's sums would be of its part
         return False
     forced = dispatch.forced_backend(op)
-    if forced is not None:
-        return forced == "triton" and refuses_triton(x) is None
-    return x.is_cuda or dispatch.pretended(op)
+    return x.is_cuda if forced is None else forced == "triton" and refuses_triton(x) is None

@@ -97,6 +97,14 @@ def test_stacked_modulation_is_a_linear_per_consumer():
     torch.testing.assert_close(list(itertools.chain(*got)), list(itertools.chain(*want)))
 
 
+@pytest.fixture
+def where_kernels_run():
+    """New tensors are made there."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("where_kernels_run")
 @pytest.mark.parametrize("batch", (1, 2))
 @pytest.mark.parametrize("backend", ("reference", "triton"))
 def test_the_gradient_of_a_stack_is_one_tensor(backend, batch):
@@ -123,6 +131,7 @@ def test_the_gradient_of_a_stack_is_one_tensor(backend, batch):
     assert sum(part is not None for part in written) == (4 if backend == "triton" else 0)
 
 
+@pytest.mark.usefixtures("where_kernels_run")
 def test_chunks_of_one_modulation_taken_twice_have_their_own_gradients():
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     m, x = torch.randn(2, 4 * C, requires_grad=True), torch.randn(2, 5, C)
@@ -155,6 +164,7 @@ def test_layers_with_hooks_or_adapters_are_called():
         assert len(called) == 1, name
 
 
+@pytest.mark.usefixtures("where_kernels_run")
 def test_resolutions_do_not_recompile_and_export():
     class Through(torch.nn.Module):
         def __init__(self):

@@ -21,6 +21,8 @@ GRACE = 8.0                  # seconds between the request to stop and the end b
 VERDICT = "verdict: "        # lines of a part's output that begin so are shown at the end
 SHOWN = 3                    # of them, for each part
 RECORD = "parts.json"
+LEFT_BEHIND = {"cache", "checkpoints"}
+MOST_BYTES = 15 << 20        # of an archive, before it is compressed
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,15 @@ def unpack(archive: Path, folder: Path) -> dict[str, Outcome]:
 
 
 def pack(folder: Path, archive: Path, about: dict[str, Any]) -> None:
-    """All of a folder as one file, written beside and renamed: an archive that is there is whole."""
+    """A folder as one file, written beside and renamed: an archive that is there is whole. Data and checkpoints stay
+    behind, and what is too large to come back from a borrowed machine, the largest files first; `about` names them."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not LEFT_BEHIND & set(p.relative_to(folder).parts)]
+    files.sort(key=lambda p: p.stat().st_size)
+    while files and sum(p.stat().st_size for p in files) > MOST_BYTES:
+        about.setdefault("left_out", []).append(str(files.pop().relative_to(folder)))
     write_atomically(folder / "about.json", json.dumps(about, indent=1).encode())
     partial = archive.with_suffix(".partial")
     with tarfile.open(partial, "w:gz") as tar:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                tar.add(path, path.relative_to(folder))
+        for path in sorted({*files, folder / "about.json"}):
+            tar.add(path, path.relative_to(folder))
     os.replace(partial, archive)

@@ -91,6 +91,8 @@ def resumed() -> int:
 
 
 def sampled() -> int:
+    if not (config("plain").run / "model.safetensors").is_file():              # of a call before, and left behind there
+        train(config("plain"))
     sampler = Sampler.load(config("plain").run)
     prompts, settings = ["a small red circle on the left", "a large blue square"], {"steps": 6, "guidance": 3.0}
     with_graphs, without = (sampler(prompts, graph=graph, **settings) for graph in (True, False))

@@ -51,7 +51,7 @@ def test_a_part_beside_others_runs_with_them_and_the_clock_ends_all(tmp_path):
     assert status == {"beside": "passed", "main": "passed", "late": "no time left"}
 
 
-def test_a_call_goes_on_from_the_archive_of_one_before(tmp_path):
+def test_a_call_goes_on_from_the_archive_of_one_before(tmp_path, monkeypatch):
     work, again = tmp_path / "work", tmp_path / "again"
     work.mkdir(), again.mkdir()
     parts = [Part("a", python("print('verdict: 1')"), 10), Part("b", python("1 / 0"), 10)]
@@ -59,12 +59,16 @@ def test_a_call_goes_on_from_the_archive_of_one_before(tmp_path):
     queue.run(parts)
     (work / "deep").mkdir()
     (work / "deep" / "file").write_text("x")
+    (work / "deep" / "large").write_bytes(b"x" * 5000)
+    (work / "cache").mkdir()
+    (work / "cache" / "data").write_text("x")
+    monkeypatch.setattr("bench.device.runner.MOST_BYTES", 4000)
     pack(work, tmp_path / "one.tgz", {"card": "a card"})
     assert not list(tmp_path.glob("*.partial"))
     with tarfile.open(tmp_path / "one.tgz") as tar:
         assert {"a.log", "b.log", "parts.json", "about.json", "deep/file"} == set(tar.getnames())
     known = unpack(tmp_path / "one.tgz", again)
-    assert json.loads((again / "about.json").read_text()) == {"card": "a card"}
+    assert json.loads((again / "about.json").read_text()) == {"card": "a card", "left_out": ["deep/large"]}
     queue = Queue(again, 60, known)
     queue.run(parts)
     assert [o.status for o in queue.outcomes] == ["passed earlier", "failed (1)"] and queue.outcomes[0].verdict == ["1"]

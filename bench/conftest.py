@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "wrote; 'newest' takes the newest of this GPU in bench/results",
     )  # fmt: skip
     group.addoption("--slower", type=float, default=0.10, help="how much worse fails, as a fraction (0.10)")
-    group.addoption("--ops", default="", help="only cases whose name contains this")
+    group.addoption("--ops", default="", help="only cases whose name contains this, or one of several: a;b")
 
 
 @pytest.hookimpl(tryfirst=True)

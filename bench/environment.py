@@ -28,6 +28,11 @@ def excluded() -> frozenset[str]:
     return frozenset(os.environ.get("BENCH_WITHOUT", "").split(";")) - {""}
 
 
+def asked_for(name: str, ops: str) -> bool:
+    """Whether a case's name holds one of `--ops a;b`."""
+    return any(part in name for part in ops.split(";"))
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

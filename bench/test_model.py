@@ -117,7 +117,7 @@ def record(name: str, way: str) -> dict[str, Any]:
 @pytest.mark.parametrize("way", models.names())
 @pytest.mark.parametrize("name", SIZES)
 def test_model(name: str, way: str, report: Callable[..., None], request: Any) -> None:
-    if request.config.getoption("--ops") not in name:
+    if not environment.asked_for(name, request.config.getoption("--ops")):
         pytest.skip("not asked for")
     samples, wrong, _ = measured(name)
     if way in wrong:

@@ -7,9 +7,12 @@ import tarfile
 import time
 
 import pytest
+import torch
 
+from bench import environment, models
+from bench.cases import cases
 from bench.device import precompile
-from bench.device.__main__ import CALLS
+from bench.device.__main__ import CALLS, OPS, STEP
 from bench.device.runner import Part, Queue, pack, unpack
 
 
@@ -99,3 +102,13 @@ def test_settings_that_spill_are_not_measured():
     tried = [(now, {**said, "loops": [400]}), (slow, said), (spilling, {**said, "spills": 8}), (fast, said)]
     kept = precompile.chosen({"k": tried}, {"k": now})["k"]
     assert [json.loads(s) for s in kept] == [now, fast, slow]
+
+
+def test_what_is_measured_exists_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = {case.name for case in cases(torch.device("cuda"))}
+    for ops in OPS.values():
+        assert len(ops.split(";")) == 2
+        assert all(sum(environment.asked_for(name, part) for name in names) == 1 for part in ops.split(";")), ops
+    sizes = {size.name(step) for size in models.GPU for step in models.STEPS}
+    assert {name for name in sizes if environment.asked_for(name, STEP)} == {f"{STEP} {s} step" for s in models.STEPS}

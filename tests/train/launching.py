@@ -91,10 +91,10 @@ def losses(run):
     return [e["train/loss"] for e in lines if "train/loss" in e], [e for e in lines if "validation/loss" in e]
 
 
-def agree(one, other, rtol=1e-5):
+def agree(one, other, rtol=1e-5, steps=10):
     """Losses of every step, validation, and the exported weights."""
     (a, checks_a), (b, checks_b) = losses(one), losses(other)
-    assert len(a) == len(b) == 10
+    assert len(a) == len(b) == steps
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=rtol, atol=0)
     for x, y in zip(checks_a, checks_b, strict=True):
         assert x == pytest.approx(y, rel=1e-4)

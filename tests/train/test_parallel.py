@@ -67,6 +67,23 @@ def test_other_backbones_do_not_depend_on_the_processes_either(kind, alone, tmp_
     assert Sampler.load(two.run)(["a small red circle on the left"], steps=2).std() > 0
 
 
+KERNELS = """
+import rfkernels
+from rfkernels.testing import mend_interpreter
+mend_interpreter()
+rfkernels.backend("triton", "adaln", "gated_adaln", "gated_residual", "joint_attention", "gelu_mlp").__enter__()
+"""
+
+
+def test_two_processes_with_the_kernels(alone, tmp_path, launch):
+    """In Triton's interpreter: what blocks hand over, and sums for biases, cross the borders of FSDP's units."""
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    one, two = (changed(alone, run=tmp_path / name, steps=2) for name in ("one", "two"))
+    for config, processes in ((one, 1), (two, 2)):
+        launch(config, processes, before=KERNELS)
+    agree(one.run, two.run, steps=2)
+
+
 def test_processes_agree_on_a_name_that_no_start_before_had():
     """Over a store that keeps what those before said; one of three dies after it has said hello, and comes again."""
     store, timeout = dist.HashStore(), timedelta(seconds=20)

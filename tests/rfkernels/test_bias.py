@@ -120,6 +120,14 @@ def test_a_gradient_that_was_added_to_is_summed_anew():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_sums_hold_for_the_gradient_that_they_came_with():
+    gradient, sums = torch.ones(2, 5, C), torch.full((C,), 10.0)
+    bias.give(gradient, sums)
+    assert torch.equal(bias.gradient_of(gradient, gradient.view(10, C)), sums)
+    gradient += 1                                                        # as autograd may
+    assert torch.equal(bias.gradient_of(gradient, gradient.view(10, C)), 2 * sums)
+
+
 def test_layers_computed_again_in_the_backward():
     block, xs, vectors = weights_and_inputs(torch.float32)
     again = lambda call: lambda: checkpoint(call, use_reentrant=False)  # noqa: E731

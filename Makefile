@@ -44,7 +44,7 @@ OLDEST_TESTS := $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.
 
 $(OLDEST)/.installed: pyproject.toml
 	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check "torch==2.11.0" "triton==3.6.0" --editable ".[oldest]"
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check "torch==2.11.0" "triton==3.6.0" --editable ".[oldest,train]"
 	touch $@
 
 test-oldest: $(OLDEST)/.installed

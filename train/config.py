@@ -84,7 +84,8 @@ class Parallel:
     accumulate: int = 1
     """Parts in which each process computes its share of a batch, one after another, to hold fewer activations."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations of a block that are computed again in the backward: none; all but products and attention; all."""
+    """Activations of a block that are computed again in the backward: none; all but attention and the projections back
+    to the width; all."""
     compile: bool = False
     """torch.compile each block."""
     prefetch: int = 1

@@ -159,23 +159,21 @@ def _prefetch(model: MMDiT, ahead: int) -> None:
 
 
 SDPA = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+PRODUCTS = ("aten.mm", "aten.addmm")
 ATTENTION = {"rfkernels.joint_attention", *(f"aten._scaled_dot_product_{kind}" for kind in SDPA)}
 
 
-def kept(op: str, flops: int, rows: int, columns: int) -> bool:
-    """Whether selective checkpointing keeps the output [rows, columns] of an operator: attention, and products that do
-    not widen (a block's two projections back to its width). These cost most to compute again for what they occupy; the
-    outputs of qkv and of the MLP's first layer are seven of a block's eleven widths and are computed again."""
-    product = op in ("aten.mm", "aten.addmm")
-    return op in ATTENTION or (product and flops >= 2 * rows * columns**2)
+def kept(op: str, inner: int = 0, columns: int = 0) -> bool:
+    """Whether selective checkpointing keeps the output of an operator: attention, and products [., inner] by [inner,
+    columns] that do not widen (a block's two projections back to its width). These cost most to compute again for what
+    they occupy. What qkv and the MLP's first layer give, seven of a block's eleven widths, is computed again."""
+    return op in ATTENTION or (op in PRODUCTS and inner >= columns)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name, flops, rows, columns = str(op).removesuffix(".default"), 0, 0, 0
-    if name in ("aten.mm", "aten.addmm"):
-        (rows, inner), (_, columns) = args[-2].shape, args[-1].shape
-        flops = 2 * rows * inner * columns
-    return CheckpointPolicy.MUST_SAVE if kept(name, flops, rows, columns) else CheckpointPolicy.PREFER_RECOMPUTE
+    name = str(op).removesuffix(".default")
+    sizes = args[-1].shape if name in PRODUCTS else ()
+    return CheckpointPolicy.MUST_SAVE if kept(name, *sizes) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpointed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:

@@ -139,8 +139,10 @@ def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kern
 
 def _stays(kernel: Kernel) -> bool:
     """Whether selective checkpointing keeps what a kernel writes; a product's output is a matrix."""
-    (_, _, *shape), *_ = kernel.writes
-    return parallel.kept(kernel.op, kernel.flops, *(shape if len(shape) == 2 else (0, 0)))
+    if kernel.op not in parallel.PRODUCTS:
+        return parallel.kept(kernel.op)
+    (_, _, rows, columns), *_ = kernel.writes
+    return parallel.kept(kernel.op, kernel.flops // (2 * rows * columns), columns)
 
 
 def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> Plan:

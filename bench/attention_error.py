@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 import rfkernels
 from rfkernels import Stream
-from rfkernels.testing import mend_interpreter
 from rfkernels.triton_support import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +67,6 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def main() -> None:
-    mend_interpreter()
     where = f"Triton {triton.__version__}'s interpreter" if INTERPRETED else torch.cuda.get_device_name()
     print(f"relative error against fp64, bf16, head dimension {DIM}; torch {torch.__version__}, {where}")
     print(f"{'tokens':>10s} {'weights to':>10s} {'of':>11s} {'ours':>9s} {'eager':>9s} {'SDPA':>9s}")

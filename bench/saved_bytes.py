@@ -17,7 +17,6 @@ from mmdit import presets
 from mmdit.blocks import JointBlock
 from mmdit.counting import keeping
 from rfkernels import dispatch
-from rfkernels.testing import mend_interpreter
 from rfkernels.triton_support import INSTALLED, INTERPRETED
 
 
@@ -66,7 +65,6 @@ def ways() -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    mend_interpreter()
     torch.manual_seed(0)
     print(f"joint block, bf16, width 128, 77 + 128 tokens, batch 2; torch {torch.__version__}")
     print("bytes kept for backward per token and channel, weights left out")

@@ -32,7 +32,6 @@ from rfkernels.joint_attention import launch as attention
 from rfkernels.launch_tables import AttentionLaunch, PatchLaunch, RowLaunch, attention_launch, patch_launch, row_launch
 from rfkernels.position import launch as patches
 from rfkernels.position.launch import Patches
-from rfkernels.testing import mend_interpreter
 from rfkernels.triton_support import capability
 
 TEXT = 154
@@ -157,7 +156,6 @@ def try_setting(task: Task, setting: Any, table: dict[str, Any], want: list[Tens
 def main(out: Path, minutes: float = 8.0, only: str = "", candidates: Path | None = None) -> None:
     if not torch.cuda.is_available() and not pretending():
         sys.exit("error: the sweep measures on a GPU, and there is none")
-    mend_interpreter()                            # when this is only tried, on a CPU
     chosen = json.loads(candidates.read_text()) if candidates is not None and candidates.is_file() else None
     if candidates is not None and chosen is None:
         print(f"no {candidates}: every setting is tried", flush=True)

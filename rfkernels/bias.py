@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rfkernels import dispatch
 from rfkernels.autocast import to_autocast
+from rfkernels.transforms import transforming
 from rfkernels.triton_support import refuses_triton
 
 
@@ -34,7 +35,7 @@ def give(gradient: Tensor, sums: Tensor) -> None:
 def gradient_of(output_gradient: Tensor, rows: Tensor) -> Tensor:
     """Of a bias: what came with the gradient of the output, or the sum of its rows [tokens, channels]."""
     version, sums = getattr(output_gradient, "_sums_for_bias", (None, None))
-    return rows.sum(0) if sums is None or version != output_gradient._version else sums.view(-1)
+    return rows.sum(0) if sums is None or torch.is_grad_enabled() or version != output_gradient._version else sums.view(-1)
 
 
 class _Linear(torch.autograd.Function):
@@ -46,7 +47,6 @@ class _Linear(torch.autograd.Function):
         return out.view(*out.shape[:-1], *shape) if shape else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, weight.shape[0])
@@ -81,7 +81,7 @@ def marked(output: Tensor) -> Tensor:
 
 def _sums(op: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels of an op will run, so that somebody gives sums."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transforming():
         return False
     if dispatch.pretended(op):
         return True

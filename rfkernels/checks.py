@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -27,12 +30,27 @@ def has_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} has shape {list(value.shape)}; expected {layout}")
 
 
-def unit_stride(op: str, **tensors: Tensor) -> None:
-    for name, value in tensors.items():
-        if value.shape[-1] > 1 and value.stride(-1) != 1:
-            raise ValueError(
-                f"{op}: {name} has stride {value.stride(-1)} in its last dimension; expected 1 (call .contiguous())"
-            )
+_copies: list[str] | None = None
+
+
+@contextmanager
+def told_copies() -> Iterator[list[str]]:
+    """Inside, collects a line for every tensor that an op has to copy before it runs."""
+    global _copies
+    before, _copies = _copies, []
+    try:
+        yield _copies
+    finally:
+        _copies = before
+
+
+def unit_stride(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied if the elements of their last dimension do not follow one another, which no kernel reads."""
+    if _copies is not None:
+        for name, value in tensors.items():
+            if value.shape[-1] > 1 and value.stride(-1) != 1:
+                _copies.append(f"{name} is copied first: it has stride {value.stride(-1)} in its last dimension, not 1")
+    return [t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous() for t in tensors.values()]
 
 
 def same_shape(op: str, like: str, reference: Tensor, **tensors: Tensor) -> None:
@@ -62,7 +80,7 @@ def same_dtype(op: str, like: str, reference: Tensor, **tensors: Tensor) -> None
 
 
 def fits(x: object, *vectors: object) -> bool:
-    """Whether x [B, S, C] and its modulation vectors pass `tokens` and `modulation`. Asked first because it costs a
+    """Whether x [B, S, C] and its modulation vectors are what `tokens` and `modulation` return as it is. Asked first because it costs a
     third of them; they are asked when it says no, and name what is wrong."""
     if type(x) is not Tensor or x.ndim != 3 or x.dtype not in FLOATS or x.stride(2) != 1 or not x.shape[2]:
         return False
@@ -84,29 +102,49 @@ def fits_weight(weight: object, dim: int, like: Tensor) -> bool:
     return weight.shape == (dim,) and weight.dtype in FLOATS and weight.device == like.device
 
 
-def tokens(op: str, **xs: Tensor) -> None:
-    """x [B, S, C], floating point, at least one channel, channels contiguous."""
+def tokens(op: str, **xs: Tensor) -> list[Tensor]:
+    """x [B, S, C], floating point, at least one channel; with channels next to each other."""
     is_float(op, **xs)
     has_rank(op, 3, "[B, S, C]", **xs)
     for name, x in xs.items():
         if x.shape[-1] == 0:
             raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected at least one channel")
-    unit_stride(op, **xs)
+    return unit_stride(**xs)
 
 
-def modulation(op: str, like: str, x: Tensor, **vectors: Tensor) -> None:
-    """A modulation vector is [B, C], [B, S, C] or [C]; its rank decides which, never its element count."""
-    is_float(op, **vectors)
+def canonical(vector: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """A modulation vector for x of this shape [B, S, C] as [B, C] per sample, [B, S, C] per token or [C] shared; a view.
+    None if it is none. Its rank decides which it is, never its element count."""
+    batch, length, channels = shape
+    given = tuple(vector.shape)
+    if given in ((batch, channels), (batch, length, channels), (channels,)):
+        return vector
+    if given == (1, channels):
+        return vector[0]
+    if given == (1, 1, channels):
+        return vector[0, 0]
+    if given == (batch, 1, channels):
+        return vector.squeeze(1)
+    return vector.expand(batch, -1, -1) if given == (1, length, channels) else None
+
+
+def modulation(op: str, like: str, x: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
+    """Modulation vectors for x [B, S, C] in their canonical shapes, None where none is given."""
+    present = {name: v for name, v in vectors.items() if v is not None}
+    is_float(op, **present)
     batch, length, channels = x.shape
-    wanted = {1: (channels,), 2: (batch, channels), 3: (batch, length, channels)}
-    for name, vector in vectors.items():
-        if tuple(vector.shape) != wanted.get(vector.ndim):
+    found = {}
+    for name, vector in present.items():
+        made = canonical(vector, x.shape)
+        if made is None:
             raise ValueError(
-                f"{op}: {name} has shape {list(vector.shape)}; expected {list(wanted[2])} (per sample), "
-                f"{list(wanted[3])} (per token) or {list(wanted[1])} to match {like} {list(x.shape)}"
+                f"{op}: {name} has shape {list(vector.shape)}; expected {[batch, channels]} or {[batch, 1, channels]} "
+                f"(per sample), {[batch, length, channels]} (per token) or {[channels]} to match {like} {list(x.shape)}"
             )
-    unit_stride(op, **vectors)
-    same_device(op, like, x, **vectors)
+        found[name] = made
+    same_device(op, like, x, **found)
+    found = dict(zip(found, unit_stride(**found), strict=True))
+    return [found.get(name) for name in vectors]
 
 
 def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rfkernels.checks import told_copies
+
 BACKENDS = ("reference", "triton", "library")
 
 
@@ -147,17 +149,18 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
 
     Args:
         op: a public function of rfkernels, or its name. The other arguments are that function's own.
-    Returns: a line for the choice, then one for each implementation passed over.
+    Returns: a line for the choice, one for each tensor that is copied first, one for each implementation passed over.
     Raises: ValueError if op is unknown, and whatever the op itself raises on bad arguments.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _registry:
         raise ValueError(f"explain: unknown op {name!r}; expected one of {', '.join(_registry)}")
-    checked = _checked[name](*args, **kwargs)
+    with told_copies() as copies:
+        checked = _checked[name](*args, **kwargs)
     taken = choose(name, *checked)
     forced = forced_backend(name)
     how = f"forced to {forced!r}" if forced else "first that can run"
-    lines = [f"{name}: {taken.backend} ({how}): {taken.what}"]
+    lines = [f"{name}: {taken.backend} ({how}): {taken.what}", *(f"  {line}" for line in copies)]
     for other in _registry[name]:
         if other is taken:
             continue

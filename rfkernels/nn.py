@@ -1,5 +1,5 @@
 """The ops as modules to build a diffusion transformer from. Parameters have the names of timm and of the released
-models: `qkv`, `proj`, `q_norm`, `k_norm`, `fc1`, `fc2`, `linear`, and `pos_embed`.
+models: `qkv`, `proj`, `q_norm`, `k_norm`, `fc1`, `fc2`, `linear`, and `pos_embed`. All take `device` and `dtype`.
 
 A block of two streams, whole: docs/examples/own_block.py.
 """
@@ -17,39 +17,86 @@ from torch import Tensor, nn
 import rfkernels
 from rfkernels import checks
 from rfkernels.adaln.op import NORMS, Norm
+from rfkernels.autocast import autocast_dtype
 from rfkernels.bias import linear
 from rfkernels.joint_attention.stream import Rope, Stream
+from rfkernels.layers import plain
 
 
-def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
-    """Whether a layer's weights are all there is to it: no adapter, no hook, no other class. If not, it is called."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is kind and not hooked and "forward" not in layer.__dict__
+Device = torch.device | str | int | None
 
 
 class AdaLN(nn.Module):
-    """``norm(x) * (1 + scale) + shift`` without parameters of its own; see `rfkernels.adaln`."""
+    """``norm(x) * (1 + scale) + shift``; see `rfkernels.adaln`.
 
-    def __init__(self, *, norm: Norm = "layer", eps: float = 1e-6) -> None:
+    Args:
+        channels: None for a norm without parameters, as in diffusion transformers; else it has a `weight` and, if
+            "layer", a `bias`, as nn.LayerNorm and nn.RMSNorm do.
+        norm: "layer" or "rms". eps: 1e-6, unlike theirs.
+
+    >>> AdaLN()(torch.randn(2, 16, 64), shift=torch.randn(2, 64), scale=torch.randn(2, 64)).shape
+    torch.Size([2, 16, 64])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        *,
+        norm: Norm = "layer",
+        eps: float = 1e-6,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        checks.choice(type(self).__name__, "norm", norm, NORMS)
-        checks.positive(type(self).__name__, eps=eps)
-        self.norm, self.eps = norm, eps
+        name = type(self).__name__
+        checks.choice(name, "norm", norm, NORMS)
+        checks.positive(name, eps=eps)
+        if channels is not None:
+            checks.positive_int(name, channels=channels)
+        self.channels, self.norm, self.eps = channels, norm, eps
+        for parameter, wanted in (("weight", channels), ("bias", channels if norm == "layer" else None)):
+            made = None if wanted is None else nn.Parameter(torch.empty(wanted, device=device, dtype=dtype))
+            self.register_parameter(parameter, made)
+        self.reset_parameters()
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return rfkernels.adaln(x, shift, scale, norm=self.norm, eps=self.eps)
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def settings(self) -> dict[str, Any]:
+        return {"weight": self.weight, "bias": self.bias, "norm": self.norm, "eps": self.eps}
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        return rfkernels.adaln(x, shift, scale, **self.settings())
 
     def extra_repr(self) -> str:
-        return f"norm={self.norm!r}, eps={self.eps}"
+        channels = "" if self.channels is None else f"{self.channels}, "
+        return f"{channels}norm={self.norm!r}, eps={self.eps}"
 
 
 class GatedAdaLN(AdaLN):
-    """``h = residual + gate * branch; y = norm(h) * (1 + scale) + shift`` -> (h, y); see `rfkernels.gated_adaln`."""
+    """``h = residual + gate * branch; y = norm(h) * (1 + scale) + shift`` -> (h, y); see `rfkernels.gated_adaln`.
+
+    Args: as for AdaLN.
+
+    >>> residual, branch, vector = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.randn(2, 64)
+    >>> h, y = GatedAdaLN()(residual, branch, gate=vector, shift=vector, scale=vector)
+    """
 
     def forward(  # type: ignore[override]
-        self, residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return rfkernels.gated_adaln(residual, branch, gate, shift, scale, norm=self.norm, eps=self.eps)
+        return rfkernels.gated_adaln(residual, branch, gate, shift, scale, **self.settings())
 
 
 class Modulation(nn.Module):
@@ -63,15 +110,29 @@ class Modulation(nn.Module):
         in_features: channels of the conditioning vector.
         width: of a modulation vector.
         counts: how many vectors each consumer takes: (6, 6, ..., 2).
+
+    >>> (shift, scale, gate), final = Modulation(32, 64, counts=(3, 2))(torch.randn(2, 32))
+    >>> gate.shape
+    torch.Size([2, 64])
     """
 
-    def __init__(self, in_features: int, width: int, counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        counts: Sequence[int],
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        name = type(self).__name__
         if not counts:
-            raise ValueError("Modulation: counts is empty; expected the number of vectors of each consumer")
-        checks.positive_int("Modulation", **{f"counts[{i}]": count for i, count in enumerate(counts)})
+            raise ValueError(f"{name}: counts is empty; expected the number of vectors of each consumer")
+        numbers = {f"counts[{i}]": count for i, count in enumerate(counts)}
+        checks.positive_int(name, in_features=in_features, width=width, **numbers)
         self.width, self.counts = width, tuple(counts)
-        self.linear = nn.Linear(in_features, sum(counts) * width)
+        self.linear = nn.Linear(in_features, sum(counts) * width, device=device, dtype=dtype)
 
     def project(self, c: Tensor) -> Tensor:
         """c [B, in_features] -> [B, sum(counts) * width]."""
@@ -99,6 +160,11 @@ class StreamAttention(nn.Module):
         heads, head_dim: of the attention, equal in all streams that meet; head_dim is dim / heads unless given.
         qk_norm: RMSNorm with weight on queries and keys.
         project_out: False for a stream whose output nobody reads (the text of a last block).
+
+    >>> text, image = StreamAttention(64, heads=2), StreamAttention(64, heads=2)
+    >>> streams = [text.stream(torch.randn(2, 7, 64)), image.stream(torch.randn(2, 16, 64))]
+    >>> image.project(rfkernels.joint_attention(streams)[1]).shape
+    torch.Size([2, 16, 64])
     """
 
     def __init__(
@@ -110,6 +176,8 @@ class StreamAttention(nn.Module):
         qk_norm: bool = True,
         bias: bool = True,
         project_out: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -117,11 +185,11 @@ class StreamAttention(nn.Module):
         if head_dim is None and dim % heads:
             raise ValueError(f"{name}: dim is {dim}; expected a multiple of heads = {heads}, or head_dim to be given")
         self.heads, self.head_dim = heads, head_dim or dim // heads
-        inner = heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
-        self.proj = nn.Linear(inner, dim, bias=bias) if project_out else None
-        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        inner, where = heads * self.head_dim, {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(dim, 3 * inner, bias=bias, **where)                                    # type: ignore[arg-type]
+        self.proj = nn.Linear(inner, dim, bias=bias, **where) if project_out else None              # type: ignore[arg-type]
+        self.q_norm = nn.RMSNorm(self.head_dim, **where) if qk_norm else None                       # type: ignore[arg-type]
+        self.k_norm = nn.RMSNorm(self.head_dim, **where) if qk_norm else None                       # type: ignore[arg-type]
 
     def stream(
         self, x: Tensor, lengths: Tensor | None = None, rope: Rope | None = None, *, queries: bool = True
@@ -153,7 +221,8 @@ class StreamAttention(nn.Module):
         return projected
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, head_dim={self.head_dim}"
+        norm, out = "" if self.q_norm else ", qk_norm=False", "" if self.proj else ", project_out=False"
+        return f"heads={self.heads}, head_dim={self.head_dim}{norm}{out}"
 
 
 class JointAttention(nn.Module):
@@ -164,18 +233,25 @@ class JointAttention(nn.Module):
         heads: of the attention. The others as for StreamAttention.
         silent: indices of streams that give keys and values only and have no `proj` (the text of a last block). Their
             query projection and its norm are there, as in the released weights, but never read.
+        eps: of the norms of queries and keys.
+
+    >>> text, image = JointAttention((64, 64), heads=2)([torch.randn(2, 7, 64), torch.randn(2, 16, 64)])
+    >>> image.shape
+    torch.Size([2, 16, 64])
     """
 
     def __init__(
         self, dims: Sequence[int], heads: int, *, silent: Sequence[int] = (), eps: float = 1e-6, **settings: Any
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if not dims:
-            raise ValueError("JointAttention: dims is empty; expected the channels of each stream")
-        checks.positive_int("JointAttention", heads=heads, **{f"dims[{i}]": dim for i, dim in enumerate(dims)})
+            raise ValueError(f"{name}: dims is empty; expected the channels of each stream")
+        checks.positive_int(name, heads=heads, **{f"dims[{i}]": dim for i, dim in enumerate(dims)})
+        checks.positive(name, eps=eps)
         outside = [i for i in silent if not 0 <= i < len(dims)]
         if outside:
-            raise ValueError(f"JointAttention: silent names streams {outside}; expected 0 to {len(dims) - 1}")
+            raise ValueError(f"{name}: silent names streams {outside}; expected 0 to {len(dims) - 1}")
         self.silent, self.eps = frozenset(silent), eps
         settings.setdefault("head_dim", max(dims) // heads if max(dims) % heads == 0 else None)
         self.streams = nn.ModuleList(
@@ -199,7 +275,9 @@ class JointAttention(nn.Module):
         nothing = [None] * len(self.streams)
         for name, given in (("xs", xs), ("lengths", lengths or nothing), ("ropes", ropes or nothing)):
             if len(given) != len(self.streams):
-                raise ValueError(f"JointAttention: {name} has {len(given)} entries; expected {len(self.streams)}")
+                raise ValueError(
+                    f"{type(self).__name__}: {name} has {len(given)} entries; expected {len(self.streams)}"
+                )
         made = [
             half.stream(x, length, rope, queries=i not in self.silent)                            # type: ignore[operator]
             for i, (half, x, length, rope) in enumerate(
@@ -213,23 +291,37 @@ class JointAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"silent={sorted(self.silent)}" if self.silent else ""
+        return f"silent={sorted(self.silent)}, eps={self.eps}" if self.silent else f"eps={self.eps}"
 
 
 class Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))`` with the tanh form; keeps its pre-activation only, see `rfkernels.gelu_mlp`."""
+    """``fc2(gelu(fc1(x)))`` with the tanh form; keeps its pre-activation only, see `rfkernels.gelu_mlp`.
 
-    def __init__(self, dim: int, hidden: int | None = None, out: int | None = None, *, bias: bool = True) -> None:
+    Args:
+        dim, hidden, out: channels; hidden is 4 dim and out is dim unless given.
+
+    >>> Mlp(64)(torch.randn(2, 16, 64)).shape
+    torch.Size([2, 16, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        out: int | None = None,
+        *,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        hidden = hidden or 4 * dim
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, out or dim, bias=bias)
+        hidden, out = hidden or 4 * dim, out or dim
+        checks.positive_int(type(self).__name__, dim=dim, hidden=hidden, out=out)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, out, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (plain(self.fc1) and plain(self.fc2)):
-            out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-            return out
-        return rfkernels.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return rfkernels.gelu_mlp(x, self.fc1, self.fc2)
 
 
 class PatchEmbed(nn.Module):
@@ -243,6 +335,11 @@ class PatchEmbed(nn.Module):
         in_channels, dim: of the latent and of the tokens.
         resolution, max_height, max_width, base: in pixels, as for `position_grid`.
         unit: pixels per token: the autoencoder's factor times patch_size.
+        dtype: of `proj`.
+
+    >>> embed = PatchEmbed(4, 64, resolution=256, max_height=512, max_width=512)
+    >>> embed(torch.randn(2, 4, 32, 48)).shape
+    torch.Size([2, 384, 64])
     """
 
     pos_embed: Tensor
@@ -259,14 +356,17 @@ class PatchEmbed(nn.Module):
         base: int = 256,
         unit: int = 16,
         bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.grid = {"resolution": resolution, "max_height": max_height, "max_width": max_width}
         self.grid |= {"base": base, "unit": unit}
         self.size = max_height // unit, max_width // unit
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size, bias=bias)
-        self.register_buffer("pos_embed", torch.empty(1, self.size[0] * self.size[1], dim, dtype=torch.float32))
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size, bias=bias, device=device, dtype=dtype)
+        table = torch.empty(1, self.size[0] * self.size[1], dim, dtype=torch.float32, device=device)
+        self.register_buffer("pos_embed", table)
         if not self.pos_embed.is_meta:
             self.fill_positions()
 
@@ -289,7 +389,9 @@ class PatchEmbed(nn.Module):
         """The centre of the table, [h*w, dim]. Raises: ValueError if it is smaller."""
         rows, columns = self.size
         if h > rows or w > columns:
-            raise ValueError(f"PatchEmbed: latent has {h} x {w} patches; the position table holds {rows} x {columns}")
+            raise ValueError(
+                f"{type(self).__name__}: latent has {h} x {w} patches; the position table holds {rows} x {columns}"
+            )
         top, left = (rows - h) // 2, (columns - w) // 2
         table = self.pos_embed.view(rows, columns, -1)
         return table[top : top + h, left : left + w].reshape(h * w, -1)
@@ -300,7 +402,8 @@ class PatchEmbed(nn.Module):
         positions = self.crop(latent.shape[-2] // p, latent.shape[-1] // p)
         if not plain(self.proj, nn.Conv2d):
             tokens = self.proj(latent).flatten(2).transpose(1, 2)
-            return (tokens.float() + positions).to(tokens.dtype)
+            wide = tokens.to(torch.promote_types(tokens.dtype, positions.dtype)) + positions
+            return wide if autocast_dtype(tokens.device.type) else wide.to(tokens.dtype)      # as patch_embed does
         return rfkernels.patch_embed(latent, self.proj.weight, self.proj.bias, positions, patch_size=p)
 
     def extra_repr(self) -> str:
@@ -308,12 +411,29 @@ class PatchEmbed(nn.Module):
 
 
 class PatchUnembed(nn.Module):
-    """Project tokens to patches and put them together; see `rfkernels.patch_unembed`. `linear` holds the weights."""
+    """Project tokens to patches and put them together; see `rfkernels.patch_unembed`. `linear` holds the weights.
 
-    def __init__(self, dim: int, out_channels: int, *, patch_size: int = 2, bias: bool = True) -> None:
+    Args:
+        dim, out_channels: of the tokens and of the latent.
+
+    >>> PatchUnembed(64, 4)(torch.randn(2, 384, 64), height=32, width=48).shape
+    torch.Size([2, 4, 32, 48])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_channels: int,
+        *,
+        patch_size: int = 2,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        checks.positive_int(type(self).__name__, dim=dim, out_channels=out_channels, patch_size=patch_size)
         self.patch_size = patch_size
-        self.linear = nn.Linear(dim, patch_size**2 * out_channels, bias=bias)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """x [B, h*w, dim] -> [B, out_channels, height, width], of the latent."""

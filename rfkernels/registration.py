@@ -3,6 +3,7 @@
 Everything torch.compile, export, selective activation checkpointing and `torch.library.opcheck` need to know about it
 is said here, once. In plain eager mode nobody needs to see the operator, and the call goes straight to an
 `autograd.Function` around the same code: crossing `torch.library` costs more on the host than a short kernel takes.
+Under a function transform another one stands there, which has the rules for it: transforms.py.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from typing import Any
 
 import torch
 
+from rfkernels.transforms import Arguments, each, fused, no_second_derivative, once, pushforward, transforming
+
 _library = torch.library.Library("rfkernels", "DEF")
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, str, float, int, bool, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, str, float, int, bool, torch.dtype, type(None)}
 
 
 def watched(args: tuple[Any, ...]) -> bool:
     """Whether something wants to see operators: a compiler, a dispatch mode such as selective checkpointing, a function
-    transform, or a tensor that is not a plain one (DTensor)."""
+    transform or forward mode, or a tensor that is not a plain one (DTensor)."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transforming()
         or not _PLAIN.issuperset(map(type, args))
     )
 
@@ -57,6 +60,9 @@ class Operator:
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
         differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
+        definition: the forward in plain PyTorch: its outputs, less those at the end that have no gradient.
+        backward_definition: the backward in plain PyTorch. With both, transforms and derivatives of any order are right.
+            Without, the op refuses transforms, and its second derivative raises.
         after_list: if the forward is `(Tensor[] tensors, ...) -> Tensor[]`, the number of its other arguments.
     """
 
@@ -73,6 +79,8 @@ class Operator:
         save: Callable[..., None],
         differentiate: Callable[..., Any],
         direct_backward: Callable[..., Any] | None = None,
+        definition: Callable[..., Any] | None = None,
+        backward_definition: Callable[..., Any] | None = None,
         after_list: int | None = None,
     ) -> None:
         for full, schema, code, fake in (
@@ -83,10 +91,14 @@ class Operator:
             _library.impl(full, code, "CompositeExplicitAutograd")
             torch.library.register_fake(f"rfkernels::{full}", fake, lib=_library)
         self.forward = getattr(torch.ops.rfkernels, name).default
+        outputs = len(self.forward._schema.returns)
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
         def run_backward(*args: Any) -> Any:
             return self.backward(*args) if watched(_flat(args)) else (direct_backward or backward)(*args)
+
+        def run_apart(*args: Any) -> Any:                              # no output is a part of another tensor
+            return self.backward(*args) if watched(args) else backward(*args)
 
         def through_library(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, self.backward, *_flat(grads))
@@ -94,9 +106,10 @@ class Operator:
         torch.library.register_autograd(f"rfkernels::{name}", through_library, setup_context=save, lib=_library)
 
         def no_second(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(f"rfkernels::{name} has no second derivative; use rfkernels.backend('reference')")
+            raise RuntimeError(no_second_derivative(f"rfkernels::{name}"))
 
         torch.library.register_autograd(f"rfkernels::{name}_backward", no_second, lib=_library)
+        twice = None if backward_definition is None else fused(run_apart, backward_definition)
 
         class Direct(torch.autograd.Function):
             @staticmethod
@@ -108,14 +121,52 @@ class Operator:
                 return tuple(output) if after_list is not None else output
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, *grads: Any) -> Any:
-                gradients = differentiate(ctx, run_backward, *grads)
-                return gradients if after_list is None else _flat(gradients)
+                if not torch.is_grad_enabled():
+                    gradients = differentiate(ctx, run_backward, *grads)
+                    return gradients if after_list is None else _flat(gradients)
+                if twice is not None:                                 # create_graph=True
+                    return differentiate(ctx, twice, *grads)
+                with torch.no_grad():
+                    gradients = differentiate(ctx, run_backward, *grads)
+                return once(f"rfkernels::{name}", *_flat(gradients))
 
+        def run_forward(*args: Any) -> Any:
+            return self.forward(*args) if watched(args) else forward(*args)
+
+        class Transformed(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return run_forward(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                save(ctx, inputs, output)
+                args = Arguments(inputs)
+                ctx.save_for_forward(*args.tensors)
+                ctx.args = args.forget()
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return differentiate(ctx, twice, *grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                found = pushforward(definition, ctx.args.joined(ctx.saved_tensors), tangents)        # type: ignore[arg-type]
+                return (*found, *[None] * (outputs - len(found))) if outputs > 1 else found[0]
+
+            @staticmethod
+            def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+                return each(Transformed.apply, info, in_dims, args)
+
+        self._definition, self._transformed = definition, Transformed
         self._direct = Direct
         self._lists = after_list is not None
 
     def __call__(self, *args: Any) -> Any:
         flat = _flat(args) if self._lists else args
-        return self.forward(*args) if watched(flat) else self._direct.apply(*flat)
+        if not watched(flat):
+            return self._direct.apply(*flat)
+        if self._definition is None or not transforming():
+            return self.forward(*args)
+        return self._definition(*args) if torch.compiler.is_compiling() else self._transformed.apply(*args)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +19,21 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors: the variable must be set before the first import."""
 INTERPRETED_MULTIPROCESSORS = 3          # so that the interpreter runs the split reductions too
+
+
+def kernels_of(module: str) -> Callable[[], Any]:
+    """Gives a module of kernels, imported at the first launch: importing rfkernels must not need Triton. Where kernels
+    are interpreted, the interpreter is mended first."""
+
+    @lru_cache
+    def kernels() -> Any:
+        if INTERPRETED:
+            from rfkernels.interpreter import mend
+
+            mend()
+        return import_module(module)
+
+    return kernels
 
 
 def refuses_triton(*args: Any) -> str | None:

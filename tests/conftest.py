@@ -10,14 +10,11 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import pytest
 
-from rfkernels.testing import mend_interpreter
-
 DEVICE_TIER = {
     f"test_{name}.py"
     for name in ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "joint_attention_kernels",
                  "joint_attention_operator", "patch_kernels", "qk_norm")
 }  # fmt: skip
-mend_interpreter()
 torch.backends.cudnn.allow_tf32 = False        # a convolution that results are compared with has fp32's error
 
 

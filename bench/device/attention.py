@@ -22,7 +22,6 @@ LIMIT = 2.0                  # times the error of eager PyTorch in the same dtyp
 
 def main() -> int:
     sizes = (154, 256) if torch.cuda.is_available() else (20, 33)
-    rfkernels.testing.mend_interpreter()
     exact = tensors(sizes, 2.0, torch.float64, "reference")
     ours, eager = (tensors(sizes, 2.0, torch.bfloat16, way) for way in ("triton", "eager"))
     print(f"{VERDICT}ptxas: {os.environ.get('TRITON_PTXAS_PATH', 'as it comes with Triton')}")

@@ -1,4 +1,4 @@
-"""The chunks of a modulation [B, n * C], with their gradients written in place.
+"""The chunks of a modulation [B, n * C] or [B, 1, n * C], with their gradients written in place.
 
 `chunk` of PyTorch joins the n gradients by a concatenation in its backward. Here the ops that read the chunks write
 their gradients straight into one tensor, so there is nothing left to join.
@@ -38,7 +38,7 @@ class _Gradient:
         if i in self._taken:
             return None
         self._taken.add(i)
-        return whole[:, i * width : (i + 1) * width]
+        return whole.view(len(whole), -1)[:, i * width : (i + 1) * width]
 
     def finish(self) -> tuple[Tensor | None, set[int]]:
         """All of it, and which parts ops were given to write in this backward; (None, nothing) if none was."""
@@ -60,7 +60,8 @@ _alive: WeakValueDictionary[int, _Part] = WeakValueDictionary()          # by th
 
 
 def _is(grad: Tensor | None, part: Tensor) -> bool:
-    return grad is not None and grad.data_ptr() == part.data_ptr() and grad.stride() == part.stride()
+    """Whether a gradient lies where it was to be written."""
+    return grad is not None and grad.data_ptr() == part.data_ptr() and grad.stride(0) == part.stride(0)
 
 
 class _Chunks(torch.autograd.Function):
@@ -68,22 +69,21 @@ class _Chunks(torch.autograd.Function):
     def forward(ctx: Any, modulation: Tensor, count: int) -> tuple[Tensor, ...]:
         chunks, ctx.gradient = modulation.chunk(count, dim=-1), _Gradient(modulation, count)
         ctx.parts = [_Part(ctx.gradient, i) for i in range(count)]
-        first, step = modulation.data_ptr(), chunks[0].shape[1] * modulation.element_size()
+        first, step = modulation.data_ptr(), chunks[0].shape[-1] * modulation.element_size()
         _alive.update({first + i * step: part for i, part in enumerate(ctx.parts)})
         ctx.set_materialize_grads(False)
         return chunks
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
         gradient: _Gradient = ctx.gradient
         like = gradient.like
-        whole, taken = gradient.finish()
+        whole, taken = gradient.finish()                                  # nothing, if the gradients have a graph
         parts = () if whole is None else whole.chunk(len(grads), dim=-1)
         if whole is None or not all(_is(grads[i], parts[i]) for i in taken):
             # None is in place, as of a compiled region; or a part is a sum of several uses, or was written for a chunk
             # of the same memory that another call made, which still needs it: nothing of it may be touched
-            nothing = like.new_zeros(1, 1).expand(like.shape[0], like.shape[1] // len(grads))
+            nothing = like.new_zeros(()).expand(*like.shape[:-1], like.shape[-1] // len(grads))
             return torch.cat([nothing if grad is None else grad for grad in grads], -1), None
         for i, (part, grad) in enumerate(zip(parts, grads, strict=True)):
             if grad is None:
@@ -97,18 +97,20 @@ def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
     """``modulation.chunk(count, dim=-1)`` for the ops of this family, which then write the chunks' gradients in place.
 
     Args:
-        modulation: [B, count * C], contiguous.
+        modulation: [B, count * C] or [B, 1, count * C]; of other shapes the chunks are PyTorch's own.
         count: number of chunks: 6 for a block of an MM-DiT.
-    Returns: count views [B, C] of modulation.
+    Returns: count views of modulation, C channels each.
     Raises: ValueError or TypeError that names the argument.
     """
     op = "chunk_modulation"
     checks.is_float(op, modulation=modulation)
-    checks.has_rank(op, 2, "[B, count * C]", modulation=modulation)
     checks.positive_int(op, count=count)
-    if modulation.shape[1] % count:
-        raise ValueError(f"{op}: modulation has {modulation.shape[1]} channels; expected a multiple of count = {count}")
-    if watched((modulation,)) or not modulation.requires_grad or not modulation.is_contiguous():
+    if modulation.ndim == 0 or modulation.shape[-1] % count:
+        raise ValueError(
+            f"{op}: modulation has shape {list(modulation.shape)}; expected [B, count * C] with count = {count}"
+        )
+    in_place = modulation.ndim == 2 or (modulation.ndim == 3 and modulation.shape[1] == 1)
+    if not in_place or watched((modulation,)) or not modulation.requires_grad or not modulation.is_contiguous():
         return modulation.chunk(count, dim=-1)
     return _Chunks.apply(modulation, count)
 
@@ -119,8 +121,8 @@ def gradient_of(vector: Tensor) -> Tensor:
     found = _alive.get(vector.data_ptr()) if vector.ndim == 2 and _alive else None
     if found is not None:
         (batch, width), like = vector.shape, found.gradient.like
-        pitch = like.shape[1] if batch == 1 else vector.stride(0)
-        if like.shape == (batch, pitch) and found.gradient.count * width == pitch:
+        pitch = like.shape[-1] if batch == 1 else vector.stride(0)
+        if (like.shape[0], like.shape[-1]) == (batch, pitch) and found.gradient.count * width == pitch:
             part = found.gradient.take(found.i, width)
             if part is not None:
                 return part

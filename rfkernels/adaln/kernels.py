@@ -3,12 +3,15 @@
 One program owns ROWS consecutive tokens of one sample at a time and the whole width, as CHUNKS pieces of CHUNK channels
 held in registers, so each input is read once and each output written once. The last chunk is masked, so no byte is
 moved for padding. A modulation vector is addressed by a batch and a token stride, either of which may be zero: [B, C]
-per sample, [B, S, C] per token and [C] shared are the same code. Sizes are not specialised: one binary serves all
-lengths and batches.
+per sample, [B, S, C] per token and [C] shared are the same code, and one that is not given is a pointer that is None.
+Every tensor is read and written in its own dtype: the arithmetic is fp32. Sizes are not specialised: one binary serves
+all lengths and batches.
 """
 
 import triton
 import triton.language as tl
+
+NONE, SUMMED, STORED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)       # what becomes of a vector's gradient
 
 
 @triton.jit
@@ -28,6 +31,35 @@ def _load(ptr, rows, live, i, C: tl.constexpr, CHUNK: tl.constexpr):
 def _store(ptr, rows, live, i, value, C: tl.constexpr, CHUNK: tl.constexpr):
     columns = i * CHUNK + tl.arange(0, CHUNK)
     tl.store(ptr + rows + columns[None, :], value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < C)[None, :])
+
+
+@triton.jit
+def _gated(x_ptr, x_rows, gate_ptr, gate_rows, live, i, C: tl.constexpr, CHUNK: tl.constexpr):
+    x = _load(x_ptr, x_rows, live, i, C, CHUNK)
+    if gate_ptr is not None:
+        x = _load(gate_ptr, gate_rows, live, i, C, CHUNK) * x
+    return x
+
+
+@triton.jit
+def _modulated(
+    x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i,
+    PLUS_ONE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """x_hat (1 + scale) + shift, or x_hat scale + shift."""
+    if scale_ptr is not None:
+        x_hat = x_hat * _factor(scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
+    if shift_ptr is not None:
+        x_hat = x_hat + _load(shift_ptr, shift_rows, live, i, C, CHUNK)
+    return x_hat
+
+
+@triton.jit
+def _factor(scale_ptr, scale_rows, live, i, PLUS_ONE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
+    if PLUS_ONE:
+        scale = 1.0 + scale
+    return scale
 
 
 @triton.jit
@@ -61,9 +93,10 @@ def adaln_fwd(
     x_ptr, shift_ptr, scale_ptr, y_ptr, statistics_ptr,
     S, eps,
     stride_xb, stride_xs, stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
-    C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    C: tl.constexpr, RMS: tl.constexpr, PLUS_ONE: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) * (1 + scale) + shift; y [B, S, C] contiguous; statistics [2, B, S] fp32: mean, then rstd."""
+    """y = norm(x) * (1 + scale) + shift, without the one if not PLUS_ONE; y [B, S, C] contiguous; statistics [2, B, S] fp32: mean, then rstd."""
     blocks = tl.cdiv(S, ROWS)
     b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = tokens < S
@@ -78,9 +111,8 @@ def adaln_fwd(
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
-        shift = _load(shift_ptr, shift_rows, live, i, C, CHUNK)
-        scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
-        y = (xs[i] - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+        x_hat = (xs[i] - mean[:, None]) * rstd[:, None]
+        y = _modulated(x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
         _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
 
 
@@ -90,9 +122,10 @@ def gated_adaln_fwd(
     S, eps,
     stride_rb, stride_rs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
     stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
-    C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    C: tl.constexpr, RMS: tl.constexpr, PLUS_ONE: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """h = residual + gate * branch; y = norm(h as stored) * (1 + scale) + shift."""
+    """h = residual + gate * branch; y = norm(h as stored) * (1 + scale) + shift, without the one if not PLUS_ONE."""
     blocks = tl.cdiv(S, ROWS)
     b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = tokens < S
@@ -101,9 +134,8 @@ def gated_adaln_fwd(
     gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
     hs = ()
     for i in tl.static_range(CHUNKS):
-        gate = _load(gate_ptr, gate_rows, live, i, C, CHUNK)
         h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
-        h += gate * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
+        h += _gated(branch_ptr, branch_rows, gate_ptr, gate_rows, live, i, C, CHUNK)
         _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
         hs = hs + (h.to(h_ptr.dtype.element_ty).to(tl.float32),)
     mean, rstd = _statistics(hs, eps, C, CHUNK, CHUNKS, RMS)
@@ -112,9 +144,8 @@ def gated_adaln_fwd(
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
-        shift = _load(shift_ptr, shift_rows, live, i, C, CHUNK)
-        scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
-        y = (hs[i] - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+        x_hat = (hs[i] - mean[:, None]) * rstd[:, None]
+        y = _modulated(x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
         _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
 
 
@@ -142,11 +173,12 @@ def adaln_bwd(
     stride_dyb, stride_dys, stride_dhb, stride_dhs, stride_xb, stride_xs, stride_bb, stride_bs,
     stride_gate_b, stride_gate_s, stride_scale_b, stride_scale_s,
     C: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
-    SHIFT_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, GATE_PER_TOKEN: tl.constexpr, BIAS: tl.constexpr,
+    SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, split) walks over `span` tokens of sample b. Gradients of vectors that tokens share are summed in
-    registers and leave as one row of partials [B * splits, C]; those of per-token vectors leave with their token.
+    """Program (b, split) walks over `span` tokens of sample b. SHIFT, SCALE, GATE: what becomes of a vector's gradient.
+    SUMMED, of one that tokens share: in registers, it leaves as one row of partials [B * splits, C]. STORED, of a
+    per-token one: it leaves with its token. NONE: there is no vector.
     x is the input of the norm (h if GATED); dx is the gradient of x, and of the residual if GATED. If BIAS, dbranch is
     summed like a shared vector: the gradient of the bias of whatever made the branch."""
     b, split = tl.program_id(0), tl.program_id(1)
@@ -169,19 +201,23 @@ def adaln_bwd(
         for i in tl.static_range(CHUNKS):
             dy = _load(dy_ptr, dy_rows, live, i, C, CHUNK)
             x_hat = (_load(x_ptr, x_rows, live, i, C, CHUNK) - mean) * rstd      # dy is 0 outside C
-            g = dy * (1.0 + _load(scale_ptr, scale_rows, live, i, C, CHUNK))
+            g = dy
+            if SCALE != NONE:
+                g = dy * _factor(scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
             drift += g
             along += g * x_hat
-            if SHIFT_PER_TOKEN:
+            if SHIFT == STORED:
                 _store(dshift_ptr, out_rows, live, i, dy, C, CHUNK)
-                shifts = shifts + (dshifts[i],)
-            else:
+            if SHIFT == SUMMED:
                 shifts = shifts + (dshifts[i] + dy,)
-            if SCALE_PER_TOKEN:
-                _store(dscale_ptr, out_rows, live, i, dy * x_hat, C, CHUNK)
-                scales = scales + (dscales[i],)
             else:
+                shifts = shifts + (dshifts[i],)
+            if SCALE == STORED:
+                _store(dscale_ptr, out_rows, live, i, dy * x_hat, C, CHUNK)
+            if SCALE == SUMMED:
                 scales = scales + (dscales[i] + dy * x_hat,)
+            else:
+                scales = scales + (dscales[i],)
             gs = gs + (g,)
             x_hats = x_hats + (x_hat,)
         dshifts, dscales = shifts, scales
@@ -194,29 +230,33 @@ def adaln_bwd(
             dx = (gs[i] - mean_drift - x_hats[i] * mean_along) * rstd
             if GATED:
                 dx += _load(dh_ptr, _offsets(b, tokens, stride_dhb, stride_dhs), live, i, C, CHUNK)
-                gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
-                branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
-                _store(dbranch_ptr, out_rows, live, i, gate * dx, C, CHUNK)
+                dbranch = dx
+                if GATE != NONE:
+                    gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
+                    branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
+                    dbranch = gate * dx
+                _store(dbranch_ptr, out_rows, live, i, dbranch, C, CHUNK)
                 if BIAS:
-                    biases = biases + (dbiases[i] + gate * dx,)
+                    biases = biases + (dbiases[i] + dbranch,)
                 else:
                     biases = biases + (dbiases[i],)
-                if GATE_PER_TOKEN:
+                if GATE == STORED:
                     _store(dgate_ptr, out_rows, live, i, branch * dx, C, CHUNK)
-                    gates = gates + (dgates[i],)
-                else:
+                if GATE == SUMMED:
                     gates = gates + (dgates[i] + branch * dx,)
+                else:
+                    gates = gates + (dgates[i],)
             else:
                 gates = gates + (dgates[i],)
                 biases = biases + (dbiases[i],)
             _store(dx_ptr, out_rows, live, i, dx, C, CHUNK)
         dgates, dbiases = gates, biases
     row = b.to(tl.int64) * tl.num_programs(1) + split
-    if not SHIFT_PER_TOKEN:
+    if SHIFT == SUMMED:
         _store_sums(dshift_ptr, row, dshifts, C, CHUNK, CHUNKS)
-    if not SCALE_PER_TOKEN:
+    if SCALE == SUMMED:
         _store_sums(dscale_ptr, row, dscales, C, CHUNK, CHUNKS)
-    if GATED and not GATE_PER_TOKEN:
+    if GATE == SUMMED:
         _store_sums(dgate_ptr, row, dgates, C, CHUNK, CHUNKS)
     if BIAS:
         _store_sums(dbias_ptr, row, dbiases, C, CHUNK, CHUNKS)
@@ -267,7 +307,7 @@ def gated_residual_fwd(
     gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
     for i in tl.static_range(CHUNKS):
         h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
-        h += _load(gate_ptr, gate_rows, live, i, C, CHUNK) * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
+        h += _gated(branch_ptr, branch_rows, gate_ptr, gate_rows, live, i, C, CHUNK)
         _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
 
 
@@ -275,7 +315,7 @@ def gated_residual_fwd(
 def gated_residual_bwd(
     dh_ptr, branch_ptr, gate_ptr, dbranch_ptr, dgate_ptr,
     S, span, stride_dhb, stride_dhs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
-    C: tl.constexpr, GATE_PER_TOKEN: tl.constexpr,
+    C: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dbranch = gate * dh; dgate = branch * dh, summed over the program's tokens unless per token. dresidual is dh."""
@@ -292,11 +332,11 @@ def gated_residual_bwd(
             gate = _load(gate_ptr, _offsets(b, tokens, stride_gate_b, stride_gate_s), live, i, C, CHUNK)
             branch = _load(branch_ptr, _offsets(b, tokens, stride_bb, stride_bs), live, i, C, CHUNK)
             _store(dbranch_ptr, out_rows, live, i, gate * dh, C, CHUNK)
-            if GATE_PER_TOKEN:
+            if GATE == STORED:
                 _store(dgate_ptr, out_rows, live, i, branch * dh, C, CHUNK)
                 sums = sums + (dgates[i],)
             else:
                 sums = sums + (dgates[i] + branch * dh,)
         dgates = sums
-    if not GATE_PER_TOKEN:
+    if GATE == SUMMED:
         _store_sums(dgate_ptr, b.to(tl.int64) * tl.num_programs(1) + split, dgates, C, CHUNK, CHUNKS)

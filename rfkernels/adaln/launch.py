@@ -10,25 +10,28 @@ import torch
 from torch import Tensor
 
 from rfkernels.adaln.chunks import gradient_of
+from rfkernels.adaln.reference import promoted
 from rfkernels.launch_tables import row_launch
-from rfkernels.triton_support import device_name, multiprocessors, on
+from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
-SUMMED: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}     # of the second stage
+SECOND_STAGE: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}     # of the second stage
 PROGRAMS_PER_SM = 2          # of a backward: each holds most of the registers of half an SM
 
 
-@lru_cache
-def _kernels() -> Any:
-    """Imported at the first launch: importing rfkernels must not need Triton."""
-    from rfkernels.adaln import kernels
-
-    return kernels
+_kernels = kernels_of("rfkernels.adaln.kernels")
+NONE, SUMMED, STORED = range(3)          # what becomes of a vector's gradient
 
 
-def _vector(v: Tensor) -> tuple[int, ...]:
+def _vector(v: Tensor | None) -> tuple[int, ...]:
     """Batch and token stride of a modulation vector."""
+    if v is None:
+        return 0, 0
     strides = v.stride()
     return (0, 0) if len(strides) == 1 else (strides[0], 0) if len(strides) == 2 else strides[:2]
+
+
+def _way(v: Tensor | None) -> int:
+    return NONE if v is None else STORED if v.ndim == 3 else SUMMED
 
 
 def _rows(t: Tensor) -> tuple[int, ...]:
@@ -41,8 +44,8 @@ def _unit(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -62,23 +65,26 @@ def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int,
     return launch.rows, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    y, statistics = _empty(x), _statistics(x)
+def adaln(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, plus_one: bool, norm: str, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, statistics = _empty(x, dtype), _statistics(x)
     batch, length, _ = x.shape
     rows, settings = _settings("adaln_fwd", x)
     if y.numel():
         with on(x.device):
             _kernels().adaln_fwd[(batch * -(-length // rows),)](
                 x, shift, scale, y, statistics, length, eps,
-                *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", **settings,
+                *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", PLUS_ONE=plus_one, **settings,
             )  # fmt: skip
     return y, statistics
 
 
 def gated_adaln(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, y, statistics = _empty(residual), _empty(residual), _statistics(residual)
+    residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, plus_one: bool,
+    norm: str, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    h, y, statistics = _empty(residual, promoted(residual, branch, gate)), _empty(residual, dtype), _statistics(residual)
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_adaln_fwd", residual)
     if y.numel():
@@ -86,13 +92,13 @@ def gated_adaln(
             _kernels().gated_adaln_fwd[(batch * -(-length // rows),)](
                 residual, branch, gate, shift, scale, h, y, statistics, length, eps,
                 *_rows(residual), *_rows(branch), *_vector(gate), *_vector(shift), *_vector(scale),
-                RMS=norm == "rms", **settings,
+                RMS=norm == "rms", PLUS_ONE=plus_one, **settings,
             )  # fmt: skip
     return h, y, statistics
 
 
-def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    h = _empty(residual)
+def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    h = _empty(residual, promoted(residual, branch, gate))
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_residual_fwd", residual)
     if h.numel():
@@ -104,27 +110,28 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 class Sums:
-    """Gradients of modulation vectors. Those that tokens share go through partials [V, B * splits, C] and a second
+    """Gradients of modulation vectors, None of one that is not given. Those that tokens share go through partials [V, B * splits, C] and a second
     stage that adds them in a fixed order; per-token ones are written by the first stage."""
 
-    def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor], in_chunks: bool) -> None:
+    def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor | None], in_chunks: bool) -> None:
         batch, length, channels = x.shape
         wanted = PROGRAMS_PER_SM * multiprocessors(x.device) // batch      # rounded down: one more is one wave more
         splits = max(1, min(wanted, -(-length // rows)))
         self.span = -(-length // splits)
         self.span = -(-self.span // rows) * rows
         self.splits = -(-length // self.span)
-        self.grads = [gradient_of(v) if in_chunks else _empty(v) for v in vectors]
-        self._shared = [g for g in self.grads if g.ndim < 3]
+        self.grads = [v if v is None else gradient_of(v) if in_chunks else _empty(v) for v in vectors]
+        self._shared = [g for g in self.grads if g is not None and g.ndim < 3]
         shape = (len(self._shared), batch * self.splits, channels)
         self._partials = torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    def targets(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor | None]:
         """Where the first stage writes, one per vector."""
         partials = iter(self._partials)
-        return [next(partials) if g.ndim < 3 else g for g in self.grads]
+        return [next(partials) if g is not None and g.ndim < 3 else g for g in self.grads]
 
     def finish(self) -> list[Tensor]:
+        """One per vector, [0] of one that is not given."""
         if self._shared:
             count, total, channels = self._partials.shape
             padded = [*self._shared, *[self._shared[0]] * (4 - count)]
@@ -132,9 +139,9 @@ class Sums:
             strides = [0 if g.ndim == 1 else g.stride(0) for g in padded]
             groups = total // min(sizes[:count])
             _kernels().sum_partials[(groups, -(-channels // 128), count)](
-                self._partials, *padded, total, *sizes, *strides, C=channels, **SUMMED
+                self._partials, *padded, total, *sizes, *strides, C=channels, **SECOND_STAGE
             )  # fmt: skip
-        return self.grads
+        return [self._partials.new_empty(0) if g is None else g for g in self.grads]
 
 
 def column_sums(partials: Tensor, out: Tensor) -> Tensor:
@@ -143,73 +150,58 @@ def column_sums(partials: Tensor, out: Tensor) -> Tensor:
     if channels > 128 * 65535:                                            # more than a grid's second dimension holds
         return out.copy_(partials.sum(0).view_as(out))
     _kernels().sum_partials[(1, -(-channels // 128), 1)](
-        partials, out, out, out, out, rows, rows, rows, rows, rows, 0, 0, 0, 0, C=channels, **SUMMED
+        partials, out, out, out, out, rows, rows, rows, rows, rows, 0, 0, 0, 0, C=channels, **SECOND_STAGE
     )  # fmt: skip
     return out
 
 
-def _per_token(*vectors: Tensor) -> list[bool]:
-    return [v.ndim == 3 for v in vectors]
+def _nothing(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
 
 
 def adaln_backward(
-    dy: Tensor,
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    statistics: Tensor,
-    norm: str,
-    in_chunks: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift, scale; with in_chunks, of vectors from chunk_modulation as parts of one tensor."""
+    dy: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, statistics: Tensor, plus_one: bool, norm: str,
+    eps: float, in_chunks: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, shift, scale, [0] of what is not given; with in_chunks, of vectors from chunk_modulation as parts
+    of one tensor."""
     if not x.numel():
-        return torch.zeros_like(x), torch.zeros_like(shift), torch.zeros_like(scale)
+        return _nothing(x, x, shift, scale)
     dx, dy = _empty(x), _unit(dy)
     rows, settings = _settings("adaln_bwd", x)
     sums = Sums(x, rows, (shift, scale), in_chunks)
-    shift_per_token, scale_per_token = _per_token(shift, scale)
     with on(x.device):
         _kernels().adaln_bwd[(x.shape[0], sums.splits)](
             dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None, None,
             x.shape[1], sums.span, *_rows(dy), 0, 0, *_rows(x), 0, 0, 0, 0, *_vector(scale),
-            RMS=norm == "rms", GATED=False, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
-            GATE_PER_TOKEN=True, BIAS=False, **settings,
+            RMS=norm == "rms", GATED=False, SHIFT=_way(shift), SCALE=_way(scale), GATE=NONE, BIAS=False,
+            PLUS_ONE=plus_one, **settings,
         )  # fmt: skip
         dshift, dscale = sums.finish()
     return dx, dshift, dscale
 
 
 def gated_adaln_backward(
-    dh: Tensor,
-    dy: Tensor,
-    h: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    statistics: Tensor,
-    norm: str,
-    bias: bool,
-    in_chunks: bool = False,
-) -> tuple[Tensor, ...]:
-    """Gradients of residual, branch, gate, shift, scale, and the sum of the branch's over all tokens, [C], or [0] if
-    not `bias`; in_chunks as for adaln_backward."""
+    dh: Tensor, dy: Tensor, h: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    statistics: Tensor, plus_one: bool, norm: str, eps: float, dtype: torch.dtype, bias: bool, in_chunks: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of residual (of that dtype), branch, gate, shift, scale, and the sum of the branch's over all tokens,
+    [C]; [0] of what is not given or, of the sum, not `bias`. in_chunks as for adaln_backward."""
     if not h.numel():
         nothing = branch.new_zeros(branch.shape[2] if bias else 0)
-        return *(torch.zeros_like(t) for t in (h, branch, gate, shift, scale)), nothing
-    dresidual, dbranch, dh, dy = _empty(h), _empty(branch), _unit(dh), _unit(dy)
+        return h.new_zeros(h.shape, dtype=dtype), *_nothing(h, branch, gate, shift, scale), nothing
+    dresidual, dbranch, dh, dy = _empty(h, dtype), _empty(branch), _unit(dh), _unit(dy)
     rows, settings = _settings("gated_adaln_bwd", h)
-    sums = Sums(h, rows, (shift, scale, gate, *([branch[0, 0]] if bias else [])), in_chunks)
-    shift_per_token, scale_per_token, gate_per_token = _per_token(shift, scale, gate)
+    sums = Sums(h, rows, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](
-            dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(), *[None] * (not bias),
+            dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),
             h.shape[1], sums.span, *_rows(dy), *_rows(dh), *_rows(h), *_rows(branch), *_vector(gate), *_vector(scale),
-            RMS=norm == "rms", GATED=True, SHIFT_PER_TOKEN=shift_per_token, SCALE_PER_TOKEN=scale_per_token,
-            GATE_PER_TOKEN=gate_per_token, BIAS=bias, **settings,
+            RMS=norm == "rms", GATED=True, SHIFT=_way(shift), SCALE=_way(scale), GATE=_way(gate), BIAS=bias,
+            PLUS_ONE=plus_one, **settings,
         )  # fmt: skip
-        dshift, dscale, dgate, *dbias = sums.finish()
-    return dresidual, dbranch, dgate, dshift, dscale, dbias[0] if bias else branch.new_empty(0)
+        dshift, dscale, dgate, dbias = sums.finish()
+    return dresidual, dbranch, dgate, dshift, dscale, dbias
 
 
 def gated_residual_backward(
@@ -224,7 +216,7 @@ def gated_residual_backward(
     with on(branch.device):
         _kernels().gated_residual_bwd[(branch.shape[0], sums.splits)](
             dh, branch, gate, dbranch, *sums.targets(), branch.shape[1], sums.span,
-            *_rows(dh), *_rows(branch), *_vector(gate), GATE_PER_TOKEN=gate.ndim == 3, **settings,
+            *_rows(dh), *_rows(branch), *_vector(gate), GATE=_way(gate), **settings,
         )  # fmt: skip
         (dgate,) = sums.finish()
     return dbranch, dgate

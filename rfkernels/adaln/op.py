@@ -4,37 +4,56 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rfkernels import checks, dispatch
 from rfkernels.adaln import operators, reference
+from rfkernels.autocast import autocast_dtype
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 Norm = Literal["layer", "rms"]
 NORMS = ("layer", "rms")
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, norm: Norm = "layer", eps: float = 1e-6) -> Tensor:
-    """Adaptive layer norm: ``norm(x) * (1 + scale) + shift``.
+def adaln(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Adaptive layer norm: ``(norm(x) * weight + bias) * (1 + scale) + shift``; what is None is left out.
 
     Args:
-        x: [B, S, C], any strides with unit-stride channels; bf16, fp16, fp32 or fp64.
-        shift, scale: [B, C] per sample, [B, S, C] per token, or [C]; any of those dtypes.
-        norm: "layer" (LayerNorm without affine) or "rms" (RMSNorm without weight).
-        eps: added to the variance (or mean square) before the root.
-    Returns: [B, S, C] in x's dtype; statistics and arithmetic in fp32.
+        x: [B, S, C]; bf16, fp16, fp32 or fp64. Read with its strides if channels are next to each other, else copied.
+        shift, scale: a modulation vector, any of those dtypes: per sample [B, C] or [B, 1, C], per token [B, S, C] or
+            [1, S, C], or shared [C], [1, C], [1, 1, C].
+        weight, bias: of the norm, in the shapes of a modulation vector. `weight` multiplies as it is: for a model whose
+            scale has its one inside, pass it as weight (`scale=gamma - 1` loses gamma's digits in 16 bits).
+        norm: "layer" (LayerNorm) or "rms" (RMSNorm).
+        eps: added to the variance (or mean square) before the root. The default is that of diffusion transformers:
+            nn.LayerNorm's is 1e-5, nn.RMSNorm's the dtype's resolution.
+        dtype: of the result. None: what the next product wants, autocast's dtype where it is on, else x's.
+    Returns: [B, S, C]; statistics and arithmetic in fp32, one rounding. Gradients have their input's dtype.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Peebles & Xie 2023, section 3.2; Esser et al. 2024, figure 2b.
     """
-    return dispatch.run("adaln", *_check_adaln(x, shift, scale, norm=norm, eps=eps))
+    checked = _check_adaln(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, dtype=dtype)
+    return dispatch.run("adaln", *checked)
 
 
-def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None = None) -> Tensor:
     """``residual + gate * branch``.
 
     Args:
-        residual, branch: [B, S, C], same dtype. gate: [B, C], [B, S, C] or [C].
-    Returns: [B, S, C] in residual's dtype; one rounding, from fp32.
+        residual, branch: [B, S, C]; any float dtypes. gate: a modulation vector, see `adaln`, or None for 1.
+    Returns: [B, S, C] in the dtype that eager PyTorch would give (fp32 for an fp32 residual and a bf16 branch); one
+        rounding, from fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     """
     return dispatch.run("gated_residual", *_check_gated_residual(residual, branch, gate))
@@ -43,48 +62,86 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def gated_adaln(
     residual: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The end of one branch and the start of the next: ``h = residual + gate * branch; y = adaln(h, shift, scale)``.
+    """The end of one branch and the start of the next: ``h = gated_residual(residual, branch, gate); y = adaln(h, ...)``.
 
-    Args:
-        residual, branch: [B, S, C], same dtype. gate, shift, scale: [B, C], [B, S, C] or [C], each on its own.
-        norm, eps: as for `adaln`.
-    Returns: (h, y), both [B, S, C] in residual's dtype. y is the norm of h as stored, after rounding.
+    Args: as of the two. dtype: of y.
+    Returns: (h, y), both [B, S, C]: h in the dtype that eager PyTorch would give, y in `dtype`. y is the norm of h as
+        stored, after rounding.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     """
-    return dispatch.run("gated_adaln", *_check_gated_adaln(residual, branch, gate, shift, scale, norm=norm, eps=eps))
+    checked = _check_gated_adaln(
+        residual, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, dtype=dtype
+    )
+    return dispatch.run("gated_adaln", *checked)
 
 
-def _check_adaln(x, shift, scale, *, norm="layer", eps=1e-6):
-    if not (checks.fits(x, shift, scale) and norm in NORMS and type(eps) is float and eps > 0):
-        checks.tokens("adaln", x=x)
-        checks.modulation("adaln", "x", x, shift=shift, scale=scale)
-        checks.choice("adaln", "norm", norm, NORMS)
-        checks.positive("adaln", eps=eps)
-    return x, shift, scale, norm, eps
+def _check_adaln(x, shift=None, scale=None, *, weight=None, bias=None, norm="layer", eps=1e-6, dtype=None):
+    op = "adaln"
+    if not (weight is bias is None and checks.fits(x, shift, scale) and norm in NORMS and type(eps) is float and eps > 0):
+        (x,) = checks.tokens(op, x=x)
+        shift, scale, weight, bias = checks.modulation(op, "x", x, shift=shift, scale=scale, weight=weight, bias=bias)
+        checks.choice(op, "norm", norm, NORMS)
+        checks.positive(op, eps=eps)
+    shift, scale, plus_one = _composed(x, shift, scale, weight, bias)
+    return x, shift, scale, plus_one, norm, eps, _dtype(op, dtype, x.dtype, x)
 
 
-def _check_gated_residual(residual, branch, gate, *, op="gated_residual"):
-    checks.tokens(op, residual=residual, branch=branch)
+def _check_gated_residual(residual, branch, gate=None, *, op="gated_residual"):
+    residual, branch = checks.tokens(op, residual=residual, branch=branch)
     checks.same_shape(op, "residual", residual, branch=branch)
-    checks.same_dtype(op, "residual", residual, branch=branch)
     checks.same_device(op, "residual", residual, branch=branch)
-    checks.modulation(op, "residual", residual, gate=gate)
+    (gate,) = checks.modulation(op, "residual", residual, gate=gate)
     return residual, branch, gate
 
 
-def _check_gated_adaln(residual, branch, gate, shift, scale, *, norm="layer", eps=1e-6):
-    _check_gated_residual(residual, branch, gate, op="gated_adaln")
-    checks.modulation("gated_adaln", "residual", residual, shift=shift, scale=scale)
-    checks.choice("gated_adaln", "norm", norm, NORMS)
-    checks.positive("gated_adaln", eps=eps)
-    return residual, branch, gate, shift, scale, norm, eps
+def _check_gated_adaln(
+    residual, branch, gate, shift=None, scale=None, *, weight=None, bias=None, norm="layer", eps=1e-6, dtype=None
+):
+    op = "gated_adaln"
+    residual, branch, gate = _check_gated_residual(residual, branch, gate, op=op)
+    vectors = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    shift, scale, plus_one = _composed(residual, *checks.modulation(op, "residual", residual, **vectors))
+    checks.choice(op, "norm", norm, NORMS)
+    checks.positive(op, eps=eps)
+    h_dtype = reference.promoted(residual, branch, gate)
+    return residual, branch, gate, shift, scale, plus_one, norm, eps, _dtype(op, dtype, h_dtype, residual)
+
+
+def _composed(x, shift, scale, weight, bias):
+    """(shift, scale, plus_one) with the norm's weight and bias in them: (n weight + bias) (1 + scale) + shift is
+    n (weight (1 + scale)) + (bias (1 + scale) + shift). Of vectors per sample or shared that is little work."""
+    if weight is None and bias is None:
+        return shift, scale, True
+    if scale is None and (shift is None or bias is None):
+        return shift if bias is None else bias, weight, False
+    vectors = (shift, scale, weight, bias)
+    wide = reference.accumulation(reference.promoted(*vectors))
+    shift, scale, weight, bias = (v if v is None else reference.per_token(v, wide) for v in vectors)
+    factor = None if scale is None else 1 + scale
+    if bias is not None:
+        lifted = bias if factor is None else bias * factor
+        shift = lifted if shift is None else lifted + shift
+    if weight is not None:
+        factor = weight if factor is None else weight * factor
+    return *(v if v is None else checks.canonical(v, x.shape) for v in (shift, factor)), False
+
+
+def _dtype(op, asked, otherwise, x):
+    if asked is None:
+        autocast = autocast_dtype(x.device.type)
+        return otherwise if autocast is None or otherwise == torch.float64 else autocast
+    checks.choice(op, "dtype", asked, checks.FLOATS)
+    return asked
 
 
 MAX_CHANNELS = 16384            # beyond, a row no longer fits in the registers of a program
@@ -93,6 +150,8 @@ MAX_CHANNELS = 16384            # beyond, a row no longer fits in the registers 
 def _refuses(x, *args):
     if x.shape[-1] > MAX_CHANNELS:
         return f"the kernels hold a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}"
+    if args[-1] == torch.float64:
+        return "Triton kernels write fp32, bf16 and fp16, not torch.float64"
     return refuses_triton(x, *args)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,21 +12,35 @@ from torch import Tensor
 from rfkernels import bias
 from rfkernels.adaln import launch, library, reference
 from rfkernels.registration import Operator
+from rfkernels.transforms import pullback
 
 
-def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+def _like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Contiguous ones, [0] of what is not given."""
+    some = next(t for t in tensors if t is not None)
+    return tuple(
+        some.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors
+    )
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return x.new_empty((2, *x.shape[:2]), dtype=reference.accumulation(x))
+    return x.new_empty((2, *x.shape[:2]), dtype=reference.accumulation(x.dtype))
+
+
+def _given(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if t is None else g for t, g in zip(inputs, gradients, strict=True)]
+
+
+def _all(like: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What a backward returns of gradients some of which are None."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 # --- adaln ------------------------------------------------------------------------------------------------------------
 
 
 def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, scale, ctx.norm, _ = inputs
+    x, shift, scale, *ctx.settings, _ = inputs
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -34,23 +49,35 @@ def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _differentiate_adaln(ctx: Any, call: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 5
-    return *call(dy, *ctx.saved_tensors, ctx.norm), None, None
+        return (None,) * 7
+    saved = ctx.saved_tensors
+    return *_given(saved[:3], call(dy, *saved, *ctx.settings)), None, None, None, None
+
+
+def _adaln_backward(
+    dy: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, statistics: Tensor, plus_one: bool, norm: str,
+    eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The backward by its definition."""
+    return _all(x, pullback(reference.adaln, (x, shift, scale, plus_one, norm, eps, dy.dtype), (dy,))[:3])
 
 
 def _adaln_operator(name: str, forward: Any, backward: Any, direct_backward: Any = None) -> Operator:
     return Operator(
         name,
-        forward_schema="(Tensor x, Tensor shift, Tensor scale, str norm, float eps) -> (Tensor, Tensor)",
-        backward_schema="(Tensor dy, Tensor x, Tensor shift, Tensor scale, Tensor statistics, str norm)"
-        " -> (Tensor, Tensor, Tensor)",
+        forward_schema="(Tensor x, Tensor? shift, Tensor? scale, bool plus_one, str norm, float eps, ScalarType dtype)"
+        " -> (Tensor, Tensor)",
+        backward_schema="(Tensor dy, Tensor x, Tensor? shift, Tensor? scale, Tensor statistics, bool plus_one,"
+        " str norm, float eps) -> (Tensor, Tensor, Tensor)",
         forward=forward,
         backward=backward,
-        fake_forward=lambda x, shift, scale, norm, eps: (*_like(x), _statistics(x)),
-        fake_backward=lambda dy, x, shift, scale, statistics, norm: _like(x, shift, scale),
+        fake_forward=lambda x, shift, scale, plus_one, norm, eps, dtype: (x.new_empty(x.shape, dtype=dtype), _statistics(x)),
+        fake_backward=lambda dy, x, shift, scale, *_: _like(x, shift, scale),
         save=_save_adaln,
         differentiate=_differentiate_adaln,
         direct_backward=direct_backward,
+        definition=lambda *args: (reference.adaln(*args),),
+        backward_definition=_adaln_backward,
     )
 
 
@@ -60,96 +87,124 @@ _triton = _adaln_operator(
 )
 
 
-def library_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> Tensor:
-    return _library(x, shift, scale, norm, eps)[0]
+def library_adaln(*args: Any) -> Tensor:
+    return _library(*args)[0]
 
 
-def triton_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float) -> Tensor:
-    return _triton(x, shift, scale, norm, eps)[0]
+def triton_adaln(*args: Any) -> Tensor:
+    return _triton(*args)[0]
 
 
 # --- gated_adaln ------------------------------------------------------------------------------------------------------
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, ctx.norm, _ = inputs
-    ctx.bias = bias.wanted(branch)
+    residual, branch, gate, shift, scale, *ctx.settings, _ = inputs
+    ctx.dtype, ctx.bias = residual.dtype, bias.wanted(branch)
     h, _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, branch, gate, shift, scale, statistics)
+    ctx.y_dtype = inputs[-1]
 
 
 def _differentiate_gated(
     ctx: Any, call: Any, dh: Tensor | None, dy: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     if dh is None and dy is None:
-        return (None,) * 7
+        return (None,) * 9
     saved = ctx.saved_tensors                   # once: activation checkpointing computes them again, and then lets go
     h = saved[0]
     dh = torch.zeros_like(h) if dh is None else dh
-    dy = torch.zeros_like(h) if dy is None else dy
-    *gradients, sums = call(dh, dy, *saved, ctx.norm, ctx.bias)
-    if ctx.bias:
-        bias.give(gradients[1], sums)
-    return *gradients, None, None
+    dy = torch.zeros_like(h, dtype=ctx.y_dtype) if dy is None else dy
+    sums = ctx.bias and not torch.is_grad_enabled()
+    *gradients, dbias = call(dh, dy, *saved, *ctx.settings, ctx.dtype, sums)
+    if sums:
+        bias.give(gradients[1], dbias)
+    return *_given(saved[:5], gradients), None, None, None, None
+
+
+def _gated_backward(
+    dh: Tensor, dy: Tensor, h: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    statistics: Tensor, plus_one: bool, norm: str, eps: float, dtype: torch.dtype, bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The backward by its definition, of h: that of the norm, then that of the residual, which is linear in it."""
+    dx, dshift, dscale, *_ = pullback(reference.adaln, (h, shift, scale, plus_one, norm, eps, dy.dtype), (dy,))
+    residual = torch.zeros_like(h, dtype=dtype)
+    gradients = pullback(reference.gated_residual, (residual, branch, gate), (dh + dx,))
+    return _all(h, (*gradients, dshift, dscale, None))
 
 
 _triton_gated = Operator(
     "gated_adaln",
-    forward_schema="(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, str norm, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
-    backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor gate, Tensor shift, Tensor scale,"
-    " Tensor statistics, str norm, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward_schema="(Tensor residual, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale, bool plus_one,"
+    " str norm, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale,"
+    " Tensor statistics, bool plus_one, str norm, float eps, ScalarType dtype, bool bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=launch.gated_adaln,
     backward=launch.gated_adaln_backward,
-    fake_forward=lambda residual, branch, *_: (*_like(residual, residual), _statistics(residual)),
-    fake_backward=lambda dh, dy, h, branch, gate, shift, scale, statistics, norm, bias: (
-        *_like(h, branch, gate, shift, scale), branch.new_empty(branch.shape[2] if bias else 0)
+    fake_forward=lambda residual, branch, gate, *settings: (
+        residual.new_empty(residual.shape, dtype=reference.promoted(residual, branch, gate)),
+        residual.new_empty(residual.shape, dtype=settings[-1]),
+        _statistics(residual),
+    ),
+    fake_backward=lambda dh, dy, h, branch, gate, shift, scale, statistics, plus_one, norm, eps, dtype, bias: (
+        h.new_empty(h.shape, dtype=dtype),
+        *_like(branch, gate, shift, scale),
+        branch.new_empty(branch.shape[2] if bias else 0),
     ),
     save=_save_gated,
     differentiate=_differentiate_gated,
     direct_backward=partial(launch.gated_adaln_backward, in_chunks=True),
+    definition=reference.gated_adaln,
+    backward_definition=_gated_backward,
 )
 
 
-def triton_gated_adaln(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _triton_gated(residual, branch, gate, shift, scale, norm, eps)[:2]
+def triton_gated_adaln(*args: Any) -> tuple[Tensor, Tensor]:
+    return _triton_gated(*args)[:2]
 
 
 def library_gated_adaln(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, eps: float
+    residual: Tensor, branch: Tensor, gate: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     h = reference.gated_residual(residual, branch, gate)
-    return h, library_adaln(h, shift, scale, norm, eps)
+    return h, library_adaln(h, *rest)
 
 
 # --- gated_residual ---------------------------------------------------------------------------------------------------
 
 
-def _save_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2])
+def _save_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[1] if inputs[2] is not None else None, inputs[2])
+    ctx.branch_dtype = inputs[1].dtype
 
 
-def _differentiate_residual(ctx: Any, call: Any, dh: Tensor) -> tuple[Tensor, ...]:
-    return dh, *call(dh, *ctx.saved_tensors)                      # dresidual is dh itself: no copy
+def _differentiate_residual(ctx: Any, call: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    branch, gate = ctx.saved_tensors
+    dresidual = dh.to(ctx.dtype)                                      # dh itself, most often: no copy
+    return (dresidual, dh.to(ctx.branch_dtype), None) if gate is None else (dresidual, *call(dh, branch, gate))
 
 
 _triton_residual = Operator(
     "gated_residual",
-    forward_schema="(Tensor residual, Tensor branch, Tensor gate) -> Tensor",
+    forward_schema="(Tensor residual, Tensor branch, Tensor? gate) -> Tensor",
     backward_schema="(Tensor dh, Tensor branch, Tensor gate) -> (Tensor, Tensor)",
     forward=launch.gated_residual,
     backward=launch.gated_residual_backward,
-    fake_forward=lambda residual, branch, gate: _like(residual)[0],
+    fake_forward=lambda residual, branch, gate: residual.new_empty(
+        residual.shape, dtype=reference.promoted(residual, branch, gate)
+    ),
     fake_backward=lambda dh, branch, gate: _like(branch, gate),
     save=_save_residual,
     differentiate=_differentiate_residual,
     direct_backward=partial(launch.gated_residual_backward, in_chunks=True),
+    definition=reference.gated_residual,
+    backward_definition=lambda dh, branch, gate: pullback(reference.gated_residual, (dh, branch, gate), (dh,))[1:],
 )
 
 
-def triton_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def triton_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return _triton_residual(residual, branch, gate)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfkernels.triton_support import on
+from rfkernels.triton_support import kernels_of, on
 
 BLOCK = 2048                 # elements of a program: 16 a thread with four warps
 SETTINGS: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
-@lru_cache
-def _kernels() -> Any:
-    from rfkernels.flow import kernels
-
-    return kernels
+_kernels = kernels_of("rfkernels.flow.kernels")
 
 
 def _samples(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels.flow import launch
+from rfkernels.flow import launch, reference
 from rfkernels.registration import Operator
+from rfkernels.transforms import pullback
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -30,6 +31,15 @@ def _differentiate_flow(ctx: Any, call: Any, dz: Tensor, dtarget: Tensor) -> tup
     return dx0, dnoise, dt if ctx.time else None
 
 
+def _flow_backward(
+    dz: Tensor, dtarget: Tensor, t: Tensor, x0: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The backward by its definition, which asks for the values of x0 and noise for the gradient of t only."""
+    a, b = (torch.zeros_like(dz) if x is None else x for x in (x0, noise))
+    dx0, dnoise, dt = pullback(reference.rectified_flow, (a, b, t), (dz, dtarget))
+    return dx0, dnoise, t.new_empty(0) if x0 is None else dt
+
+
 rectified_flow = Operator(
     "rectified_flow",
     forward_schema="(Tensor x0, Tensor noise, Tensor t) -> (Tensor, Tensor)",
@@ -42,6 +52,8 @@ rectified_flow = Operator(
     ),
     save=_save_flow,
     differentiate=_differentiate_flow,
+    definition=reference.rectified_flow,
+    backward_definition=_flow_backward,
 )  # fmt: skip
 
 
@@ -56,10 +68,20 @@ def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Ten
 
 def _differentiate_errors(ctx: Any, call: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     prediction, target, weight, errors = ctx.saved_tensors
+    if torch.is_grad_enabled():                                                      # errors has no graph of its own
+        errors = (prediction.float() - target.float()).square().flatten(1).sum(1)
     _, wants_target, wants_weight = ctx.needs_input_grad[:3]
     dprediction, dtarget = call(dloss, prediction, target, weight, wants_target)
     dweight = (errors * (dloss / prediction.numel())).to(weight.dtype) if wants_weight else None
     return dprediction, dtarget if wants_target else None, dweight
+
+
+def _errors_backward(
+    dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor, wants_target: bool
+) -> tuple[Tensor, ...]:
+    """The backward by its definition."""
+    dprediction, dtarget, _ = pullback(reference.weighted_mse, (prediction, target, weight), (dloss,))
+    return dprediction, dtarget if wants_target else target.new_empty(0)
 
 
 _weighted_mse = Operator(
@@ -77,6 +99,8 @@ _weighted_mse = Operator(
     ),
     save=_save_errors,
     differentiate=_differentiate_errors,
+    definition=lambda *args: (reference.weighted_mse(*args),),
+    backward_definition=_errors_backward,
 )  # fmt: skip
 
 

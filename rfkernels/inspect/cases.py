@@ -68,14 +68,26 @@ def cases() -> Iterator[Case]:
     for width in WIDTHS:
         x, v = _tensor(BATCH, LENGTH, width), _tensor(BATCH, width)
         s = _tensor(2, BATCH, LENGTH, dtype=torch.float32)
+        norm = (True, "layer", 1e-6)
         calls: dict[str, tuple[int, Callable[[], object]]] = {            # bytes per element, call
-            "adaln_fwd": (4, partial(launch.adaln, x, v, v, "layer", 1e-6)),
-            "adaln_bwd": (6, partial(launch.adaln_backward, x, x, v, v, s, "layer")),
-            "gated_adaln_fwd": (8, partial(launch.gated_adaln, x, x, v, v, v, "layer", 1e-6)),
-            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, "layer", True)),
+            "adaln_fwd": (4, partial(launch.adaln, x, v, v, *norm, x.dtype)),
+            "adaln_bwd": (6, partial(launch.adaln_backward, x, x, v, v, s, *norm)),
+            "gated_adaln_fwd": (8, partial(launch.gated_adaln, x, x, v, v, v, *norm, x.dtype)),
+            "gated_adaln_bwd": (12, partial(launch.gated_adaln_backward, x, x, x, x, v, v, v, s, *norm, x.dtype, True)),
             "gated_residual_fwd": (6, partial(launch.gated_residual, x, x, v)),
             "gated_residual_bwd": (6, partial(launch.gated_residual_backward, x, x, v)),
         }
+        h = _tensor(BATCH, LENGTH, width, dtype=torch.float32)            # the residual stream under autocast
+        calls |= {
+            "adaln_fwd_autocast": (6, partial(launch.adaln, h, v, v, *norm, x.dtype)),
+            "adaln_bwd_autocast": (10, partial(launch.adaln_backward, x, h, v, v, s, *norm)),
+            "gated_adaln_fwd_autocast": (12, partial(launch.gated_adaln, h, x, v, v, v, *norm, x.dtype)),
+            "gated_adaln_bwd_autocast": (
+                18, partial(launch.gated_adaln_backward, h, x, h, x, v, v, v, s, *norm, h.dtype, True)
+            ),
+            "gated_residual_fwd_autocast": (10, partial(launch.gated_residual, h, x, v)),
+            "gated_residual_bwd_autocast": (8, partial(launch.gated_residual_backward, h, x, v)),
+        }  # fmt: skip
         for name, (least, call) in calls.items():
             yield Case(f"{name}/{width}", call, least * x.numel())
         h = _tensor(BATCH * LENGTH, 4 * width)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rfkernels.joint_attention.layout import Parts, parse
 from rfkernels.launch_tables import attention_launch
-from rfkernels.triton_support import capability, device_name, on
+from rfkernels.triton_support import capability, device_name, kernels_of, on
 
 LOG2_E = log2(2.718281828459045)
 # By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are
@@ -41,12 +41,9 @@ def beyond_tile(*activations: Tensor | None) -> str | None:
     return None
 
 
-@lru_cache
-def _modules() -> tuple[Any, Any, Any]:
-    """Imported at the first launch: importing rfkernels must not need Triton."""
-    from rfkernels.joint_attention import backward_kernels, kernels, prepare_kernels
-
-    return kernels, backward_kernels, prepare_kernels
+_forward_kernels, _backward_kernels, _prepare_kernels = (
+    kernels_of(f"rfkernels.joint_attention.{name}") for name in ("kernels", "backward_kernels", "prepare_kernels")
+)
 
 
 @dataclass
@@ -141,7 +138,7 @@ def prepare(x: Tensor, weight: Tensor | None, s: Parts, eps: float, out: Tensor 
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     settings = _prepare_settings(x, weight, s)
     if out.numel():
-        _modules()[2].prepare_fwd[(-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])](
+        _prepare_kernels().prepare_fwd[(-(-x.shape[1] // TOKENS), x.shape[2], x.shape[0])](
             x, out, weight, s.cos, s.sin, s.lengths, x.stride()[:3], out.stride()[:3], _angle_strides(s), x.shape[1],
             eps, **settings,
         )  # fmt: skip
@@ -158,7 +155,7 @@ def prepare_backward(
     rows = grid[0] * grid[1] * grid[2]
     partials = None if weight is None else torch.empty(rows, x.shape[3], dtype=torch.float32, device=x.device)
     strides = (dout.stride()[:3], x.stride()[:3], dx.stride()[:3], _angle_strides(s))
-    _modules()[2].prepare_bwd[grid](
+    _prepare_kernels().prepare_bwd[grid](
         dout, x, dx, weight, s.cos, s.sin, s.lengths, partials, *strides, x.shape[1], eps,
         **_prepare_settings(x, weight, s),
     )  # fmt: skip
@@ -219,7 +216,7 @@ def _forward(core: Core, scale: float, eps: float) -> list[Tensor]:
     rstd = torch.empty((batch, heads, keys) if core.norm else (0,), dtype=torch.float32, device=like.device)
     if not lse.numel():
         return [*outs, lse, rstd.zero_()]
-    kernels = _modules()[0]
+    kernels = _forward_kernels()
     ks, vs = tuple(s.k for s in core.streams), tuple(s.v for s in core.streams)
     lengths = _lengths(core.streams, core.streams)
     if rstd.numel():
@@ -332,7 +329,7 @@ def _core_backward(
     and if `bias` the sums of each stream's gradients, [3, H, D]."""
     like = core.streams[0].k
     batch, _, heads, dim = like.shape
-    kernels = _modules()[1]
+    kernels = _backward_kernels()
     qs = tuple(s.q for s in core.asking if s.q is not None)
     ks, vs = tuple(s.k for s in core.streams), tuple(s.v for s in core.streams)
     douts = tuple(g if g.stride(-1) == 1 and g.stride(1) < MAX_TOKEN_STRIDE else g.contiguous() for g in grads)
@@ -382,7 +379,7 @@ def _sum_rows(partials: Tensor, like: Sequence[Tensor], rows: Sequence[int]) -> 
     dtypes = {w.dtype for w in like}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32               # the kernel picks one of them at run time
     outs = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in like]
-    _modules()[1].sum_rows[(len(outs), -(-dim // SUMMED_COLUMNS))](
+    _backward_kernels().sum_rows[(len(outs), -(-dim // SUMMED_COLUMNS))](
         tuple(outs), partials, *rows, *[0] * (8 - len(rows)), D=dim, N=len(outs), ROWS=SUMMED_ROWS,
         COLUMNS=SUMMED_COLUMNS, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

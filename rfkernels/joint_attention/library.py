@@ -19,6 +19,7 @@ from rfkernels.joint_attention.reference import key_mask, prepared
 from rfkernels.joint_attention.stream import Stream
 from rfkernels.launch_tables import table
 from rfkernels.registration import Operator
+from rfkernels.transforms import differentiable_once
 from rfkernels.triton_support import device_name, interpreted, on, refuses_triton
 
 
@@ -27,6 +28,7 @@ def joint_attention(streams: tuple[Stream, ...], scale: float, eps: float) -> tu
     if not asking:
         return (None,) * len(streams)
     q, k, v = joined(streams, asking, eps)
+    q, k, v = differentiable_once("joint_attention", q, k, v)
     seen = key_mask(streams)
     out = core(q, seen)(q, k, v, seen, scale)
     if seen is not None:
@@ -193,13 +195,16 @@ NEVER = 1 << 62
 CORES: dict[str, Core] = {"sdpa": sdpa, "cudnn": cudnn, "flash3": flash3, "flash4": flash4}
 
 
-@torch.compiler.assume_constant_result
 def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int]:
     """(core, tokens from which this path is the fastest) by the launch table of a GPU, where head dimension 64 is
     {"joint_attention": {"64": {"core": "cudnn", "library_from": 4096}}}; ("sdpa", never) where nothing was measured."""
     name = device_name(torch.device(device_type) if index is None else torch.device(device_type, index))
     entry = table(name).get("joint_attention", {}).get(str(dim), {}) if name else {}
     return entry.get("core", "sdpa"), entry.get("library_from", NEVER)
+
+
+# What torch.compiler.assume_constant_result does. Calling it imports torch._dynamo, which takes longer than torch itself.
+measured._dynamo_marked_constant = True                                                             # type: ignore[attr-defined]
 
 
 def core(q: Tensor, seen: Tensor | None) -> Core:

@@ -9,6 +9,7 @@ from torch import Tensor
 from rfkernels import checks, dispatch
 from rfkernels.joint_attention import diagnostics, launch, library, operators, reference
 from rfkernels.joint_attention.stream import Stream
+from rfkernels.transforms import refuses_transforms
 from rfkernels.triton_support import interpreted, refuses_triton
 
 MAX_STREAMS = 4
@@ -47,9 +48,11 @@ def _check(streams, *, scale=None, eps=1e-6):
     batch, _, heads, dim = first.shape
     for i, stream in enumerate(streams[1:], 1):
         if (stream.shape[0], stream.shape[2], stream.shape[3]) != (batch, heads, dim):
+            turned = stream.shape[1] == first.shape[1] and (stream.shape[0], stream.shape[3]) == (batch, dim)
             raise ValueError(
                 f"{op}: streams[{i}] has k of shape {list(stream.shape)}; expected batch {batch}, "
                 f"{heads} heads of {dim}, as streams[0]"
+                + ("; if these are [B, H, S, D], transpose(1, 2) them first" if turned else "")
             )
         if stream.like.dtype != first.like.dtype or stream.like.device != first.like.device:
             checks.same_dtype(op, "streams[0]", first.like, **{f"streams[{i}].k": stream.like})
@@ -65,6 +68,8 @@ def _check(streams, *, scale=None, eps=1e-6):
 
 
 def _refuses(streams, scale, eps):
+    if transforms := refuses_transforms("joint attention in kernels"):
+        return transforms
     for i, s in enumerate(streams):
         if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
             return f"the kernels have no gradient of rotary tables, which streams[{i}] asks for"
@@ -79,6 +84,10 @@ def _refuses(streams, scale, eps):
     return refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
 
 
+def _library_refuses(streams, scale, eps):
+    return refuses_transforms("a library's attention")
+
+
 def _slower(streams, scale, eps):
     return interpreted(streams[0].like) or library.faster(streams)
 
@@ -91,7 +100,8 @@ dispatch.register(
         _refuses, _slower,
     ),
     dispatch.Implementation(
-        "library", "a joint copy of q, k and v, then SDPA or what was measured faster", library.joint_attention
+        "library", "a joint copy of q, k and v, then SDPA or what was measured faster", library.joint_attention,
+        _library_refuses,
     ),
     dispatch.Implementation("reference", "plain PyTorch, softmax in fp32", reference.joint_attention),
 )

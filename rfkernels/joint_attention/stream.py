@@ -15,7 +15,7 @@ class Rope(NamedTuple):
     """Rotary position embedding of one stream, applied to q and k after their norm."""
 
     cos: Tensor
-    """[S, D/2] or [B, S, D/2], fp32."""
+    """[S, D/2], [1, S, D/2] or [B, S, D/2], fp32: an angle once, not for both of its pair."""
     sin: Tensor
     """Shape of cos."""
     interleaved: bool = True
@@ -26,11 +26,11 @@ class Stream:
     """Queries, keys and values of one stream (text, image, ...).
 
     Args:
-        q, k, v: [B, S, H, D], any strides with a unit-stride last dimension; one dtype. q may be None if `queries` is
-            False.
+        q, k, v: [B, S, H, D]; one dtype. Read with their strides if the last dimension's is 1, else copied. q may be
+            None if `queries` is False.
         q_weight, k_weight: [D], weights of an RMSNorm over D of q and k; None: that side is not normalised.
         lengths: [B], integer; tokens from lengths[b] on are padding: no query sees them, and their own rows are zeros.
-        rope: rotary embedding, or None.
+        rope: rotary embedding, a `Rope` or its (cos, sin), or None.
         queries: False for a stream that only gives keys and values; its output is None.
     Raises: ValueError or TypeError that names the argument.
 
@@ -45,7 +45,7 @@ class Stream:
         q_weight: Tensor | None = None,
         k_weight: Tensor | None = None,
         lengths: Tensor | None = None,
-        rope: Rope | None = None,
+        rope: Rope | tuple[Tensor, Tensor] | None = None,
         queries: bool = True,
     ) -> None:
         op = "Stream"
@@ -59,8 +59,8 @@ class Stream:
         checks.same_shape(op, "k", k, **given)
         checks.same_dtype(op, "k", k, **given)
         checks.same_device(op, "k", k, **given)
-        checks.unit_stride(op, k=k, **given)
-        self._parts: tuple[Tensor | None, Tensor, Tensor] | None = (q, k, v)
+        k, v, *rest = checks.unit_stride(k=k, v=v, **({} if q is None else {"q": q}))
+        self._parts: tuple[Tensor | None, Tensor, Tensor] | None = (rest[0] if rest else None, k, v)
         self.packed_tensor: Tensor | None = None
         self._finish(k.shape, k, q_weight, k_weight, lengths, rope, queries)
 
@@ -71,7 +71,7 @@ class Stream:
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         lengths: Tensor | None,
-        rope: Rope | None,
+        rope: Rope | tuple[Tensor, Tensor] | None,
         queries: bool,
     ) -> None:
         op = "Stream"
@@ -87,15 +87,7 @@ class Stream:
                 raise TypeError(f"{op}: lengths has dtype {lengths.dtype}; expected int32 or int64")
             checks.has_shape(op, (batch,), "one per sample", lengths=lengths)
             checks.same_device(op, "k", like, lengths=lengths)
-        if rope is not None:
-            for name, table in (("rope.cos", rope.cos), ("rope.sin", rope.sin)):
-                checks.is_float(op, **{name: table})
-                if tuple(table.shape) not in ((length, dim // 2), (batch, length, dim // 2)):
-                    raise ValueError(
-                        f"{op}: {name} has shape {list(table.shape)}; expected {[length, dim // 2]} "
-                        f"or {[batch, length, dim // 2]}"
-                    )
-                checks.same_device(op, "k", like, **{name: table})
+        rope = rope if rope is None else _rope(op, rope, shape, like)
         self.shape, self.like = shape, like
         self.q_weight, self.k_weight = q_weight, k_weight
         self.lengths, self.rope, self.queries = lengths, rope, queries
@@ -127,7 +119,7 @@ class Stream:
         q_weight: Tensor | None = None,
         k_weight: Tensor | None = None,
         lengths: Tensor | None = None,
-        rope: Rope | None = None,
+        rope: Rope | tuple[Tensor, Tensor] | None = None,
         queries: bool = True,
     ) -> Stream:
         """A stream whose q, k, v are views of one fused projection, read in place; its gradient is one tensor too.
@@ -142,8 +134,7 @@ class Stream:
         if qkv.ndim != 5 or qkv.shape[2] not in ((3,) if queries else (2, 3)):
             wanted = "[B, S, 3, H, D]" + ("" if queries else " or [B, S, 2, H, D]")
             raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected {wanted}")
-        checks.unit_stride(op, qkv=qkv)
-        (qkv,) = _autocast(qkv)
+        (qkv,) = _autocast(*checks.unit_stride(qkv=qkv))
         stream = cls.__new__(cls)
         stream._parts, stream.packed_tensor = None, qkv
         stream._finish(qkv.shape[:2] + qkv.shape[3:], qkv, q_weight, k_weight, lengths, rope, queries)
@@ -154,6 +145,31 @@ class Stream:
         if self.lengths is None:
             return None
         return torch.arange(self.shape[1], device=self.like.device) < self.lengths.unsqueeze(1)
+
+
+def _rope(op: str, rope: Rope | tuple[Tensor, Tensor], shape: torch.Size, like: Tensor) -> Rope:
+    """Rotary tables [S, D/2] or [B, S, D/2]."""
+    if not isinstance(rope, tuple) or len(rope) not in (2, 3):
+        raise TypeError(f"{op}: rope is {type(rope).__name__}; expected a Rope or its (cos, sin)")
+    batch, length, heads, dim = shape
+    made = []
+    for name, table in (("rope.cos", rope[0]), ("rope.sin", rope[1])):
+        checks.is_float(op, **{name: table})
+        checks.same_device(op, "k", like, **{name: table})
+        if table.ndim == 3 and table.shape[0] == 1 and batch != 1:
+            table = table[0]
+        if tuple(table.shape) not in ((length, dim // 2), (batch, length, dim // 2)):
+            hint = ""
+            if table.shape[-1:] == (dim,):
+                hint = "; of a table that has each angle twice, pass [..., ::2] (interleaved) or [..., :D/2] (halves)"
+            elif table.ndim > 1 and table.shape[-2] == heads != length:
+                hint = f"; k has shape {list(shape)}, which looks like [B, H, S, D]: transpose(1, 2) first"
+            raise ValueError(
+                f"{op}: {name} has shape {list(table.shape)}; expected {[length, dim // 2]} "
+                f"or {[batch, length, dim // 2]}{hint}"
+            )
+        made.append(table)
+    return Rope(*made, *rope[2:])
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

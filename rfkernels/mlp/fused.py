@@ -11,8 +11,9 @@ from torch import Tensor
 from rfkernels.autocast import to_autocast
 from rfkernels.bias import gradient_of as bias_gradient
 from rfkernels.bias import marked
-from rfkernels.mlp import launch
+from rfkernels.mlp import launch, reference
 from rfkernels.registration import operator
+from rfkernels.transforms import pullback, transforming
 
 _gelu_backward = operator(
     "gelu_backward",
@@ -30,13 +31,15 @@ class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
         h = F.linear(x, w1, b1)
-        ctx.save_for_backward(x, w1, h, w2)
+        ctx.save_for_backward(x, w1, h, w2, b1)
         return F.linear(F.gelu(h, approximate="tanh"), w2, b2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, h, w2 = ctx.saved_tensors
+        x, w1, h, w2, b1 = ctx.saved_tensors
+        if torch.is_grad_enabled():                                       # create_graph=True: h has no graph of its own
+            b2 = None if not ctx.needs_input_grad[4] else dy.new_zeros(dy.shape[-1])
+            return pullback(reference.gelu_mlp, (x, w1, b1, w2, b2), (dy,))
         dx, dw1, db1, dw2, db2 = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         gradients: list[Tensor | None] = [None] * 5
@@ -52,6 +55,8 @@ class _GeluMlp(torch.autograd.Function):
 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     given = (x, w1, b1, w2, b2)
+    if transforming():                                                    # products and GELU are PyTorch's in any case
+        return reference.gelu_mlp(*given)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return without_gradient(*given)
     out: Tensor = _GeluMlp.apply(*to_autocast(*given))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,16 +9,12 @@ from torch import Tensor
 
 from rfkernels.adaln.launch import column_sums
 from rfkernels.launch_tables import tile_launch
-from rfkernels.triton_support import device_name, multiprocessors, on
+from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
 PROGRAMS_PER_SM = 4
 
 
-@lru_cache
-def _kernels() -> Any:
-    from rfkernels.mlp import kernels
-
-    return kernels
+_kernels = kernels_of("rfkernels.mlp.kernels")
 
 
 def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:

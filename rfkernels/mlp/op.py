@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from rfkernels import checks, dispatch
+from rfkernels.layers import plain
 from rfkernels.mlp import fused, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
-def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``gelu(x @ w1.T + b1) @ w2.T + b2`` with the tanh form of GELU.
+def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor:
+    """``fc2(gelu(fc1(x)))`` with the tanh form of GELU: ``gelu_mlp(x, fc1, fc2)``.
+
+    A layer that is more than its weights (an adapter, a quantised or parametrised layer, one with hooks) is called as it
+    is. ``gelu_mlp(x, w1, b1, w2, b2)`` takes tensors, and then nothing else: an adapter of the layer they come from is
+    left out without a word.
 
     Args:
-        x: [..., C]. w1: [hidden, C], b1: [hidden] or None. w2: [out, hidden], b2: [out] or None; layouts of nn.Linear.
+        x: [..., C].
+        fc1, fc2: nn.Linear of C to hidden and of hidden to out, or any modules of that kind. Or w1: [hidden, C], b1:
+            [hidden] or None, w2: [out, hidden], b2: [out] or None.
     Returns: [..., out] in x's dtype (autocast's under autocast).
     Raises: ValueError or TypeError that names the argument.
     """
-    return dispatch.run("gelu_mlp", *_check(x, w1, b1, w2, b2))
+    checked = _check(x, *layers)
+    if checked is None:
+        fc1, fc2 = layers
+        return fc2(F.gelu(fc1(x), approximate="tanh"))                                        # type: ignore[misc,operator,no-any-return]
+    return dispatch.run("gelu_mlp", *checked)                                                    # type: ignore[no-any-return]
 
 
-def _check(x, w1, b1, w2, b2):
+def _check(x, *layers):
+    """The op's tensors; None if the layers have to be called."""
     op = "gelu_mlp"
+    if len(layers) == 2:
+        for name, layer in zip(("fc1", "fc2"), layers, strict=True):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"{op}: {name} is {type(layer).__name__}; expected a linear layer (or w1, b1, w2, b2)")
+        if not all(map(plain, layers)):
+            return None
+        layers = tuple(t for layer in layers for t in (layer.weight, layer.bias))
+    elif len(layers) != 4:
+        raise TypeError(f"{op}: got {len(layers)} arguments after x; expected fc1, fc2 (or w1, b1, w2, b2)")
+    w1, b1, w2, b2 = layers
     checks.is_float(op, x=x, w1=w1, w2=w2)
     if x.ndim == 0:
         raise ValueError(f"{op}: x has shape []; expected [..., C]")

@@ -7,45 +7,34 @@ needs the weights themselves (`gelu_mlp`) and they are not plain, the module's o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rfkernels
-from rfkernels.nn import plain
+from rfkernels.autocast import autocast_dtype
+from rfkernels.layers import plain
 from rfkernels.patch.swap import Fused
 
 
-def one_dtype(x: Tensor, *others: Tensor) -> bool:
-    """Whether PyTorch would leave the result in x's dtype; if it promotes, the fused op would not do the same."""
-    return all(torch.promote_types(x.dtype, other.dtype) == x.dtype for other in others)
-
-
-def rows(x: Tensor) -> Tensor:
-    """x with its channels next to each other: a patch embedding may leave them apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def eager_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """Of a modulated norm, the dtype that PyTorch would give; None for the op's own choice."""
+    if autocast_dtype(tensors[0].device.type):
+        return None                                       # a linear layer follows, for which autocast would cast
+    return reduce(torch.promote_types, [t.dtype for t in tensors])
 
 
 def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    if one_dtype(x, shift, scale):
-        return rfkernels.adaln(rows(x), shift, scale, eps=norm.eps)
-    return norm(x) * (1 + scale[:, None]) + shift[:, None]
-
-
-def add_gated(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    if residual.dtype == branch.dtype and one_dtype(residual, gate):
-        return rfkernels.gated_residual(rows(residual), rows(branch), gate)
-    return residual + gate[:, None] * branch
+    return rfkernels.adaln(x, shift, scale, eps=norm.eps, dtype=eager_dtype(x, shift, scale))
 
 
 def add_gated_and_modulate(
     residual: Tensor, branch: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if residual.dtype == branch.dtype and one_dtype(residual, gate, shift, scale):
-        return rfkernels.gated_adaln(rows(residual), rows(branch), gate, shift, scale, eps=norm.eps)
-    h = add_gated(residual, branch, gate)
-    return h, modulate(norm, h, shift, scale)
+    dtype = eager_dtype(residual, branch, gate, shift, scale)
+    return rfkernels.gated_adaln(residual, branch, gate, shift, scale, eps=norm.eps, dtype=dtype)
 
 
 def plain_norm(norm: nn.Module) -> str | None:
@@ -109,7 +98,7 @@ def second_half(
     """x after attention's branch and the MLP. m: gate; shift, scale, gate of the MLP."""
     gate, shift, scale, gate_mlp = m
     h, y = add_gated_and_modulate(x, branch, gate, norm, shift, scale)
-    return add_gated(h, mlp(y), gate_mlp)
+    return rfkernels.gated_residual(h, mlp(y), gate_mlp)
 
 
 def clip(x: Tensor) -> Tensor:
@@ -128,7 +117,7 @@ class JointTransformerBlock(Fused):
             context, *c = self.norm1_context(encoder_hidden_states, emb=temb)
         branch, context_branch = self.attn(hidden_states=y, encoder_hidden_states=context, **kwargs)
         if self.use_dual_attention:
-            hidden_states = add_gated(hidden_states, branch, m[0])
+            hidden_states = rfkernels.gated_residual(hidden_states, branch, m[0])
             branch, m[0] = self.attn2(hidden_states=m[4], **kwargs), m[5]
         hidden_states = second_half(hidden_states, branch, tuple(m[:4]), self.norm2, self._chunked(self.ff))
         if self.context_pre_only:
@@ -178,7 +167,7 @@ class FluxSingleTransformerBlock(Fused):
         y, gate = self.norm(x, emb=temb)
         hidden = self.act_mlp(self.proj_mlp(y))
         attended = self.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        x = clip(add_gated(x, self.proj_out(torch.cat([attended, hidden], dim=2)), gate))
+        x = clip(rfkernels.gated_residual(x, self.proj_out(torch.cat([attended, hidden], dim=2)), gate))
         return x[:, :text], x[:, text:]
 
 
@@ -213,4 +202,4 @@ class FeedForward(Fused):
         dropped = self.training and dropout.p > 0
         if args or kwargs or dropped or not (plain(first.proj) and plain(last)):
             return super().forward(hidden_states, *args, **kwargs)           # type: ignore[misc]
-        return rfkernels.gelu_mlp(hidden_states, first.proj.weight, first.proj.bias, last.weight, last.bias)
+        return rfkernels.gelu_mlp(hidden_states, first.proj, last)

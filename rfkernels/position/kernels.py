@@ -2,7 +2,7 @@
 
 A patch of P x P latent pixels is a row of K = C P P elements, ordered (channel, row, column) where a latent enters a
 model and (row, column, channel) where one leaves (CHANNEL_FIRST false). Patches are read from the latent and written to
-it in place, whatever its strides. The weight is w(n, k), addressed by two strides: it may be stored either way round.
+it in place, whatever its strides. Tokens may be wider than latent and weight, whose dtype the products have. The weight is w(n, k), addressed by two strides: it may be stored either way round.
 """
 
 import triton
@@ -79,7 +79,7 @@ def tokens_to_patches(
         x = tl.load(rows[:, None] + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0)
         at = n.to(tl.int64)[:, None] * weight_strides[0] + k[None, :] * weight_strides[1]
         weight = tl.load(weight_ptr + at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
     if BIAS:
         acc += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)[None, :]
     here = _patches(token, k, h, w, latent_strides, CHANNELS, P, CHANNEL_FIRST)
@@ -108,7 +108,7 @@ def patch_weight_bwd(
         x = tl.load(rows[:, None] + n[None, :], mask=live & (n < N)[None, :], other=0.0)
         here = _patches(token, k, h, w, latent_strides, CHANNELS, P, CHANNEL_FIRST)
         patch = tl.load(latent_ptr + here, mask=live & (k < K)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(x), patch, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(x.to(patch.dtype)), patch, acc, input_precision=PRECISION)
         if SUMS:
             sums += tl.sum(x.to(tl.float32), 0)
     at = n.to(tl.int64)[:, None] * partial_strides[0] + k[None, :] * partial_strides[1]

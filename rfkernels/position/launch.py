@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,16 +10,12 @@ from torch import Tensor
 
 from rfkernels.adaln.launch import column_sums
 from rfkernels.launch_tables import patch_launch
-from rfkernels.triton_support import capability, device_name, multiprocessors, on
+from rfkernels.triton_support import capability, device_name, kernels_of, multiprocessors, on
 
 PROGRAMS_PER_SM = 2          # of the weight's gradient, each with a partial sum of its own
 
 
-@lru_cache
-def _kernels() -> Any:
-    from rfkernels.position import kernels
-
-    return kernels
+_kernels = kernels_of("rfkernels.position.kernels")
 
 
 @dataclass(frozen=True)
@@ -63,12 +58,13 @@ def unit(x: Tensor) -> Tensor:
 
 def to_tokens(
     patches: Patches, weight: Tensor, strides: tuple[int, int], channels: int, bias: Tensor | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """[B, h*w, channels] = patches times w(n, k), weight addressed by `strides` of n and k, plus bias and positions."""
+    """[B, h*w, channels] = patches times w(n, k), weight addressed by `strides` of n and k, plus bias and positions; in
+    the latent's dtype if none is given."""
     latent = patches.latent
     h, w = patches.grid
-    out = torch.empty((latent.shape[0], h * w, channels), dtype=latent.dtype, device=latent.device)
+    out = torch.empty((latent.shape[0], h * w, channels), dtype=dtype or latent.dtype, device=latent.device)
     if not out.numel():
         return out
     settings = patches.settings("patches_to_tokens", channels)

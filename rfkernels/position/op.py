@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rfkernels import checks, dispatch
-from rfkernels.autocast import to_autocast
+from rfkernels.autocast import autocast_dtype, to_autocast
 from rfkernels.position import operators, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton, too_many_rows
 
@@ -44,19 +45,28 @@ def position_grid(
 
 
 def patch_embed(
-    latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, *, patch_size: int = 2
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    *,
+    patch_size: int = 2,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Patchify, project, add positions.
 
     Args:
         latent: [B, C, H, W], H and W multiples of patch_size.
         weight: [dim, C, patch_size, patch_size], a convolution's layout; latent's dtype. bias: [dim] or None.
-        positions: [h*w, dim] with h = H/patch_size, any float dtype; added in fp32.
-    Returns: tokens [B, h*w, dim], row by row, in latent's dtype (autocast's under autocast).
+        positions: [h*w, dim] or [1, h*w, dim] with h = H/patch_size, any float dtype; added in fp32.
+        dtype: of the tokens. None: latent's; under autocast what the convolution plus the positions gives, so fp32 for
+            fp32 positions.
+    Returns: tokens [B, h*w, dim], row by row.
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, section 4.
     """
-    return dispatch.run("patch_embed", *_check_patch(latent, weight, bias, positions, patch_size=patch_size))
+    checked = _check_patch(latent, weight, bias, positions, patch_size=patch_size, dtype=dtype)
+    return dispatch.run("patch_embed", *checked)
 
 
 def patch_unembed(
@@ -68,7 +78,7 @@ def patch_unembed(
     released weights.
 
     Args:
-        x: [B, h*w, dim] with h = height/patch_size, row by row; any strides with unit-stride channels.
+        x: [B, h*w, dim] with h = height/patch_size, row by row; copied if channels are not next to each other.
         weight: [patch_size * patch_size * C, dim], the layout of nn.Linear; x's dtype. bias: its rows, or None.
         height, width: of the latent, multiples of patch_size.
     Returns: latent [B, C, height, width] in x's dtype (autocast's under autocast).
@@ -104,7 +114,7 @@ def _check_grid(height, width, dim, *, resolution, max_height, max_width, base=2
     return height, width, dim, resolution, max_height, max_width, base, unit
 
 
-def _check_patch(latent, weight, bias, positions, *, patch_size=2):
+def _check_patch(latent, weight, bias, positions, *, patch_size=2, dtype=None):
     op = "patch_embed"
     checks.is_float(op, latent=latent, weight=weight, positions=positions)
     checks.positive_int(op, patch_size=patch_size)
@@ -123,16 +133,22 @@ def _check_patch(latent, weight, bias, positions, *, patch_size=2):
         checks.has_shape(op, (dim,), "to match weight", bias=bias)
         checks.same_device(op, "latent", latent, bias=bias)
     count = (height // patch_size) * (width // patch_size)
+    if positions.ndim == 3 and positions.shape[0] == 1:
+        positions = positions[0]
     checks.has_shape(op, (count, dim), "one row per token", positions=positions)
     checks.same_device(op, "latent", latent, weight=weight, positions=positions)
     latent, weight, bias = to_autocast(latent, weight, bias)
     checks.same_dtype(op, "latent", latent, weight=weight, **({} if bias is None else {"bias": bias}))
-    return latent, weight, bias, positions, patch_size
+    if dtype is None:
+        autocast = autocast_dtype(latent.device.type) is not None
+        dtype = torch.promote_types(latent.dtype, positions.dtype) if autocast else latent.dtype
+    checks.choice(op, "dtype", dtype, checks.FLOATS)
+    return latent, weight, bias, positions, patch_size, dtype
 
 
 def _check_unembed(x, weight, bias, *, height, width, patch_size=2):
     op = "patch_unembed"
-    checks.tokens(op, x=x)
+    (x,) = checks.tokens(op, x=x)
     checks.is_float(op, weight=weight)
     checks.positive_int(op, height=height, width=width, patch_size=patch_size)
     for name, size in (("height", height), ("width", width)):
@@ -163,7 +179,9 @@ dispatch.register(
 )
 
 
-def _refuses_embed(latent, weight, bias, positions, patch_size):
+def _refuses_embed(latent, weight, bias, positions, patch_size, dtype):
+    if dtype == torch.float64:
+        return "Triton kernels write fp32, bf16 and fp16, not torch.float64"
     return too_many_rows(latent.shape[0] * positions.shape[0]) or refuses_triton(latent, weight, bias)
 
 

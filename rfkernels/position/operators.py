@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels.position import launch
+from rfkernels.position import launch, reference
 from rfkernels.position.launch import Patches
 from rfkernels.registration import Operator
+from rfkernels.transforms import pullback
 
 
 def _strides(weight: Tensor) -> tuple[int, int]:
@@ -24,10 +25,12 @@ def _optional(like: Tensor, wanted: bool, shape: Any = None) -> Tensor:
 # --- patch_embed: weight [dim, C, p, p] ------------------------------------------------------------------------------
 
 
-def _embed(latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, size: int) -> Tensor:
+def _embed(
+    latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, size: int, dtype: torch.dtype
+) -> Tensor:
     patches, weight = Patches(latent, size, True), weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    return launch.to_tokens(patches, weight, _strides(weight), weight.shape[0], bias, positions.contiguous())
+    return launch.to_tokens(patches, weight, _strides(weight), weight.shape[0], bias, positions.contiguous(), dtype)
 
 
 def _embed_backward(
@@ -48,7 +51,7 @@ def _embed_backward(
 
 
 def _save_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    latent, weight, _, positions, ctx.size = inputs
+    latent, weight, _, positions, ctx.size, _ = inputs
     ctx.positions_dtype = positions.dtype
     ctx.save_for_backward(latent, weight)
 
@@ -58,7 +61,17 @@ def _differentiate_embed(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None
     made = call(dy, *ctx.saved_tensors, *wanted[:3], ctx.size)
     gradients = [gradient if asked else None for gradient, asked in zip(made, wanted, strict=False)]
     dpositions = dy.sum(0, dtype=torch.float32).to(ctx.positions_dtype) if wanted[3] else None
-    return *gradients, dpositions, None
+    return *gradients, dpositions, None, None
+
+
+def _embed_backward_definition(
+    dy: Tensor, latent: Tensor, weight: Tensor, wants_latent: bool, wants_weight: bool, wants_bias: bool, size: int
+) -> tuple[Tensor, ...]:
+    bias, positions = torch.zeros_like(weight[:, 0, 0, 0]), torch.zeros_like(dy[0])
+    made = pullback(reference.patch_embed, (latent, weight, bias, positions, size, dy.dtype), (dy,))
+    return tuple(
+        g if wanted else g.new_empty(0) for g, wanted in zip(made, (wants_latent, wants_weight, wants_bias), strict=False)
+    )
 
 
 def _tokens(latent: Tensor, weight: Tensor, size: int) -> tuple[int, int, int]:
@@ -67,17 +80,22 @@ def _tokens(latent: Tensor, weight: Tensor, size: int) -> tuple[int, int, int]:
 
 patch_embed = Operator(
     "patch_embed",
-    forward_schema="(Tensor latent, Tensor weight, Tensor? bias, Tensor positions, int patch_size) -> Tensor",
+    forward_schema="(Tensor latent, Tensor weight, Tensor? bias, Tensor positions, int patch_size,"
+    " ScalarType dtype) -> Tensor",
     backward_schema="(Tensor dy, Tensor latent, Tensor weight, bool wants_latent, bool wants_weight, bool wants_bias,"
     " int patch_size) -> (Tensor, Tensor, Tensor)",
     forward=_embed,
     backward=_embed_backward,
-    fake_forward=lambda latent, weight, bias, positions, size: latent.new_empty(_tokens(latent, weight, size)),
+    fake_forward=lambda latent, weight, bias, positions, size, dtype: latent.new_empty(
+        _tokens(latent, weight, size), dtype=dtype
+    ),
     fake_backward=lambda dy, latent, weight, *wanted: (
         _optional(latent, wanted[0]), _optional(weight, wanted[1]), _optional(weight, wanted[2], weight.shape[:1])
     ),
     save=_save_embed,
     differentiate=_differentiate_embed,
+    definition=reference.patch_embed,
+    backward_definition=_embed_backward_definition,
 )  # fmt: skip
 
 
@@ -120,6 +138,13 @@ def _differentiate_unembed(ctx: Any, call: Any, dlatent: Tensor) -> tuple[Tensor
     return dx if x_wanted else None, dweight if weight_wanted else None, dbias, None, None, None
 
 
+def _unembed_backward_definition(
+    dlatent: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, size: int
+) -> tuple[Tensor, ...]:
+    made = pullback(reference.patch_unembed, (x, weight, None, *dlatent.shape[2:], size), (dlatent,))
+    return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(made, (wants_x, wants_weight), strict=False))
+
+
 patch_unembed = Operator(
     "patch_unembed",
     forward_schema="(Tensor x, Tensor weight, Tensor? bias, SymInt height, SymInt width, int patch_size) -> Tensor",
@@ -135,4 +160,6 @@ patch_unembed = Operator(
     ),
     save=_save_unembed,
     differentiate=_differentiate_unembed,
+    definition=reference.patch_unembed,
+    backward_definition=_unembed_backward_definition,
 )  # fmt: skip

@@ -29,13 +29,15 @@ def position_grid(
     return grid.reshape(h * w, dim).float()
 
 
-def patch_embed(latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
+def patch_embed(
+    latent: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, patch_size: int, dtype: torch.dtype
+) -> Tensor:
     batch, channels, height, width = latent.shape
     h, w = height // patch_size, width // patch_size
     patches = latent.reshape(batch, channels, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
     tokens = torch.nn.functional.linear(patches.reshape(batch, h * w, -1), weight.flatten(1), bias)
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    return (tokens.to(wide) + positions.to(wide)).to(tokens.dtype)
+    return (tokens.to(wide) + positions.to(wide)).to(dtype)
 
 
 def patch_unembed(

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rfkernels.adaln.launch import column_sums
-from rfkernels.triton_support import multiprocessors, on
+from rfkernels.triton_support import kernels_of, multiprocessors, on
 
 MAX_HEAD_DIM = 1024
 ELEMENTS = 2048              # of a program at a time: 16 a thread with four warps
 PROGRAMS_PER_SM = 4          # of a backward, for q and k together
 
 
-@lru_cache
-def _kernels() -> Any:
-    from rfkernels.qk_norm import kernels
-
-    return kernels
+_kernels = kernels_of("rfkernels.qk_norm.kernels")
 
 
 def _settings(dim: int) -> dict[str, Any]:

@@ -15,9 +15,10 @@ def qk_norm(
     """RMSNorm of queries and keys over the head dimension: ``x * rsqrt(mean(x^2) + eps) * weight``.
 
     Args:
-        q, k: [B, S, H, D], any strides with a unit-stride last dimension (views of a packed qkv are read in place);
-            their S and H may differ, their D and dtype may not. bf16, fp16, fp32 or fp64.
+        q, k: [B, S, H, D], read with their strides if the last dimension's is 1 (views of a packed qkv are), else
+            copied; their S and H may differ, their D and dtype may not. bf16, fp16, fp32 or fp64.
         q_weight, k_weight: [D].
+        eps: added to the mean square. nn.RMSNorm's default is another: the dtype's resolution.
     Returns: (q, k) normalised, in the input's dtype; mean square in fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Esser et al. 2024, section 5.3.2; Dehghani et al. 2023.
@@ -28,13 +29,13 @@ def qk_norm(
 def _check(q, k, q_weight, k_weight, *, eps=1e-6):
     checks.is_float("qk_norm", q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     checks.has_rank("qk_norm", 4, "[B, S, H, D]", q=q, k=k)
-    checks.unit_stride("qk_norm", q=q, k=k)
     checks.same_dtype("qk_norm", "q", q, k=k)
     checks.same_device("qk_norm", "q", q, k=k, q_weight=q_weight, k_weight=k_weight)
     checks.has_shape("qk_norm", (q.shape[-1],), "to match q's head dimension", q_weight=q_weight, k_weight=k_weight)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"qk_norm: k has head dimension {k.shape[-1]}; expected {q.shape[-1]}, that of q")
     checks.positive("qk_norm", eps=eps)
+    q, k = checks.unit_stride(q=q, k=k)
     return q, k, q_weight, k_weight, eps
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rfkernels.qk_norm import launch
+from rfkernels.qk_norm import launch, reference
 from rfkernels.registration import Operator
+from rfkernels.transforms import pullback
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -17,6 +18,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, call: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *call(dq, dk, *ctx.saved_tensors, ctx.eps), None
+
+
+def _backward(dq_out: Tensor, dk_out: Tensor, *inputs: Any) -> tuple[Any, ...]:
+    """The backward by its definition."""
+    return pullback(reference.qk_norm, inputs, (dq_out, dk_out))[:4]
 
 
 qk_norm = Operator(
@@ -30,4 +36,6 @@ qk_norm = Operator(
     fake_backward=lambda dq, dk, *tensors: tuple(t.new_empty(t.shape) for t in tensors[:4]),
     save=_save,
     differentiate=_differentiate,
+    definition=reference.qk_norm,
+    backward_definition=_backward,
 )

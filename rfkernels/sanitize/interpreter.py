@@ -28,10 +28,10 @@ def install() -> None:
     watch.installed = True
     from triton.runtime import interpreter
 
-    from rfkernels.testing import mend_interpreter
+    from rfkernels.interpreter import mend
 
     patch_lang = interpreter._patch_lang                     # as Triton has it: `_call` below applies it once a launch
-    mend_interpreter()
+    mend()
     builder = interpreter.InterpreterBuilder
     # Its own check of overflow computes and throws away; ours replaces it.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

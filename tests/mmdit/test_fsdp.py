@@ -40,9 +40,6 @@ def sharded(rank, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     from torch.distributed.fsdp import fully_shard
 
-    from rfkernels.testing import mend_interpreter
-
-    mend_interpreter()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     try:

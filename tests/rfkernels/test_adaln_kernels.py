@@ -70,7 +70,7 @@ def eager_version(op, norm):
         return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
 
     def residual(x, branch, gate):
-        return (x + wide(gate) * branch).to(x.dtype)
+        return x + wide(gate) * branch
 
     if op == "adaln":
         return lambda *a: (norm_and_modulate(*a),)
@@ -115,6 +115,7 @@ def test_dtypes_norms_and_modulations(op, modulation, norm, dtype):
 
 def test_modulations_of_different_kinds_and_dtypes_mix():
     x, branch, gate, shift, scale = tensors("gated_adaln", 2, 5, 96, torch.bfloat16, vector_dtype=torch.float32)
+    gate = gate.bfloat16()
     check("gated_adaln", [x, branch, gate[0].clone(), shift, scale.unsqueeze(1).repeat(1, 5, 1)])
     check("gated_adaln", [x, branch, gate, shift[0].clone(), scale])
 
@@ -156,8 +157,8 @@ def test_operators_do_not_return_parts_of_one_tensor():
     with rfkernels.backend("triton"):
         (want,) = torch.autograd.grad(rfkernels.adaln(x, *m.chunk(2, -1)).square().sum(), m)
         (got,) = torch.autograd.grad(compiled(x, shift, scale), m)
-        y, statistics = launch.adaln(x, shift, scale, "layer", 1e-6)
-        _, dshift, dscale = torch.ops.rfkernels.adaln_backward(y, x, shift, scale, statistics, "layer")
+        y, statistics = launch.adaln(x, shift, scale, True, "layer", 1e-6, x.dtype)
+        _, dshift, dscale = torch.ops.rfkernels.adaln_backward(y, x, shift, scale, statistics, True, "layer", 1e-6)
     torch.testing.assert_close(got, want)
     assert dshift.untyped_storage().data_ptr() != dscale.untyped_storage().data_ptr()
 
@@ -184,7 +185,7 @@ def test_chunks_that_are_used_twice_or_never():
     assert torch.equal(of_part, kept), "a later backward does not write into what an earlier one returned"
     torch.testing.assert_close(m.grad, want)
     assert torch.equal(got, again) and got.data_ptr() != again.data_ptr(), "each backward has a tensor of its own"
-    with pytest.raises(ValueError, match="modulation has 192 channels; expected a multiple of count = 5"):
+    with pytest.raises(ValueError, match=r"modulation has shape \[3, 192\]; expected .* with count = 5"):
         rfkernels.chunk_modulation(m, 5)
 
 
@@ -258,19 +259,19 @@ def test_every_byte_is_moved_once(width):
     n = residual.numel()
     with rfkernels.backend("triton"):
         with traffic() as moved:
-            y, statistics = launch.adaln(residual, shift, scale, "layer", 1e-6)
+            y, statistics = launch.adaln(residual, shift, scale, True, "layer", 1e-6, residual.dtype)
         assert [moved.loaded(residual), moved.stored(y), moved.loaded(y)] == [n, n, 0]
         with traffic() as moved:
-            dx, dshift, _ = launch.adaln_backward(dy, residual, shift, scale, statistics, "layer")
+            dx, dshift, _ = launch.adaln_backward(dy, residual, shift, scale, statistics, True, "layer", 1e-6)
         assert [moved.loaded(dy), moved.loaded(residual), moved.stored(dx)] == [n, n, n]
         assert moved.stored(dshift) == dshift.numel()
         with traffic() as moved:
-            h, y, statistics = launch.gated_adaln(residual, branch, gate, shift, scale, "layer", 1e-6)
+            h, y, statistics = launch.gated_adaln(residual, branch, gate, shift, scale, True, "layer", 1e-6, residual.dtype)
         assert [moved.loaded(residual), moved.loaded(branch), moved.stored(h), moved.stored(y)] == [n] * 4
         assert moved.loaded(h) == moved.loaded(y) == 0
         with traffic() as moved:
             inputs = (dh, dy, h, branch, gate, shift, scale, statistics)
-            dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, "layer", False)
+            dresidual, dbranch, *_ = launch.gated_adaln_backward(*inputs, True, "layer", 1e-6, residual.dtype, False)
         assert [moved.loaded(t) for t in (dh, dy, h, branch)] == [n] * 4
         assert [moved.stored(t) for t in (dresidual, dbranch)] == [n] * 2
 
@@ -279,7 +280,10 @@ def test_every_byte_is_moved_once(width):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")       # opcheck's own
 def test_operators_pass_opcheck(op):
     inputs = [t.requires_grad_() for t in tensors(op, 2, 3, 32, torch.float32)]
-    extra = () if op == "gated_residual" else ("layer", 1e-6)
+    extra = () if op == "gated_residual" else (True, "layer", 1e-6, torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.rfkernels, op).default, (*inputs, *extra))
+    inputs = [inputs[0], *(t.detach().bfloat16().requires_grad_() for t in inputs[1:])]
+    inputs[2] = None                                                   # the shift or the gate
     torch.library.opcheck(getattr(torch.ops.rfkernels, op).default, (*inputs, *extra))
 
 
@@ -352,11 +356,16 @@ def test_inside_activation_checkpointing(selective):
     assert not selective or torch.ops.rfkernels.adaln.default in seen, "the policy sees the operator"
 
 
-def test_under_autocast_the_dtype_is_the_inputs():
+def test_the_norm_comes_in_the_dtype_that_the_next_product_wants():
     x, shift, scale = tensors("adaln", 2, 3, 32, torch.float32)
-    with rfkernels.backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
-        assert rfkernels.adaln(x, shift, scale).dtype == torch.float32
-        assert rfkernels.adaln(x.bfloat16(), shift, scale).dtype == torch.bfloat16
+    with rfkernels.backend("triton"):
+        for wide in (torch.float32, torch.bfloat16):
+            assert rfkernels.adaln(x.to(wide), shift, scale).dtype == wide
+            assert rfkernels.adaln(x.to(wide), shift, scale, dtype=torch.float16).dtype == torch.float16
+            with torch.autocast(DEVICE, torch.bfloat16):
+                assert rfkernels.adaln(x.to(wide), shift, scale).dtype == torch.bfloat16
+                h, y = rfkernels.gated_adaln(x.to(wide), x.bfloat16(), None, shift, scale)
+                assert (h.dtype, y.dtype) == (wide, torch.bfloat16)
 
 
 def test_empty_inputs():
@@ -390,5 +399,5 @@ def test_launch_settings_come_from_the_gpus_table_or_the_heuristic(tmp_path, mon
 def test_the_reference_is_what_is_stored_then_normed():
     """h is rounded before its norm, so that the backward can start from the stored h."""
     x, branch, gate, shift, scale = tensors("gated_adaln", 2, 3, 64, torch.bfloat16)
-    h, y = reference.gated_adaln(x, branch, gate, shift, scale, "layer", 1e-6)
-    assert torch.equal(y, reference.adaln(h, shift, scale, "layer", 1e-6))
+    h, y = reference.gated_adaln(x, branch, gate, shift, scale, True, "layer", 1e-6, x.dtype)
+    assert torch.equal(y, reference.adaln(h, shift, scale, True, "layer", 1e-6, x.dtype))

@@ -16,7 +16,7 @@ sizes = st.integers(1, 5)
 def test_modulation_is_accepted_exactly_when_its_rank_and_shape_fit(b, s, c, shape, name):
     x = torch.randn(b, s, c)
     vectors = {"shift": torch.randn(b, c), "scale": torch.randn(b, c), name: torch.randn(shape)}
-    if tuple(shape) in ((c,), (b, c), (b, s, c)):
+    if tuple(shape) in ((c,), (1, c), (b, c), (1, 1, c), (b, 1, c), (1, s, c), (b, s, c)):
         assert rfkernels.adaln(x, **vectors).shape == x.shape
     else:
         with pytest.raises(ValueError, match=rf"adaln: {name} has shape .*; expected"):
@@ -61,13 +61,14 @@ BAD = {
     "x-int": (lambda: rfkernels.adaln(X.long(), V, V), TypeError, "adaln: x has dtype torch.int64"),
     "x-list": (lambda: rfkernels.adaln([1.0], V, V), TypeError, "adaln: x is list"),
     "x-rank": (lambda: rfkernels.adaln(X[0], V, V), ValueError, r"adaln: x has shape \[3, 8\]; expected \[B, S, C\]"),
-    "x-stride": (lambda: rfkernels.adaln(X.transpose(1, 2), V[:, :3], V[:, :3]), ValueError, "adaln: x has stride"),
     "x-device": (lambda: rfkernels.adaln(X.to("meta"), V, V), ValueError, "adaln: shift is on cpu; expected meta"),
     "norm": (lambda: rfkernels.adaln(X, V, V, norm="batch"), ValueError, "adaln: norm is 'batch'; expected one of"),
     "eps": (lambda: rfkernels.adaln(X, V, V, eps=0.0), ValueError, "adaln: eps is 0.0"),
     "eps-type": (lambda: rfkernels.adaln(X, V, V, eps="1"), TypeError, "adaln: eps is str"),
     "branch": (lambda: rfkernels.gated_residual(X, X[:, :2], V), ValueError, "gated_residual: branch has shape"),
-    "branch-dtype": (lambda: rfkernels.gated_adaln(X, X.half(), V, V, V), TypeError, "gated_adaln: branch has dtype"),
+    "branch-dtype": (lambda: rfkernels.gated_adaln(X, X.long(), V, V, V), TypeError, "gated_adaln: branch has dtype"),
+    "dtype": (lambda: rfkernels.adaln(X, V, V, dtype=torch.int8), ValueError, "adaln: dtype is torch.int8; expected"),
+    "norm-weight": (lambda: rfkernels.adaln(X, V, V, weight=V[:, :3]), ValueError, "adaln: weight has shape"),
     "k-dim": (lambda: rfkernels.qk_norm(H, H[..., :2], W, W), ValueError, "qk_norm: k has head dimension 2"),
     "weight": (lambda: rfkernels.qk_norm(H, H, W, W[:2]), ValueError, "qk_norm: k_weight has shape"),
     "no-q": (lambda: Stream(None, H, H), ValueError, "Stream: q is None"),
@@ -80,6 +81,22 @@ BAD = {
         ValueError,
         r"joint_attention: streams\[1\] has k of shape",
     ),
+    "turned": (
+        lambda: rfkernels.joint_attention([Stream(H, H, H), Stream(*[H[:, :, :1]] * 3)]),
+        ValueError,
+        r"expected batch 2, 2 heads of 4, as streams\[0\]; if these are \[B, H, S, D\], transpose\(1, 2\) them",
+    ),
+    "turned-rope": (
+        lambda: Stream(*[H.transpose(1, 2)] * 3, rope=(torch.ones(3, 2), torch.ones(3, 2))),
+        ValueError,
+        r"rope.cos has shape \[3, 2\]; expected \[2, 2\] .*; k has shape .*, which looks like \[B, H, S, D\]",
+    ),
+    "rope-twice": (
+        lambda: Stream(H, H, H, rope=(torch.ones(3, 4), torch.ones(3, 4))),
+        ValueError,
+        r"of a table that has each angle twice, pass \[..., ::2\] \(interleaved\)",
+    ),
+    "rope-kind": (lambda: Stream(H, H, H, rope=W), TypeError, "Stream: rope is Tensor; expected a Rope or its"),
     "dtypes": (
         lambda: rfkernels.joint_attention([Stream(H, H, H), Stream(*[H.half()] * 3)]),
         TypeError,
@@ -96,6 +113,8 @@ BAD = {
         "patch_embed: positions has shape",
     ),
     "w2": (lambda: rfkernels.gelu_mlp(X, X[0].new_ones(16, 8), None, torch.ones(8, 15), None), ValueError, "mlp: w2"),
+    "fc1": (lambda: rfkernels.gelu_mlp(X, W, W), TypeError, "gelu_mlp: fc1 is Tensor; expected a linear layer"),
+    "mlp-arguments": (lambda: rfkernels.gelu_mlp(X, W), TypeError, "gelu_mlp: got 1 arguments after x"),
     "noise": (lambda: rfkernels.rectified_flow(X, X[:1], V[:, 0]), ValueError, "rectified_flow: noise has shape"),
     "t-bf16": (lambda: rfkernels.rectified_flow(X, X, V[:, 0].bfloat16()), TypeError, "rectified_flow: t has dtype"),
     "loss-weight": (lambda: rfkernels.weighted_mse(X, X, torch.ones(3)), ValueError, "weighted_mse: weight has shape"),

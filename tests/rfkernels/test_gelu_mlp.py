@@ -71,7 +71,7 @@ def test_keeps_the_pre_activation_only():
     from bench.saved_bytes import saved
 
     inputs = made((2, 8, 16), 64, 16, torch.bfloat16)
-    kept = {call: saved(lambda call=call: call(*inputs), [inputs[1], inputs[3]]) for call in (plain, fused)}
+    kept = {call: saved(lambda call=call: call(*inputs), [inputs[1], inputs[2], inputs[3]]) for call in (plain, fused)}
     x, h = 2 * 16 * 16, 2 * 16 * 64
     assert kept == {plain: x + 2 * h, fused: x + h}
 

@@ -31,7 +31,7 @@ def modulated():
 
     partials, out = huge(1, 6000, 64, dtype=F32), strided((6000, 64), (400_000, 1))
     launch._kernels().sum_partials[(6000, 1, 1)](
-        partials, out, out, out, out, 6000, 1, 1, 1, 1, 400_000, 0, 0, 0, C=64, **launch.SUMMED
+        partials, out, out, out, out, 6000, 1, 1, 1, 1, 400_000, 0, 0, 0, C=64, **launch.SECOND_STAGE
     )
 
 
@@ -90,8 +90,8 @@ def tokens():
     from rfkernels.adaln import launch
 
     x, v = huge(600_000, 8, 960), huge(600_000, 960)
-    _, statistics = launch.adaln(x, v, v, "layer", 1e-6)
-    launch.adaln_backward(x, x, v, v, statistics, "layer")
+    _, statistics = launch.adaln(x, v, v, True, "layer", 1e-6, x.dtype)
+    launch.adaln_backward(x, x, v, v, statistics, True, "layer", 1e-6)
 
 
 CASES = {

@@ -140,7 +140,7 @@ def test_tokens_move_once():
                                           embed_inputs((2, 16, 8, 16, 256, 2), torch.float32))  # fmt: skip
     embed_op, unembed_op = torch.ops.rfkernels.patch_embed, torch.ops.rfkernels.patch_unembed
     with traffic() as moved:
-        y = embed_op(latent, weight, bias, positions, p)
+        y = embed_op(latent, weight, bias, positions, p, torch.float32)
     assert moved.stored(y) == y.numel() and moved.loaded(positions) == y.numel()
     dy = torch.randn_like(y)
     with traffic() as moved:
@@ -159,7 +159,8 @@ def test_autocast_and_the_same_bits_when_repeated():
     inputs = embed_inputs((2, 16, 8, 12, 96, 2), torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
         first, again = (gradients(lambda *a: fused_embed(*a).float().sum(), inputs, None) for _ in range(2))
-        assert fused_embed(*inputs).dtype == torch.bfloat16
+        assert fused_embed(*inputs).dtype == torch.float32, "the positions are, as after a convolution"
+        assert fused_embed(*inputs[:3], inputs[3].bfloat16(), inputs[4]).dtype == torch.bfloat16
         assert fused_unembed(*unembed_inputs((2, 16, 8, 12, 96, 2), torch.float32)).dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert [t.dtype for t in first] == [torch.float32] * 5
@@ -168,7 +169,7 @@ def test_autocast_and_the_same_bits_when_repeated():
 @pytest.mark.filterwarnings("ignore:The .grad attribute")       # opcheck's own
 def test_operators_compile_and_are_registered_rightly():
     inputs, other = embed_inputs((2, 4, 4, 6, 16, 2), torch.float32), unembed_inputs((2, 4, 4, 6, 16, 2), torch.float32)
-    torch.library.opcheck(torch.ops.rfkernels.patch_embed.default, tuple(inputs))
+    torch.library.opcheck(torch.ops.rfkernels.patch_embed.default, (*inputs, torch.bfloat16))
     torch.library.opcheck(torch.ops.rfkernels.patch_unembed.default, tuple(other))
 
     def through(latent, weight, bias, positions, patch):

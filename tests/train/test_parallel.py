@@ -69,8 +69,6 @@ def test_other_backbones_do_not_depend_on_the_processes_either(kind, alone, tmp_
 
 KERNELS = """
 import rfkernels
-from rfkernels.testing import mend_interpreter
-mend_interpreter()
 rfkernels.backend("triton", "adaln", "gated_adaln", "gated_residual", "joint_attention", "gelu_mlp").__enter__()
 """
 

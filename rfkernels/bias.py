@@ -35,7 +35,9 @@ def give(gradient: Tensor, sums: Tensor) -> None:
 def gradient_of(output_gradient: Tensor, rows: Tensor) -> Tensor:
     """Of a bias: what came with the gradient of the output, or the sum of its rows [tokens, channels]."""
     version, sums = getattr(output_gradient, "_sums_for_bias", (None, None))
-    return rows.sum(0) if sums is None or torch.is_grad_enabled() or version != output_gradient._version else sums.view(-1)
+    if sums is None or version != output_gradient._version or torch.is_grad_enabled():
+        return rows.sum(0)
+    return sums.view(-1)
 
 
 class _Linear(torch.autograd.Function):

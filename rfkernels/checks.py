@@ -80,8 +80,8 @@ def same_dtype(op: str, like: str, reference: Tensor, **tensors: Tensor) -> None
 
 
 def fits(x: object, *vectors: object) -> bool:
-    """Whether x [B, S, C] and its modulation vectors are what `tokens` and `modulation` return as it is. Asked first because it costs a
-    third of them; they are asked when it says no, and name what is wrong."""
+    """Whether x [B, S, C] and its modulation vectors are what `tokens` and `modulation` return as it is. Asked first
+    because it costs a third of them; they are asked when it says no, and name what is wrong."""
     if type(x) is not Tensor or x.ndim != 3 or x.dtype not in FLOATS or x.stride(2) != 1 or not x.shape[2]:
         return False
     shape, device = x.shape, x.device
@@ -113,7 +113,7 @@ def tokens(op: str, **xs: Tensor) -> list[Tensor]:
 
 
 def canonical(vector: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """A modulation vector for x of this shape [B, S, C] as [B, C] per sample, [B, S, C] per token or [C] shared; a view.
+    """A modulation vector for x of this shape [B, S, C] as a view: [B, C] per sample, [B, S, C] per token, [C] shared.
     None if it is none. Its rank decides which it is, never its element count."""
     batch, length, channels = shape
     given = tuple(vector.shape)
@@ -147,7 +147,7 @@ def modulation(op: str, like: str, x: Tensor, **vectors: Tensor | None) -> list[
     return [found.get(name) for name in vectors]
 
 
-def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 

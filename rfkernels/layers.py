@@ -11,4 +11,4 @@ def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if type(layer) is not kind or hooked or "forward" in layer.__dict__:
         return False
-    return not hasattr(layer.weight, "__tensor_flatten__")              # a tensor that stands for others: quantised, DTensor
+    return not hasattr(layer.weight, "__tensor_flatten__")                            # it would stand for other tensors

@@ -22,7 +22,6 @@ from rfkernels.bias import linear
 from rfkernels.joint_attention.stream import Rope, Stream
 from rfkernels.layers import plain
 
-
 Device = torch.device | str | int | None
 
 
@@ -186,8 +185,8 @@ class StreamAttention(nn.Module):
             raise ValueError(f"{name}: dim is {dim}; expected a multiple of heads = {heads}, or head_dim to be given")
         self.heads, self.head_dim = heads, head_dim or dim // heads
         inner, where = heads * self.head_dim, {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(dim, 3 * inner, bias=bias, **where)                                    # type: ignore[arg-type]
-        self.proj = nn.Linear(inner, dim, bias=bias, **where) if project_out else None              # type: ignore[arg-type]
+        self.qkv = nn.Linear(dim, 3 * inner, bias=bias, **where)
+        self.proj = nn.Linear(inner, dim, bias=bias, **where) if project_out else None
         self.q_norm = nn.RMSNorm(self.head_dim, **where) if qk_norm else None                       # type: ignore[arg-type]
         self.k_norm = nn.RMSNorm(self.head_dim, **where) if qk_norm else None                       # type: ignore[arg-type]
 

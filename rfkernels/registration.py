@@ -61,8 +61,8 @@ class Operator:
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
         differentiate: `(ctx, call, *grads) -> gradients of the inputs`; `call(*args)` runs the backward.
         definition: the forward in plain PyTorch: its outputs, less those at the end that have no gradient.
-        backward_definition: the backward in plain PyTorch. With both, transforms and derivatives of any order are right.
-            Without, the op refuses transforms, and its second derivative raises.
+        backward_definition: the backward in plain PyTorch. With both, transforms and any derivative are right; without
+            them there is a first derivative only, and a second one raises.
         after_list: if the forward is `(Tensor[] tensors, ...) -> Tensor[]`, the number of its other arguments.
     """
 

@@ -1,5 +1,5 @@
-"""What tests of fused ops need: an error rule against fp64, outputs that betray what was not written, and a Triton
-interpreter that rounds bf16 as a GPU does and counts the bytes a kernel moves."""
+"""What tests of fused ops need: an error rule against fp64, outputs that betray what was not written, and a count of
+the bytes that interpreted kernels move."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from rfkernels.triton_support import INTERPRETED
 
 
 def assert_within_rule(name: str, got: Tensor, exact: Tensor, eager: Tensor, factor: float = 2.0) -> None:

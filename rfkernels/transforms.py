@@ -33,8 +33,9 @@ def no_second_derivative(name: str) -> str:
 
 def once(name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients made while a graph of them is wanted, by code without a second derivative: asking for it raises."""
-    refuse = torch._C._functions.DelayedError(no_second_derivative(name).encode(), len(gradients))
-    return refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients))         # type: ignore[no-any-return]
+    refuse: Any = torch._C._functions.DelayedError(no_second_derivative(name).encode(), len(gradients))
+    made: tuple[Tensor | None, ...] = refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients))
+    return made
 
 
 class _First(torch.autograd.Function):
@@ -56,7 +57,7 @@ def differentiable_once(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not wanted or torch.compiler.is_compiling() or transforming():
         return tensors
-    return _First.apply(name, *tensors)                                                          # type: ignore[no-any-return]
+    return _First.apply(name, *tensors)
 
 
 class Arguments:
@@ -85,7 +86,8 @@ def _pull(definition: Callable[..., Any], args: Arguments) -> tuple[tuple[Tensor
         made = definition(*args.joined(tensors))
         return (made,) if isinstance(made, Tensor) else tuple(made)
 
-    return torch.func.vjp(outputs, *args.tensors)                                                # type: ignore[no-any-return]
+    made, pull, *_ = torch.func.vjp(outputs, *args.tensors)
+    return made, pull
 
 
 def pullback(definition: Callable[..., Any], args: Args, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -102,7 +104,7 @@ def pushforward(definition: Callable[..., Any], args: Args, tangents: Sequence[T
     is the pullback of it: forward mode does not nest."""
     split = Arguments(args)
     outputs, pull = _pull(definition, split)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+    push: Any = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
     given = ((t, tangents[i]) for i, t in zip(split.places, split.tensors, strict=True))
     made: tuple[Tensor, ...] = push(tuple(torch.zeros_like(t) if d is None else d.to(t.dtype) for t, d in given))[0]
     return made
@@ -147,4 +149,4 @@ def fused(code: Callable[..., Any], definition: Callable[..., Any]) -> Callable[
         def vmap(info: Any, in_dims: Args, *args: Any) -> Any:
             return each(Fused.apply, info, in_dims, args)
 
-    return Fused.apply                                                                           # type: ignore[no-any-return]
+    return Fused.apply

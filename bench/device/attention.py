@@ -13,7 +13,6 @@ import sys
 
 import torch
 
-import rfkernels
 from bench.attention_error import error, tensors
 from bench.device.runner import VERDICT
 

@@ -34,32 +34,12 @@ def _store(ptr, rows, live, i, value, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _gated(x_ptr, x_rows, gate_ptr, gate_rows, live, i, C: tl.constexpr, CHUNK: tl.constexpr):
-    x = _load(x_ptr, x_rows, live, i, C, CHUNK)
-    if gate_ptr is not None:
-        x = _load(gate_ptr, gate_rows, live, i, C, CHUNK) * x
-    return x
-
-
-@triton.jit
-def _modulated(
-    x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i,
-    PLUS_ONE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """x_hat (1 + scale) + shift, or x_hat scale + shift."""
-    if scale_ptr is not None:
-        x_hat = x_hat * _factor(scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
-    if shift_ptr is not None:
-        x_hat = x_hat + _load(shift_ptr, shift_rows, live, i, C, CHUNK)
-    return x_hat
-
-
-@triton.jit
-def _factor(scale_ptr, scale_rows, live, i, PLUS_ONE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    scale = _load(scale_ptr, scale_rows, live, i, C, CHUNK)
-    if PLUS_ONE:
-        scale = 1.0 + scale
-    return scale
+def _given(ptr, rows, live, i, OTHERWISE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk i of a vector, or what stands for one that is not given."""
+    if ptr is None:
+        return OTHERWISE
+    else:
+        return _load(ptr, rows, live, i, C, CHUNK)
 
 
 @triton.jit
@@ -93,10 +73,11 @@ def adaln_fwd(
     x_ptr, shift_ptr, scale_ptr, y_ptr, statistics_ptr,
     S, eps,
     stride_xb, stride_xs, stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
-    C: tl.constexpr, RMS: tl.constexpr, PLUS_ONE: tl.constexpr,
+    C: tl.constexpr, RMS: tl.constexpr, ONE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) * (1 + scale) + shift, without the one if not PLUS_ONE; y [B, S, C] contiguous; statistics [2, B, S] fp32: mean, then rstd."""
+    """y = norm(x) * (ONE + scale) + shift, ONE being 1.0 or 0.0; y [B, S, C] contiguous; statistics [2, B, S] fp32:
+    mean, then rstd."""
     blocks = tl.cdiv(S, ROWS)
     b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = tokens < S
@@ -111,8 +92,9 @@ def adaln_fwd(
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
-        x_hat = (xs[i] - mean[:, None]) * rstd[:, None]
-        y = _modulated(x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
+        shift = _given(shift_ptr, shift_rows, live, i, 0.0, C, CHUNK)
+        scale = _given(scale_ptr, scale_rows, live, i, 0.0, C, CHUNK)
+        y = (xs[i] - mean[:, None]) * rstd[:, None] * (ONE + scale) + shift
         _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
 
 
@@ -122,10 +104,10 @@ def gated_adaln_fwd(
     S, eps,
     stride_rb, stride_rs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
     stride_shift_b, stride_shift_s, stride_scale_b, stride_scale_s,
-    C: tl.constexpr, RMS: tl.constexpr, PLUS_ONE: tl.constexpr,
+    C: tl.constexpr, RMS: tl.constexpr, ONE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """h = residual + gate * branch; y = norm(h as stored) * (1 + scale) + shift, without the one if not PLUS_ONE."""
+    """h = residual + gate * branch; y = norm(h as stored) * (ONE + scale) + shift."""
     blocks = tl.cdiv(S, ROWS)
     b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = tokens < S
@@ -134,8 +116,9 @@ def gated_adaln_fwd(
     gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
     hs = ()
     for i in tl.static_range(CHUNKS):
+        gate = _given(gate_ptr, gate_rows, live, i, 1.0, C, CHUNK)
         h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
-        h += _gated(branch_ptr, branch_rows, gate_ptr, gate_rows, live, i, C, CHUNK)
+        h += gate * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
         _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
         hs = hs + (h.to(h_ptr.dtype.element_ty).to(tl.float32),)
     mean, rstd = _statistics(hs, eps, C, CHUNK, CHUNKS, RMS)
@@ -144,8 +127,9 @@ def gated_adaln_fwd(
     shift_rows = _offsets(b, tokens, stride_shift_b, stride_shift_s)
     scale_rows = _offsets(b, tokens, stride_scale_b, stride_scale_s)
     for i in tl.static_range(CHUNKS):
-        x_hat = (hs[i] - mean[:, None]) * rstd[:, None]
-        y = _modulated(x_hat, shift_ptr, shift_rows, scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
+        shift = _given(shift_ptr, shift_rows, live, i, 0.0, C, CHUNK)
+        scale = _given(scale_ptr, scale_rows, live, i, 0.0, C, CHUNK)
+        y = (hs[i] - mean[:, None]) * rstd[:, None] * (ONE + scale) + shift
         _store(y_ptr, flat[:, None] * C, live, i, y, C, CHUNK)
 
 
@@ -173,7 +157,7 @@ def adaln_bwd(
     stride_dyb, stride_dys, stride_dhb, stride_dhs, stride_xb, stride_xs, stride_bb, stride_bs,
     stride_gate_b, stride_gate_s, stride_scale_b, stride_scale_s,
     C: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
-    SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, PLUS_ONE: tl.constexpr,
+    SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ONE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Program (b, split) walks over `span` tokens of sample b. SHIFT, SCALE, GATE: what becomes of a vector's gradient.
@@ -201,9 +185,7 @@ def adaln_bwd(
         for i in tl.static_range(CHUNKS):
             dy = _load(dy_ptr, dy_rows, live, i, C, CHUNK)
             x_hat = (_load(x_ptr, x_rows, live, i, C, CHUNK) - mean) * rstd      # dy is 0 outside C
-            g = dy
-            if SCALE != NONE:
-                g = dy * _factor(scale_ptr, scale_rows, live, i, PLUS_ONE, C, CHUNK)
+            g = dy * (ONE + _given(scale_ptr, scale_rows, live, i, 0.0, C, CHUNK))
             drift += g
             along += g * x_hat
             if SHIFT == STORED:
@@ -307,7 +289,8 @@ def gated_residual_fwd(
     gate_rows = _offsets(b, tokens, stride_gate_b, stride_gate_s)
     for i in tl.static_range(CHUNKS):
         h = _load(residual_ptr, residual_rows, live, i, C, CHUNK)
-        h += _gated(branch_ptr, branch_rows, gate_ptr, gate_rows, live, i, C, CHUNK)
+        gate = _given(gate_ptr, gate_rows, live, i, 1.0, C, CHUNK)
+        h += gate * _load(branch_ptr, branch_rows, live, i, C, CHUNK)
         _store(h_ptr, flat[:, None] * C, live, i, h, C, CHUNK)
 
 

@@ -14,7 +14,7 @@ from rfkernels.adaln.reference import promoted
 from rfkernels.launch_tables import row_launch
 from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
-SECOND_STAGE: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}     # of the second stage
+SECOND_STAGE: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}
 PROGRAMS_PER_SM = 2          # of a backward: each holds most of the registers of half an SM
 
 
@@ -75,7 +75,7 @@ def adaln(
         with on(x.device):
             _kernels().adaln_fwd[(batch * -(-length // rows),)](
                 x, shift, scale, y, statistics, length, eps,
-                *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", PLUS_ONE=plus_one, **settings,
+                *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", ONE=float(plus_one), **settings,
             )  # fmt: skip
     return y, statistics
 
@@ -84,7 +84,8 @@ def gated_adaln(
     residual: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, plus_one: bool,
     norm: str, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    h, y, statistics = _empty(residual, promoted(residual, branch, gate)), _empty(residual, dtype), _statistics(residual)
+    h, y = _empty(residual, promoted(residual, branch, gate)), _empty(residual, dtype)
+    statistics = _statistics(residual)
     batch, length, _ = residual.shape
     rows, settings = _settings("gated_adaln_fwd", residual)
     if y.numel():
@@ -92,7 +93,7 @@ def gated_adaln(
             _kernels().gated_adaln_fwd[(batch * -(-length // rows),)](
                 residual, branch, gate, shift, scale, h, y, statistics, length, eps,
                 *_rows(residual), *_rows(branch), *_vector(gate), *_vector(shift), *_vector(scale),
-                RMS=norm == "rms", PLUS_ONE=plus_one, **settings,
+                RMS=norm == "rms", ONE=float(plus_one), **settings,
             )  # fmt: skip
     return h, y, statistics
 
@@ -100,7 +101,8 @@ def gated_adaln(
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     h = _empty(residual, promoted(residual, branch, gate))
     batch, length, _ = residual.shape
-    rows, settings = _settings("gated_residual_fwd", residual)
+    mixed = residual.dtype != branch.dtype                    # two vector widths: more registers for each channel
+    rows, settings = _settings("gated_residual_fwd_mixed" if mixed else "gated_residual_fwd", residual)
     if h.numel():
         with on(residual.device):
             _kernels().gated_residual_fwd[(batch * -(-length // rows),)](
@@ -110,8 +112,8 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Ten
 
 
 class Sums:
-    """Gradients of modulation vectors, None of one that is not given. Those that tokens share go through partials [V, B * splits, C] and a second
-    stage that adds them in a fixed order; per-token ones are written by the first stage."""
+    """Gradients of modulation vectors, None of one that is not given. Those that tokens share go through partials
+    [V, B * splits, C] and a second stage that adds them in a fixed order; the first stage writes per-token ones."""
 
     def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor | None], in_chunks: bool) -> None:
         batch, length, channels = x.shape
@@ -175,7 +177,7 @@ def adaln_backward(
             dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None, None,
             x.shape[1], sums.span, *_rows(dy), 0, 0, *_rows(x), 0, 0, 0, 0, *_vector(scale),
             RMS=norm == "rms", GATED=False, SHIFT=_way(shift), SCALE=_way(scale), GATE=NONE, BIAS=False,
-            PLUS_ONE=plus_one, **settings,
+            ONE=float(plus_one), **settings,
         )  # fmt: skip
         dshift, dscale = sums.finish()
     return dx, dshift, dscale
@@ -198,7 +200,7 @@ def gated_adaln_backward(
             dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),
             h.shape[1], sums.span, *_rows(dy), *_rows(dh), *_rows(h), *_rows(branch), *_vector(gate), *_vector(scale),
             RMS=norm == "rms", GATED=True, SHIFT=_way(shift), SCALE=_way(scale), GATE=_way(gate), BIAS=bias,
-            PLUS_ONE=plus_one, **settings,
+            ONE=float(plus_one), **settings,
         )  # fmt: skip
         dshift, dscale, dgate, dbias = sums.finish()
     return dresidual, dbranch, dgate, dshift, dscale, dbias

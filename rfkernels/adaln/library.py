@@ -44,11 +44,11 @@ def adaln_backward(
     dtype = accumulation(x.dtype)
     dy, wide = dy.to(dtype), x.to(dtype)
     mean, rstd = statistics.unsqueeze(-1)
-    if norm == "layer" and x.device.type == "cpu" and len(x) and x[0].numel() >= SAMPLE_PAYS:
-        if shift is not None and scale is not None and shift.ndim == scale.ndim == 2:
-            weight = 1 + scale.to(dtype) if plus_one else scale.to(dtype)
-            dx, dshift, dscale = _backward_by_sample(dy, wide, shift.to(dtype), weight, mean, rstd)
-            return dx.to(x.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype)
+    by_sample = norm == "layer" and x.device.type == "cpu" and len(x) > 0 and x[0].numel() >= SAMPLE_PAYS
+    if by_sample and shift is not None and scale is not None and shift.ndim == scale.ndim == 2:
+        weight = 1 + scale.to(dtype) if plus_one else scale.to(dtype)
+        dx, dshift, dscale = _backward_by_sample(dy, wide, shift.to(dtype), weight, mean, rstd)
+        return dx.to(x.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype)
     x_hat = torch.addcmul(-mean * rstd, wide, rstd)
     g = dy if scale is None else dy * factor(scale, plus_one, dtype)      # gradient of x_hat
     if norm == "layer":

@@ -72,9 +72,9 @@ def gated_adaln(
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The end of one branch and the start of the next: ``h = gated_residual(residual, branch, gate); y = adaln(h, ...)``.
+    """The end of one branch and the start of the next: ``h = residual + gate * branch; y = adaln(h, shift, scale)``.
 
-    Args: as of the two. dtype: of y.
+    Args: as of `gated_residual` and `adaln`. dtype: of y.
     Returns: (h, y), both [B, S, C]: h in the dtype that eager PyTorch would give, y in `dtype`. y is the norm of h as
         stored, after rounding.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
@@ -87,7 +87,8 @@ def gated_adaln(
 
 def _check_adaln(x, shift=None, scale=None, *, weight=None, bias=None, norm="layer", eps=1e-6, dtype=None):
     op = "adaln"
-    if not (weight is bias is None and checks.fits(x, shift, scale) and norm in NORMS and type(eps) is float and eps > 0):
+    plain = weight is bias is None and checks.fits(x, shift, scale)
+    if not (plain and norm in NORMS and type(eps) is float and eps > 0):
         (x,) = checks.tokens(op, x=x)
         shift, scale, weight, bias = checks.modulation(op, "x", x, shift=shift, scale=scale, weight=weight, bias=bias)
         checks.choice(op, "norm", norm, NORMS)
@@ -123,7 +124,7 @@ def _composed(x, shift, scale, weight, bias):
     if weight is None and bias is None:
         return shift, scale, True
     if scale is None and (shift is None or bias is None):
-        return shift if bias is None else bias, weight, False
+        return shift if bias is None else bias, weight, weight is None
     vectors = (shift, scale, weight, bias)
     wide = reference.accumulation(reference.promoted(*vectors))
     shift, scale, weight, bias = (v if v is None else reference.per_token(v, wide) for v in vectors)
@@ -133,7 +134,7 @@ def _composed(x, shift, scale, weight, bias):
         shift = lifted if shift is None else lifted + shift
     if weight is not None:
         factor = weight if factor is None else weight * factor
-    return *(v if v is None else checks.canonical(v, x.shape) for v in (shift, factor)), False
+    return *(v if v is None else checks.canonical(v, x.shape) for v in (shift, factor)), factor is None
 
 
 def _dtype(op, asked, otherwise, x):

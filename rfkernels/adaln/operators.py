@@ -71,7 +71,7 @@ def _adaln_operator(name: str, forward: Any, backward: Any, direct_backward: Any
         " str norm, float eps) -> (Tensor, Tensor, Tensor)",
         forward=forward,
         backward=backward,
-        fake_forward=lambda x, shift, scale, plus_one, norm, eps, dtype: (x.new_empty(x.shape, dtype=dtype), _statistics(x)),
+        fake_forward=lambda x, *settings: (x.new_empty(x.shape, dtype=settings[-1]), _statistics(x)),
         fake_backward=lambda dy, x, shift, scale, *_: _like(x, shift, scale),
         save=_save_adaln,
         differentiate=_differentiate_adaln,

@@ -50,6 +50,13 @@ def patch_cases(width: int) -> Iterator[Case]:
     yield Case(f"tokens_to_patches/{width}", partial(position.to_latent, x, unembedded, weight.t(), (1, width)), least)
     gradient = partial(position.weight_gradient, x, embedded, weight, (64, 1), bias)
     yield Case(f"patch_weight_bwd/{width}", gradient, least, 1.7)
+    h, least = _tensor(BATCH, LENGTH, width, dtype=torch.float32), 4 * x.numel() + 2 * latent.numel()     # autocast
+    to_tokens = partial(to_tokens, dtype=torch.float32)
+    to_latent = partial(position.to_latent, h, embedded, weight, (64, 1))
+    gradient = partial(position.weight_gradient, h, embedded, weight, (64, 1), bias)
+    yield Case(f"patches_to_tokens_autocast/{width}", to_tokens, least, 1.1)
+    yield Case(f"tokens_to_patches_autocast/{width}", to_latent, least)
+    yield Case(f"patch_weight_bwd_autocast/{width}", gradient, least, 1.7)
 
 
 def flow_cases() -> Iterator[Case]:

@@ -203,7 +203,7 @@ def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int]:
     return entry.get("core", "sdpa"), entry.get("library_from", NEVER)
 
 
-# What torch.compiler.assume_constant_result does. Calling it imports torch._dynamo, which takes longer than torch itself.
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, which takes as long as torch.
 measured._dynamo_marked_constant = True                                                             # type: ignore[attr-defined]
 
 

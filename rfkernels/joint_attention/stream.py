@@ -75,7 +75,7 @@ class Stream:
         queries: bool,
     ) -> None:
         op = "Stream"
-        batch, length, _, dim = shape
+        batch, dim = shape[0], shape[3]
         for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
             if weight is not None and not checks.fits_weight(weight, dim, like):
                 checks.is_float(op, **{name: weight})
@@ -169,7 +169,8 @@ def _rope(op: str, rope: Rope | tuple[Tensor, Tensor], shape: torch.Size, like: 
                 f"or {[batch, length, dim // 2]}{hint}"
             )
         made.append(table)
-    return Rope(*made, *rope[2:])
+    cos, sin = made
+    return Rope(cos, sin, *rope[2:])
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

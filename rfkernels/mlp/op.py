@@ -15,9 +15,9 @@ from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor:
     """``fc2(gelu(fc1(x)))`` with the tanh form of GELU: ``gelu_mlp(x, fc1, fc2)``.
 
-    A layer that is more than its weights (an adapter, a quantised or parametrised layer, one with hooks) is called as it
-    is. ``gelu_mlp(x, w1, b1, w2, b2)`` takes tensors, and then nothing else: an adapter of the layer they come from is
-    left out without a word.
+    A layer that is more than its weights (an adapter, a quantised or parametrised layer, one with hooks) is called as
+    it is. ``gelu_mlp(x, w1, b1, w2, b2)`` takes tensors, and knows nothing else: an adapter of the layer that they come
+    from is left out without a word.
 
     Args:
         x: [..., C].
@@ -29,8 +29,9 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor:
     checked = _check(x, *layers)
     if checked is None:
         fc1, fc2 = layers
-        return fc2(F.gelu(fc1(x), approximate="tanh"))                                        # type: ignore[misc,operator,no-any-return]
-    return dispatch.run("gelu_mlp", *checked)                                                    # type: ignore[no-any-return]
+        out: Tensor = fc2(F.gelu(fc1(x), approximate="tanh"))                                       # type: ignore[misc,operator]
+        return out                                      
+    return dispatch.run("gelu_mlp", *checked)                                                  
 
 
 def _check(x, *layers):

@@ -2,7 +2,8 @@
 
 A patch of P x P latent pixels is a row of K = C P P elements, ordered (channel, row, column) where a latent enters a
 model and (row, column, channel) where one leaves (CHANNEL_FIRST false). Patches are read from the latent and written to
-it in place, whatever its strides. Tokens may be wider than latent and weight, whose dtype the products have. The weight is w(n, k), addressed by two strides: it may be stored either way round.
+it in place, whatever its strides. The weight is w(n, k), addressed by two strides: it may be stored either way round.
+Tokens may be wider than latent and weight, whose dtype the products have.
 """
 
 import triton

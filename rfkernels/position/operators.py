@@ -69,9 +69,8 @@ def _embed_backward_definition(
 ) -> tuple[Tensor, ...]:
     bias, positions = torch.zeros_like(weight[:, 0, 0, 0]), torch.zeros_like(dy[0])
     made = pullback(reference.patch_embed, (latent, weight, bias, positions, size, dy.dtype), (dy,))
-    return tuple(
-        g if wanted else g.new_empty(0) for g, wanted in zip(made, (wants_latent, wants_weight, wants_bias), strict=False)
-    )
+    wanted = (wants_latent, wants_weight, wants_bias)
+    return tuple(g if asked else g.new_empty(0) for g, asked in zip(made, wanted, strict=False))
 
 
 def _tokens(latent: Tensor, weight: Tensor, size: int) -> tuple[int, int, int]:

@@ -77,7 +77,8 @@ def test_the_operator_passes_opcheck():
     for modulation in MODULATIONS:
         for norm in NORMS:
             x, shift, scale, _ = inputs(modulation, torch.float32)
-            torch.library.opcheck(torch.ops.rfkernels.adaln_library.default, (x, shift, scale, True, norm, 1e-6, torch.float32))
+            given = (x, shift, scale, True, norm, 1e-6, torch.float32)
+            torch.library.opcheck(torch.ops.rfkernels.adaln_library.default, given)
 
 
 def test_compiles_without_a_graph_break():

@@ -266,7 +266,8 @@ def test_every_byte_is_moved_once(width):
         assert [moved.loaded(dy), moved.loaded(residual), moved.stored(dx)] == [n, n, n]
         assert moved.stored(dshift) == dshift.numel()
         with traffic() as moved:
-            h, y, statistics = launch.gated_adaln(residual, branch, gate, shift, scale, True, "layer", 1e-6, residual.dtype)
+            vectors = (gate, shift, scale)
+            h, y, statistics = launch.gated_adaln(residual, branch, *vectors, True, "layer", 1e-6, residual.dtype)
         assert [moved.loaded(residual), moved.loaded(branch), moved.stored(h), moved.stored(y)] == [n] * 4
         assert moved.loaded(h) == moved.loaded(y) == 0
         with traffic() as moved:

@@ -41,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     predicted.add_argument("--batch", type=positive, default=32)
     predicted.add_argument("--step", choices=STEPS, default="training")
     predicted.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    predicted.add_argument("--autocast", action="store_true", help="fp32 parameters under autocast to bf16")
     predicted.add_argument("--results", type=Path, default=RESULTS, help="folder of measured ceilings and times")
     return parser
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import rfkernels
 from bench import eager
 from bench.environment import excluded, importable, pretending
-from mmdit import MMDiT, counting, presets
+from mmdit import MMDiT, blocks, counting, presets
 from mmdit.counting import Trace, made_in
 from mmdit.flops import TEXT_TOKENS, training_flops
 
@@ -133,14 +135,48 @@ def contenders(
     return found
 
 
-def counted(size: Size, step: str, way: str, dtype: torch.dtype = torch.bfloat16) -> Trace:
-    """What a step of "ours" or "eager" launches on a GPU."""
+class Autocast(nn.Module):
+    """A model with fp32 parameters and inputs under autocast: its residual stream is fp32, its branches are bf16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return self.model(*inputs)
+
+
+@contextmanager
+def one_dtype() -> Iterator[None]:
+    """Inside, our blocks use the ops as if they took one dtype only, as they did: what is bf16 is cast to the stream's
+    fp32 before them, and autocast casts what they give before the next product."""
+
+    def wide(op: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+        return lambda x, *rest: op(x, *(t.to(x.dtype) for t in rest), **settings)
+
+    ops = {
+        "adaln": wide(rfkernels.adaln, dtype=torch.float32),
+        "gated_adaln": wide(rfkernels.gated_adaln, dtype=torch.float32),
+        "gated_residual": wide(rfkernels.gated_residual),
+    }
+    before = {name: getattr(blocks, name) for name in ops}
+    vars(blocks).update(ops)
+    try:
+        yield
+    finally:
+        vars(blocks).update(before)
+
+
+def counted(size: Size, step: str, way: str, dtype: torch.dtype = torch.bfloat16, autocast: bool = False) -> Trace:
+    """What a step of "ours" or "eager" launches on a GPU; of "ours, one dtype" see `one_dtype`."""
 
     def make() -> counting.Made:
         with made_in(dtype):
             made: nn.Module = MMDiT(presets.by_depth(size.depth, resolution=size.pixels))
         if way == "eager":
             made = eager.model(made, eager.rms_norm_as_on_a_gpu)
-        return made, list(inputs(size, dtype=dtype)), list(made.parameters())
+        return Autocast(made) if autocast else made, list(inputs(size, dtype=dtype)), list(made.parameters())
 
-    return counting.trace(make, backward=step == "training")
+    with one_dtype() if way == "ours, one dtype" else nullcontext():
+        return counting.trace(make, backward=step == "training")

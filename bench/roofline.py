@@ -9,6 +9,10 @@ sheet. Three ways to launch the same step, and a bound:
     fused      rfkernels' ops
     ideal      the matrix products and the attention alone
 
+With --autocast parameters and residual stream are fp32 and products bf16, as most training code has it. One way more:
+
+    one dtype  rfkernels' ops with casts around them, as if they took one dtype only
+
 What is left out: overlap of kernels, the optimizer, and communication.
 """
 
@@ -81,12 +85,16 @@ def operands(trace: Trace) -> int:
     return sum(found.values())
 
 
-def predict(size: Size, step: str, ceiling: Ceilings, dtype: torch.dtype = torch.bfloat16) -> dict[str, Prediction]:
+def predict(
+    size: Size, step: str, ceiling: Ceilings, dtype: torch.dtype = torch.bfloat16, autocast: bool = False
+) -> dict[str, Prediction]:
     """By way.
 
     Args: size: of model and batch. step: "training" (forward and backward) or "sampling" (forward). dtype: of all.
+        autocast: the model under autocast to bf16 instead, with fp32 parameters.
     """
-    plain, ours = (models.counted(size, step, way, dtype) for way in ("eager", "ours"))
+    dtype = torch.float32 if autocast else dtype
+    plain, ours = (models.counted(size, step, way, dtype, autocast) for way in ("eager", "ours"))
     products = [k for k in plain.kernels if k.kind in ("matmul", "attention")]
     ways = {
         "eager": (plain.kernels, plain.kept),
@@ -94,6 +102,9 @@ def predict(size: Size, step: str, ceiling: Ceilings, dtype: torch.dtype = torch
         "fused": (ours.kernels, ours.kept),
         "ideal": (products, operands(plain) if step == "training" else 0),
     }
+    if autocast:
+        one = models.counted(size, step, "ours, one dtype", dtype, autocast)
+        ways["one dtype"] = one.kernels, one.kept
     found = {}
     for way, (kernels, kept) in ways.items():
         by_kind: dict[str, float] = {}
@@ -118,10 +129,11 @@ def measurements(size: Size, step: str, name: str, folder: Path) -> dict[str, fl
     return {way: contenders[c]["us"] / 1e6 for way, c in ways.items() if c in contenders}
 
 
-def report(size: Size, step: str, name: str, folder: Path, dtype: torch.dtype) -> str:
+def report(size: Size, step: str, name: str, folder: Path, dtype: torch.dtype, autocast: bool = False) -> str:
     """The predictions as text."""
     ceiling, sheet = ceilings(name, folder)
-    found, measured = predict(size, step, ceiling, dtype), measurements(size, step, name, folder)
+    found = predict(size, step, ceiling, dtype, autocast)
+    measured = {} if autocast else measurements(size, step, name, folder)
     flops = size.flops(step)
     head = ["way", "predicted", "img/s", "MFU", "launches", "moved", "kept", "measured", "over predicted"]
     body = []
@@ -134,8 +146,9 @@ def report(size: Size, step: str, name: str, folder: Path, dtype: torch.dtype) -
             tables.duration(took * 1e6) if took else "", f"{took / p.seconds:.2f}" if took else "",
         ])  # fmt: skip
     count = models.parameters(size.depth)
+    kind = "autocast" if autocast else str(dtype).removeprefix("torch.")
     lines = [
-        f"{size.name(step)}, {str(dtype).removeprefix('torch.')}, {size.tokens} image tokens and "
+        f"{size.name(step)}, {kind}, {size.tokens} image tokens and "
         f"{models.TEXT_TOKENS} of text, on {name}: {flops / 1e12:.3g} TFLOP a step",
         f"ceilings: products {ceiling.matmul / 1e12:.3g} TFLOP/s, attention {ceiling.attention / 1e12:.3g} TFLOP/s, "
         f"copy {ceiling.copy / 1e9:.0f} GB/s, shortest kernel {ceiling.launch * 1e6:.1f} us ({ceiling.source})",
@@ -160,4 +173,4 @@ def report(size: Size, step: str, name: str, folder: Path, dtype: torch.dtype) -
 
 def main(**args: Any) -> None:
     size = Size(args["depth"], args["pixels"], args["batch"])
-    print(report(size, args["step"], args["gpu"], args["results"], getattr(torch, args["dtype"])))
+    print(report(size, args["step"], args["gpu"], args["results"], getattr(torch, args["dtype"]), args["autocast"]))

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mmdit.model import MMDiT
 from rfkernels import dispatch
@@ -29,7 +28,7 @@ def refusal(model: MMDiT) -> str | None:
     parameters = list(model.parameters())
     if parameters[0].device.type != "cuda":
         return f"the model is on {parameters[0].device}"
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(hasattr(p, "device_mesh") for p in parameters):                   # DTensors; importing those takes 0.6 s
         return "the model is sharded"
     return None
 

@@ -12,11 +12,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from mmdit import autoencoder as vae
@@ -27,6 +26,9 @@ from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
 from mmdit.sample import Settings, bar, denoise
 from mmdit.text import Conditioning
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 UNCONDITIONAL = ("empty", "zeros")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -52,8 +54,17 @@ class Output:
         return names
 
 
+def as_images(pictures: np.ndarray) -> list[Image.Image]:
+    """Of uint8 [N, H, W, 3]."""
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in pictures]
+
+
 def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
     """Atomically, with the parameters as JSON in the text chunk "parameters"."""
+    from PIL import PngImagePlugin
+
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("parameters", json.dumps(parameters))
     with replacing(path) as partial:
@@ -219,7 +230,7 @@ class Pipeline:
             {"prompt": p, "negative_prompt": n, "image": i, **common, "skip_blocks": list(chosen.skip_blocks)}
             for i, (p, n) in enumerate(zip(prompts, negatives, strict=True))
         ]
-        return Output([Image.fromarray(picture) for picture in np.concatenate(drawn)], parameters)
+        return Output(as_images(np.concatenate(drawn)), parameters)
 
     def _text(
         self, prompts: list[str], negatives: list[str], guided: bool, unconditional: str
@@ -235,14 +246,16 @@ class Pipeline:
         """Where sampling begins, and what is held fixed on the way."""
         if image is None:
             return noise, None
+        from PIL.Image import Resampling
+
         factor = self.autoencoder.factor
         height, width = noise.shape[2] * factor, noise.shape[3] * factor
-        pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        pixels = np.array(image.convert("RGB").resize((width, height), Resampling.LANCZOS))
         x0 = self.autoencoder.encode(vae.to_float(pixels[None])).to(noise.device)
         z = (1 - start) * x0 + start * noise
         if mask is None:
             return z, None
-        small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Image.Resampling.NEAREST)
+        small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Resampling.NEAREST)
         anew = torch.from_numpy(np.array(small) >= 128).to(noise.device)
         return z, lambda z, t: torch.where(anew, z, (1 - t) * x0 + t * noise)
 

@@ -6,11 +6,10 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +18,9 @@ from mmdit.config import MMDiTConfig
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.text import Conditioning
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WEIGHTS = "model.safetensors"     # what a run folder offers for sampling
 MODULATION_BYTES = 1 << 30        # of all steps at once, at most
@@ -290,6 +292,8 @@ def bar(label: str, shown: bool) -> Progress:
 
 def grid(images: np.ndarray, columns: int | None = None, margin: int = 2, scale: int = 1) -> Image.Image:
     """uint8 [N, H, W, 3] as one picture, row by row."""
+    from PIL import Image
+
     count, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

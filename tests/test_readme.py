@@ -32,6 +32,13 @@ def test_the_example_of_released_weights_runs_on_small_ones(tmp_path, monkeypatc
     assert (tmp_path / "x.png").is_file() and (tmp_path / "folder" / "config.json").is_file()
 
 
+def test_the_example_of_a_block_runs():
+    page = (ROOT / "docs" / "does-it-fit.md").read_text()
+    found: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.S)[0], found)
+    assert found["x"].shape == (2, 64, 128)
+
+
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(links) > 5

@@ -259,3 +259,14 @@ def test_a_compiler_takes_the_baseline_whole_and_its_gradients_agree(block):
 
     for a, b in zip(gradients(whole), gradients(compiled.module), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_mixed_dtypes_save_the_casts_around_the_ops():
+    """Under autocast: no tensor of the residual stream's size is cast between our ops, which with one dtype it was."""
+    size = Size(2, 64, 2)
+    mixed, one = (models.counted(size, "training", way, torch.float32, True) for way in ("ours", "ours, one dtype"))
+    streams = 2 * size.batch * 128 * (size.tokens + models.TEXT_TOKENS)                   # bytes in bf16, both streams
+    casts, before = (sum(k.bytes for k in t.kernels if k.op == "aten._to_copy") for t in (mixed, one))
+    assert before - casts > 6 * streams and mixed.launches < one.launches and mixed.bytes < one.bytes
+    found = roofline.predict(size, "training", CEILINGS, autocast=True)
+    assert found["fused"].seconds < found["one dtype"].seconds < found["eager"].seconds

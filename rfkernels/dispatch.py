@@ -40,7 +40,7 @@ class Implementation:
 
 
 _registry: dict[str, tuple[Implementation, ...]] = {}
-_checked: dict[str, Callable[..., tuple[Any, ...]]] = {}
+_checked: dict[str, Callable[..., tuple[Any, ...] | None]] = {}
 _pretended: set[str] = set()
 
 
@@ -54,8 +54,9 @@ def _from_environment() -> str | None:
 _forced: dict[str | None, str] = {None: name} if (name := _from_environment()) else {}      # by op; None: every op
 
 
-def register(op: str, check: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
-    """Registers an op. `check` takes the public function's arguments, raises on bad ones, returns them positionally."""
+def register(op: str, check: Callable[..., tuple[Any, ...] | None], *implementations: Implementation) -> None:
+    """Registers an op. `check` takes the public function's arguments, raises on bad ones, returns them positionally;
+    None if layers among them have to be called instead."""
     _registry[op] = implementations
     _checked[op] = check
 
@@ -157,6 +158,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"explain: unknown op {name!r}; expected one of {', '.join(_registry)}")
     with told_copies() as copies:
         checked = _checked[name](*args, **kwargs)
+    if checked is None:
+        return f"{name}: its layers are called as they are: one of them is more than its weights"
     taken = choose(name, *checked)
     forced = forced_backend(name)
     how = f"forced to {forced!r}" if forced else "first that can run"

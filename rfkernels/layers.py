@@ -1,8 +1,11 @@
-"""Whether an op may read a layer's weights instead of calling it."""
+"""Layers of torch.nn: where they are made, and whether an op may read their weights instead of calling them."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+Device = torch.device | str | int | None
 
 
 def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:

@@ -54,13 +54,13 @@ class Eager:
         q, k, v = (torch.cat(ts, 1).transpose(1, 2) for ts in (qs, ks, vs))
         mask = None
         if lengths is not None:
-            mask = torch.arange(k.shape[2]) < lengths[:, None]
+            mask = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
             mask[:, streams[0][1].shape[1] :] = True
             mask = mask[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         parts = list(out.split([t.shape[1] for t in qs], 1))
         if lengths is not None:
-            parts[0] = parts[0] * (torch.arange(parts[0].shape[1]) < lengths[:, None])[..., None]
+            parts[0] = parts[0] * (torch.arange(parts[0].shape[1], device=k.device) < lengths[:, None])[..., None]
         return parts
 
     @staticmethod
@@ -175,7 +175,7 @@ def last(kit, p, x, text, c):
 
 
 def padded(kit, p, x, text, c):
-    return joint(kit, p, x, text, c, lengths=torch.tensor([L - 1, 1]))
+    return joint(kit, p, x, text, c, lengths=torch.tensor([L - 1, 1], device=x.device))
 
 
 def flux_single(kit, p, x, c, cos, sin):

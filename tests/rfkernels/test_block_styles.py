@@ -10,7 +10,11 @@ import rfkernels
 from rfkernels.triton_support import INSTALLED
 from tests.rfkernels.block_styles import STYLES, Eager, Ours
 
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")           # eager
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),                    # eager's
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = ("default", pytest.param("triton", marks=pytest.mark.skipif(not INSTALLED, reason="no Triton")))
 MODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32}
 
@@ -35,7 +39,7 @@ def run(style, kit, parameters, inputs, *, backend="default", autocast=False, fr
     names = list(inputs)
     call = lambda *given: style.run(kit, {n: leaves[n] for n in parameters}, **dict(zip(names, given, strict=True)))  # noqa: E731
     with forced:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             outputs = (way(call) if way else call)(*(leaves[n] for n in names))
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         torch.manual_seed(1)

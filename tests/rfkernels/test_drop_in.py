@@ -17,6 +17,7 @@ import rfkernels.nn as rnn
 from rfkernels import Rope, Stream
 from rfkernels.triton_support import INSTALLED
 
+pytestmark = pytest.mark.usefixtures("on_device")
 B, S, C = 3, 5, 32
 SHAPES = ((B, C), (B, 1, C), (B, S, C), (1, S, C), (1, 1, C), (1, C), (C,))
 BACKENDS = ("reference", "library", pytest.param("triton", marks=pytest.mark.skipif(not INSTALLED, reason="no Triton")))
@@ -110,6 +111,20 @@ def test_rope_as_a_pair_of_tables(shape):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wide", (torch.float32, torch.bfloat16))
+def test_the_norm_comes_in_the_dtype_that_the_next_product_wants(wide, backend):
+    x, branch, v = torch.randn(B, S, C).to(wide), torch.randn(B, S, C).bfloat16(), torch.randn(B, C)
+    with rfkernels.backend(backend):
+        assert rfkernels.adaln(x, v, v).dtype == wide
+        assert rfkernels.adaln(x, v, v, dtype=torch.float16).dtype == torch.float16
+        with torch.autocast(x.device.type, torch.bfloat16):
+            assert rfkernels.adaln(x, v, v).dtype == torch.bfloat16
+            h, y = rfkernels.gated_adaln(x, branch, None, v, v)
+            assert (h.dtype, y.dtype) == (wide, torch.bfloat16)
+            assert rfkernels.adaln(x.double(), v, v).dtype == torch.float64 if backend != "triton" else True
+
+
 # --- norms with parameters --------------------------------------------------------------------------------------------
 
 
@@ -193,6 +208,7 @@ def test_layers_are_called_if_they_are_more_than_their_weights(change, taken):
         fc1 = change(fc1)
     got = rfkernels.gelu_mlp(x, fc1, fc2)
     assert taken == ({"gelu_mlp": 1} if change is None else {}), "the fused path, only where it is the same"
+    assert ("called as they are" in rfkernels.explain("gelu_mlp", x, fc1, fc2)) == (change is not None)
     torch.testing.assert_close(got, fc2(F.gelu(fc1(x), approximate="tanh")))
     got.sum().backward()
     assert all(p.grad is not None for p in fc1.parameters() if p.requires_grad)
@@ -294,9 +310,12 @@ def test_errors_name_the_callers_class():
 
 
 def test_examples_in_docstrings_run():
-    assert not doctest.testmod(rnn, extraglobs={"torch": torch, "rfkernels": rfkernels}).failed
-    documented = [m for m in vars(rnn).values() if isinstance(m, type) and m.__module__ == rnn.__name__]
-    assert len(documented) == 8 and all(">>>" in m.__doc__ for m in documented)
+    assert set(MODULES) == set(rnn.__all__)
+    for name in rnn.__all__:
+        module = getattr(rnn, name)
+        found = doctest.DocTestFinder(recurse=False).find(module, name, globs={**vars(rnn), "torch": torch, "rfkernels": rfkernels})
+        assert found[0].examples, name
+        assert not doctest.DocTestRunner().run(found[0]).failed
 
 
 def test_affine_norms_as_modules():

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 import rfkernels
 import rfkernels.nn as rnn
 from rfkernels import Rope, Stream
+from rfkernels.testing import assert_within_rule
 from rfkernels.triton_support import INSTALLED
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -123,6 +125,57 @@ def test_the_norm_comes_in_the_dtype_that_the_next_product_wants(wide, backend):
             h, y = rfkernels.gated_adaln(x, branch, None, v, v)
             assert (h.dtype, y.dtype) == (wide, torch.bfloat16)
             assert rfkernels.adaln(x.double(), v, v).dtype == torch.float64 if backend != "triton" else True
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("residual, branch", itertools.product(FLOATS, FLOATS), ids=str)
+def test_every_pair_of_dtypes(residual, branch, backend):
+    """h has PyTorch's dtype, gradients their input's; vectors in the third dtype."""
+    other = next(d for d in FLOATS if d not in (residual, branch))
+    given = [torch.randn(B, S, C).to(residual), torch.randn(B, S, C).to(branch)]
+    given += [torch.randn(B, C).to(d) for d in (branch, other, other)]
+
+    def run(function, tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        outs = function(*leaves)
+        torch.manual_seed(2)
+        return [*outs, *torch.autograd.grad(outs, leaves, [torch.randn(B, S, C).to(o.dtype) for o in outs])]
+
+    def eager(x, branch, gate, shift, scale):
+        h = x + gate[:, None] * branch
+        return h, (F.layer_norm(h, (C,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]).to(h.dtype)
+
+    with rfkernels.backend(backend):
+        got = run(rfkernels.gated_adaln, given)
+    assert got[0].dtype == got[1].dtype == torch.promote_types(residual, branch)
+    assert [g.dtype for g in got[2:]] == [t.dtype for t in given]
+    exact = run(eager, [t.double() for t in given])
+    for i, three in enumerate(zip(got, exact, run(eager, given), strict=True)):
+        assert_within_rule(str(i), *three)
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.fc1, self.fc2 = nn.Linear(C, 3 * C), nn.Linear(C, 64), nn.Linear(64, C)
+
+    def forward(self, x, m):
+        shift, scale, gate, shift2, scale2, gate2 = rfkernels.chunk_modulation(m, 6)
+        y = rfkernels.adaln(x, shift, scale)
+        (out,) = rfkernels.joint_attention([Stream.packed(self.qkv(y).unflatten(-1, (3, 2, 16)))])
+        h, y = rfkernels.gated_adaln(x, out.flatten(2), gate, shift2, scale2)
+        return rfkernels.gated_residual(h, rfkernels.gelu_mlp(y, self.fc1, self.fc2), gate2)
+
+
+def test_exported_for_any_batch_and_length():
+    block, x, m = Whole(), torch.randn(2, 5, C), torch.randn(2, 6 * C)
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+    program = torch.export.export(block, (x, m), dynamic_shapes={"x": {0: batch, 1: length}, "m": {0: batch}})
+    for given in ((x, m), (torch.randn(3, 7, C), torch.randn(3, 6 * C))):
+        torch.testing.assert_close(program.module()(*given), block(*given))
 
 
 # --- norms with parameters --------------------------------------------------------------------------------------------
@@ -313,7 +366,8 @@ def test_examples_in_docstrings_run():
     assert set(MODULES) == set(rnn.__all__)
     for name in rnn.__all__:
         module = getattr(rnn, name)
-        found = doctest.DocTestFinder(recurse=False).find(module, name, globs={**vars(rnn), "torch": torch, "rfkernels": rfkernels})
+        names = {**vars(rnn), "torch": torch, "rfkernels": rfkernels}
+        found = doctest.DocTestFinder(recurse=False).find(module, name, globs=names)
         assert found[0].examples, name
         assert not doctest.DocTestRunner().run(found[0]).failed
 

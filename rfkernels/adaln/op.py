@@ -86,14 +86,14 @@ def gated_adaln(
 
 
 def _check_adaln(x, shift=None, scale=None, *, weight=None, bias=None, norm="layer", eps=1e-6, dtype=None):
-    op = "adaln"
+    op, plus_one = "adaln", True
     plain = weight is bias is None and checks.fits(x, shift, scale)
     if not (plain and norm in NORMS and type(eps) is float and eps > 0):
         (x,) = checks.tokens(op, x=x)
-        shift, scale, weight, bias = checks.modulation(op, "x", x, shift=shift, scale=scale, weight=weight, bias=bias)
+        vectors = checks.modulation(op, "x", x, shift=shift, scale=scale, weight=weight, bias=bias)
+        shift, scale, plus_one = _composed(x, *vectors)
         checks.choice(op, "norm", norm, NORMS)
         checks.positive(op, eps=eps)
-    shift, scale, plus_one = _composed(x, shift, scale, weight, bias)
     return x, shift, scale, plus_one, norm, eps, _dtype(op, dtype, x.dtype, x)
 
 

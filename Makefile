@@ -61,7 +61,7 @@ gpu-pretend: $(OLDEST)/.installed
 	test $$(find $(PRETEND) -name '*-first.tgz' -size -16M -o -name '*-second.tgz' -size -16M | wc -l) = 2
 
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
-	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.py gelu_mlp.py \
+	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py \
 		joint_attention_kernels.py patch_kernels.py qk_norm.py)
 
 lint: $(VENV)/.installed-dev+train+emoji+minilm

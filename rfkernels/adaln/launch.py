@@ -65,6 +65,11 @@ def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int,
     return launch.rows, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
+def _mixed(kernel: str, stream: Tensor, branch: Tensor) -> str:
+    """Whose settings: two dtypes are loaded in two widths of vectors, which takes more registers for each channel."""
+    return kernel if stream.dtype == branch.dtype else f"{kernel}_mixed"
+
+
 def adaln(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, plus_one: bool, norm: str, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -101,8 +106,7 @@ def gated_adaln(
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     h = _empty(residual, promoted(residual, branch, gate))
     batch, length, _ = residual.shape
-    mixed = residual.dtype != branch.dtype                    # two vector widths: more registers for each channel
-    rows, settings = _settings("gated_residual_fwd_mixed" if mixed else "gated_residual_fwd", residual)
+    rows, settings = _settings(_mixed("gated_residual_fwd", residual, branch), residual)
     if h.numel():
         with on(residual.device):
             _kernels().gated_residual_fwd[(batch * -(-length // rows),)](
@@ -193,7 +197,7 @@ def gated_adaln_backward(
         nothing = branch.new_zeros(branch.shape[2] if bias else 0)
         return h.new_zeros(h.shape, dtype=dtype), *_nothing(h, branch, gate, shift, scale), nothing
     dresidual, dbranch, dh, dy = _empty(h, dtype), _empty(branch), _unit(dh), _unit(dy)
-    rows, settings = _settings("gated_adaln_bwd", h)
+    rows, settings = _settings(_mixed("gated_adaln_bwd", h, branch), h)
     sums = Sums(h, rows, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](

@@ -68,9 +68,8 @@ def _check(streams, *, scale=None, eps=1e-6):
 
 
 def _refuses(streams, scale, eps):
-    here = refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
-    if here := here or refuses_transforms("joint attention in kernels"):
-        return here                                     # first: what follows limits the sizes that torch.export sees
+    if transforms := refuses_transforms("joint attention in kernels"):
+        return transforms
     for i, s in enumerate(streams):
         if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
             return f"the kernels have no gradient of rotary tables, which streams[{i}] asks for"
@@ -82,7 +81,7 @@ def _refuses(streams, scale, eps):
     for s in streams:
         if too_far := launch.beyond_tile(*((s.q, s.k, s.v) if s.packed_tensor is None else (s.packed_tensor,))):
             return too_far
-    return None
+    return refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
 
 
 def _library_refuses(streams, scale, eps):

@@ -18,7 +18,8 @@ from typing import Any
 VECTOR = 8                                  # elements of a 16-byte access in bf16 and fp16
 # The most channels a thread may hold, so that what stays in registers fits in about 200 of 255; see `inspect`.
 CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 40, "gated_adaln_bwd": 28,
-                       "gated_residual_fwd": 96, "gated_residual_bwd": 96, "gated_residual_fwd_mixed": 24}  # fmt: skip
+                       "gated_residual_fwd": 96, "gated_residual_bwd": 96,
+                       "gated_residual_fwd_mixed": 24, "gated_adaln_bwd_mixed": 14}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -42,6 +42,12 @@ def told_copies() -> Iterator[list[str]]:
         yield _copies
     finally:
         _copies = before
+
+
+def tell(copied: Iterable[str]) -> None:
+    """Of tensors that were copied when something was made of them."""
+    if _copies is not None:
+        _copies.extend(f"{name} was copied: its last dimension had a stride other than 1" for name in copied)
 
 
 def unit_stride(**tensors: Tensor) -> list[Tensor]:
@@ -116,16 +122,18 @@ def canonical(vector: Tensor, shape: Sequence[int]) -> Tensor | None:
     """A modulation vector for x of this shape [B, S, C] as a view: [B, C] per sample, [B, S, C] per token, [C] shared.
     None if it is none. Its rank decides which it is, never its element count."""
     batch, length, channels = shape
-    given = tuple(vector.shape)
-    if given in ((batch, channels), (batch, length, channels), (channels,)):
+    rank, given = vector.ndim, vector.shape                  # one at a time: torch.export keeps each comparison it sees
+    if not 1 <= rank <= 3 or given[-1] != channels:
+        return None
+    if rank == 1:
         return vector
-    if given == (1, channels):
-        return vector[0]
-    if given == (1, 1, channels):
-        return vector[0, 0]
-    if given == (batch, 1, channels):
-        return vector.squeeze(1)
-    return vector.expand(batch, -1, -1) if given == (1, length, channels) else None
+    if rank == 2:
+        return vector if given[0] == batch else vector[0] if given[0] == 1 else None
+    if given[0] == batch:
+        return vector if given[1] == length else vector.squeeze(1) if given[1] == 1 else None
+    if given[0] != 1:
+        return None
+    return vector[0, 0] if given[1] == 1 else vector.expand(batch, -1, -1) if given[1] == length else None
 
 
 def modulation(op: str, like: str, x: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:

@@ -13,11 +13,22 @@ from typing import Any
 
 import torch
 
-from rfkernels.transforms import Arguments, each, fused, no_second_derivative, once, pushforward, transforming
+from rfkernels.transforms import (
+    Arguments,
+    each,
+    fused,
+    nested_forward,
+    no_second_derivative,
+    once,
+    only_functionalized,
+    pushforward,
+    transforming,
+)  # fmt: skip
 
 _library = torch.library.Library("rfkernels", "DEF")
 
 
+batched = torch._C._functorch.is_legacy_batchedtensor        # of torch.autograd.grad(..., is_grads_batched=True)
 _PLAIN = {torch.Tensor, torch.nn.Parameter, str, float, int, bool, torch.dtype, type(None)}
 
 
@@ -95,7 +106,9 @@ class Operator:
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
 
         def run_backward(*args: Any) -> Any:
-            return self.backward(*args) if watched(_flat(args)) else (direct_backward or backward)(*args)
+            flat = _flat(args)
+            seen = watched(flat) or any(map(batched, (a for a in flat if isinstance(a, torch.Tensor))))
+            return self.backward(*args) if seen else (direct_backward or backward)(*args)
 
         def run_apart(*args: Any) -> Any:                              # no output is a part of another tensor
             return self.backward(*args) if watched(args) else backward(*args)
@@ -169,4 +182,6 @@ class Operator:
             return self._direct.apply(*flat)
         if self._definition is None or not transforming():
             return self.forward(*args)
-        return self._definition(*args) if torch.compiler.is_compiling() else self._transformed.apply(*args)
+        if torch.compiler.is_compiling() or nested_forward():
+            return self._definition(*args)
+        return self.forward(*args) if only_functionalized() else self._transformed.apply(*args)

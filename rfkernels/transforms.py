@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 Args = tuple[Any, ...]
@@ -20,6 +21,21 @@ Args = tuple[Any, ...]
 def transforming() -> bool:
     """Whether a function transform or forward-mode differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _levels() -> list[Any]:
+    """What kinds of transforms are under way, outermost first."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def only_functionalized() -> bool:
+    return set(_levels()) == {TransformType.Functionalize}
+
+
+def nested_forward() -> bool:
+    """Whether forward mode runs inside forward mode: PyTorch takes an outer tangent past a function's own rule for an
+    inner one, so such a rule would lose it."""
+    return _levels().count(TransformType.Jvp) > 1
 
 
 def refuses_transforms(what: str) -> str | None:
@@ -54,10 +70,11 @@ class _First(torch.autograd.Function):
 def differentiable_once(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, for a call of code of somebody else's that has no second derivative: asking for one raises an error
     with our name in it. Costs nothing where no gradient is wanted, or under a compiler, which has its own."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    wanted = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() else []
     if not wanted or torch.compiler.is_compiling() or transforming():
         return tensors
-    return _First.apply(name, *tensors)
+    guarded = iter(_First.apply(name, *wanted))
+    return tuple(next(guarded) if t.requires_grad else t for t in tensors)
 
 
 class Arguments:
@@ -112,6 +129,12 @@ def pushforward(definition: Callable[..., Any], args: Args, tangents: Sequence[T
 
 def each(apply: Callable[..., Any], info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     """The vmap of a function: a call for each element."""
+    if not info.batch_size:                                              # a call for the shapes alone
+        given = zip(args, in_dims, strict=True)
+        made = apply(*(a if d is None else a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) for a, d in given))
+        if isinstance(made, Tensor):
+            return made.new_empty((0, *made.shape)), 0
+        return tuple(t.new_empty((0, *t.shape)) for t in made), (0,) * len(made)
     rows = [
         apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

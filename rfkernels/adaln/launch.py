@@ -121,6 +121,7 @@ class Sums:
 
     def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor | None], in_chunks: bool) -> None:
         batch, length, channels = x.shape
+        self._like = x
         wanted = PROGRAMS_PER_SM * multiprocessors(x.device) // batch      # rounded down: one more is one wave more
         splits = max(1, min(wanted, -(-length // rows)))
         self.span = -(-length // splits)
@@ -147,7 +148,7 @@ class Sums:
             _kernels().sum_partials[(groups, -(-channels // 128), count)](
                 self._partials, *padded, total, *sizes, *strides, C=channels, **SECOND_STAGE
             )  # fmt: skip
-        return [self._partials.new_empty(0) if g is None else g for g in self.grads]
+        return [self._like.new_empty(0) if g is None else g for g in self.grads]
 
 
 def column_sums(partials: Tensor, out: Tensor) -> Tensor:
@@ -195,10 +196,10 @@ def gated_adaln_backward(
     [C]; [0] of what is not given or, of the sum, not `bias`. in_chunks as for adaln_backward."""
     if not h.numel():
         nothing = branch.new_zeros(branch.shape[2] if bias else 0)
-        return h.new_zeros(h.shape, dtype=dtype), *_nothing(h, branch, gate, shift, scale), nothing
+        return h.new_zeros(h.shape, dtype=dtype), *_nothing(branch, branch, gate, shift, scale), nothing
     dresidual, dbranch, dh, dy = _empty(h, dtype), _empty(branch), _unit(dh), _unit(dy)
     rows, settings = _settings(_mixed("gated_adaln_bwd", h, branch), h)
-    sums = Sums(h, rows, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
+    sums = Sums(branch, rows, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](
             dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),

@@ -37,7 +37,7 @@ def adaln(
             scale has its one inside, pass it as weight (`scale=gamma - 1` loses gamma's digits in 16 bits).
         norm: "layer" (LayerNorm) or "rms" (RMSNorm).
         eps: added to the variance (or mean square) before the root. The default is that of diffusion transformers:
-            nn.LayerNorm's is 1e-5, nn.RMSNorm's the dtype's resolution.
+            nn.LayerNorm's is 1e-5, nn.RMSNorm's 1.2e-7 (fp32's machine epsilon).
         dtype: of the result. None: what the next product wants, autocast's dtype where it is on, else x's.
     Returns: [B, S, C]; statistics and arithmetic in fp32, one rounding. Gradients have their input's dtype.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
@@ -126,7 +126,7 @@ def _composed(x, shift, scale, weight, bias):
     if scale is None and (shift is None or bias is None):
         return shift if bias is None else bias, weight, weight is None
     vectors = (shift, scale, weight, bias)
-    wide = reference.accumulation(reference.promoted(*vectors))
+    wide = reference.accumulation(reference.promoted(x, *vectors))
     shift, scale, weight, bias = (v if v is None else reference.per_token(v, wide) for v in vectors)
     factor = None if scale is None else 1 + scale
     if bias is not None:
@@ -151,7 +151,7 @@ MAX_CHANNELS = 16384            # beyond, a row no longer fits in the registers 
 def _refuses(x, *args):
     if x.shape[-1] > MAX_CHANNELS:
         return f"the kernels hold a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}"
-    if args[-1] == torch.float64:
+    if args[-1] is torch.float64:
         return "Triton kernels write fp32, bf16 and fp16, not torch.float64"
     return refuses_triton(x, *args)
 

@@ -76,7 +76,7 @@ def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
     if first.shape[3] % 2:
         return "the kernels take even head dimensions"
     tensors = [t for s in streams for t in (s.like, s.q_weight, s.k_weight)]
-    return launch.beyond_grid(first.shape) or interpreted(first.like) or refuses_triton(*tensors)
+    return interpreted(first.like) or refuses_triton(*tensors) or launch.beyond_grid(first.shape)
 
 
 def _places(streams: list[Parts]) -> list[tuple[int, slice, slice]]:

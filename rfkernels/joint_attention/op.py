@@ -44,6 +44,7 @@ def _check(streams, *, scale=None, eps=1e-6):
             raise TypeError(f"{op}: streams[{i}] is {type(stream).__name__}; expected a Stream")
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"{op}: streams has {len(streams)} entries; expected 1 to {MAX_STREAMS}")
+    checks.tell(f"streams[{i}].{name}" for i, s in enumerate(streams) for name in s.copied)
     first = streams[0]
     batch, _, heads, dim = first.shape
     for i, stream in enumerate(streams[1:], 1):
@@ -68,8 +69,9 @@ def _check(streams, *, scale=None, eps=1e-6):
 
 
 def _refuses(streams, scale, eps):
-    if transforms := refuses_transforms("joint attention in kernels"):
-        return transforms
+    here = refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
+    if here := here or refuses_transforms("joint attention in kernels"):
+        return here                                     # first: what follows limits the sizes that torch.export sees
     for i, s in enumerate(streams):
         if s.rope is not None and (s.rope.cos.requires_grad or s.rope.sin.requires_grad):
             return f"the kernels have no gradient of rotary tables, which streams[{i}] asks for"
@@ -81,7 +83,7 @@ def _refuses(streams, scale, eps):
     for s in streams:
         if too_far := launch.beyond_tile(*((s.q, s.k, s.v) if s.packed_tensor is None else (s.packed_tensor,))):
             return too_far
-    return refuses_triton(*[t for s in streams for t in (s.like, s.q_weight, s.k_weight)])
+    return None
 
 
 def _library_refuses(streams, scale, eps):

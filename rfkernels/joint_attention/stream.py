@@ -34,7 +34,7 @@ class Stream:
         queries: False for a stream that only gives keys and values; its output is None.
     Raises: ValueError or TypeError that names the argument.
 
-    `shape` is [B, S, H, D], `like` a tensor with the dtype and device of q, k and v.
+    `shape` is [B, S, H, D], `like` a tensor with the dtype and device of q, k and v, `copied` names what had to be.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class Stream:
         checks.same_shape(op, "k", k, **given)
         checks.same_dtype(op, "k", k, **given)
         checks.same_device(op, "k", k, **given)
-        k, v, *rest = checks.unit_stride(k=k, v=v, **({} if q is None else {"q": q}))
+        given = {"k": k, "v": v, **({} if q is None else {"q": q})}
+        k, v, *rest = made = checks.unit_stride(**given)
+        self.copied = tuple(n for n, a, b in zip(given, given.values(), made, strict=True) if a is not b)
         self._parts: tuple[Tensor | None, Tensor, Tensor] | None = (rest[0] if rest else None, k, v)
         self.packed_tensor: Tensor | None = None
         self._finish(k.shape, k, q_weight, k_weight, lengths, rope, queries)
@@ -134,8 +136,10 @@ class Stream:
         if qkv.ndim != 5 or qkv.shape[2] not in ((3,) if queries else (2, 3)):
             wanted = "[B, S, 3, H, D]" + ("" if queries else " or [B, S, 2, H, D]")
             raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected {wanted}")
-        (qkv,) = _autocast(*checks.unit_stride(qkv=qkv))
+        (made,) = checks.unit_stride(qkv=qkv)
         stream = cls.__new__(cls)
+        stream.copied = () if made is qkv else ("qkv",)
+        (qkv,) = _autocast(made)
         stream._parts, stream.packed_tensor = None, qkv
         stream._finish(qkv.shape[:2] + qkv.shape[3:], qkv, q_weight, k_weight, lengths, rope, queries)
         return stream
@@ -158,7 +162,8 @@ def _rope(op: str, rope: Rope | tuple[Tensor, Tensor], shape: torch.Size, like: 
         checks.same_device(op, "k", like, **{name: table})
         if table.ndim == 3 and table.shape[0] == 1 and batch != 1:
             table = table[0]
-        if tuple(table.shape) not in ((length, dim // 2), (batch, length, dim // 2)):
+        fits = table.ndim in (2, 3) and table.shape[-1] == dim // 2 and table.shape[-2] == length
+        if not fits or (table.ndim == 3 and table.shape[0] != batch):
             hint = ""
             if table.shape[-1:] == (dim,):
                 hint = "; of a table that has each angle twice, pass [..., ::2] (interleaved) or [..., :D/2] (halves)"

@@ -17,6 +17,7 @@ from typing import Any
 
 VECTOR = 8                                  # elements of a 16-byte access in bf16 and fp16
 # The most channels a thread may hold, so that what stays in registers fits in about 200 of 255; see `inspect`.
+MAX_LANES = 1024             # threads of a program
 CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 40, "gated_adaln_bwd": 28,
                        "gated_residual_fwd": 96, "gated_residual_bwd": 96,
                        "gated_residual_fwd_mixed": 24, "gated_adaln_bwd_mixed": 14}  # fmt: skip
@@ -54,7 +55,7 @@ def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaun
     lanes = 8
     while lanes < 32 and lanes * VECTOR < channels:
         lanes *= 2
-    while channels > lanes * CHANNELS_PER_THREAD[kernel]:
+    while channels > lanes * CHANNELS_PER_THREAD[kernel] and lanes < MAX_LANES:
         lanes *= 2
     if channels % (VECTOR * lanes):
         for fewer in (lanes // 2, lanes // 4):       # 1152 = 9 * 128: exact with 16 lanes, not with 32

@@ -12,7 +12,7 @@ from rfkernels.mlp import fused, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
-def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor:
+def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module | Tensor | None) -> Tensor:
     """``fc2(gelu(fc1(x)))`` with the tanh form of GELU: ``gelu_mlp(x, fc1, fc2)``.
 
     A layer that is more than its weights (an adapter, a quantised or parametrised layer, one with hooks) is called as
@@ -26,17 +26,27 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor:
     Returns: [..., out] in x's dtype (autocast's under autocast).
     Raises: ValueError or TypeError that names the argument.
     """
-    checked = _check(x, *layers)
+    checked = _check(x, *layers, **named)
     if checked is None:
-        fc1, fc2 = layers
-        out: Tensor = fc2(F.gelu(fc1(x), approximate="tanh"))                                       # type: ignore[misc,operator]
+        fc1, fc2 = _ordered(layers, named)
+        out: Tensor = fc2(F.gelu(fc1(x), approximate="tanh"))
         return out                                      
     return dispatch.run("gelu_mlp", *checked)                                                  
 
 
-def _check(x, *layers):
+def _ordered(layers, named):
+    """Layers or tensors in their order, however they were given."""
+    names = ("fc1", "fc2") if named.keys() & {"fc1", "fc2"} else ("w1", "b1", "w2", "b2")
+    unknown = named.keys() - set(names[len(layers) :])
+    if unknown:
+        raise TypeError(f"gelu_mlp: unexpected {', '.join(sorted(unknown))}; expected fc1, fc2 (or w1, b1, w2, b2)")
+    return (*layers, *(named[n] for n in names[len(layers) :] if n in named))
+
+
+def _check(x, *layers, **named):
     """The op's tensors; None if the layers have to be called."""
     op = "gelu_mlp"
+    layers = _ordered(layers, named)
     if len(layers) == 2:
         for name, layer in zip(("fc1", "fc2"), layers, strict=True):
             if not isinstance(layer, nn.Module):

@@ -182,11 +182,11 @@ dispatch.register(
 def _refuses_embed(latent, weight, bias, positions, patch_size, dtype):
     if dtype == torch.float64:
         return "Triton kernels write fp32, bf16 and fp16, not torch.float64"
-    return too_many_rows(latent.shape[0] * positions.shape[0]) or refuses_triton(latent, weight, bias)
+    return refuses_triton(latent, weight, bias) or too_many_rows(latent.shape[0] * positions.shape[0])
 
 
 def _refuses_unembed(x, weight, bias, height, width, patch_size):
-    return too_many_rows(x.shape[0] * x.shape[1]) or refuses_triton(x, weight, bias)
+    return refuses_triton(x, weight, bias) or too_many_rows(x.shape[0] * x.shape[1])
 
 
 def _triton(what, run, refuses):

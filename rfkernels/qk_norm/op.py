@@ -18,7 +18,7 @@ def qk_norm(
         q, k: [B, S, H, D], read with their strides if the last dimension's is 1 (views of a packed qkv are), else
             copied; their S and H may differ, their D and dtype may not. bf16, fp16, fp32 or fp64.
         q_weight, k_weight: [D].
-        eps: added to the mean square. nn.RMSNorm's default is another: the dtype's resolution.
+        eps: added to the mean square. nn.RMSNorm's default is another: 1.2e-7, fp32's machine epsilon.
     Returns: (q, k) normalised, in the input's dtype; mean square in fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Esser et al. 2024, section 5.3.2; Dehghani et al. 2023.

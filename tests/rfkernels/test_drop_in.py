@@ -94,6 +94,7 @@ def test_channels_that_lie_apart_are_copied_and_explain_says_so():
     assert "copied" not in rfkernels.explain("adaln", x.contiguous(), v.contiguous(), v.contiguous())
     q = torch.randn(2, 4, 16, 6).permute(0, 3, 1, 2).transpose(2, 3)                       # [B, S, D, H]: D, H swapped
     rfkernels.qk_norm(q, q, torch.ones(4), torch.ones(4))
+    assert "streams[0].q was copied" in rfkernels.explain("joint_attention", [Stream(q, q, q)])
     torch.testing.assert_close(
         rfkernels.joint_attention([Stream(q, q, q)])[0], rfkernels.joint_attention([Stream(*[q.contiguous()] * 3)])[0]
     )
@@ -176,6 +177,24 @@ def test_exported_for_any_batch_and_length():
     program = torch.export.export(block, (x, m), dynamic_shapes={"x": {0: batch, 1: length}, "m": {0: batch}})
     for given in ((x, m), (torch.randn(3, 7, C), torch.randn(3, 6 * C))):
         torch.testing.assert_close(program.module()(*given), block(*given))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4] + SHAPES[6:], ids=str)
+def test_exported_with_every_vector(shape):
+    """No size is tied to another that it only happens to be compared with."""
+
+    class Norm(nn.Module):
+        def forward(self, x, v):
+            return rfkernels.adaln(x, v, weight=v)
+
+    x, v = torch.randn(B, S, C), torch.randn(shape)
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+    sizes = zip(shape[:-1], (B, S), (batch, length), strict=False)
+    own = {i: dim for i, (size, whole, dim) in enumerate(sizes) if size == whole}
+    program = torch.export.export(Norm(), (x, v), dynamic_shapes={"x": {0: batch, 1: length}, "v": own})
+    new = torch.randn([{B: C, S: C}.get(n, n) if i in own else n for i, n in enumerate(shape)])
+    x = torch.randn(C, C, C)                                                    # batch = length = channels
+    torch.testing.assert_close(program.module()(x, new), Norm()(x, new))
 
 
 # --- norms with parameters --------------------------------------------------------------------------------------------
@@ -261,6 +280,7 @@ def test_layers_are_called_if_they_are_more_than_their_weights(change, taken):
         fc1 = change(fc1)
     got = rfkernels.gelu_mlp(x, fc1, fc2)
     assert taken == ({"gelu_mlp": 1} if change is None else {}), "the fused path, only where it is the same"
+    assert torch.equal(got, rfkernels.gelu_mlp(x, fc2=fc2, fc1=fc1))
     assert ("called as they are" in rfkernels.explain("gelu_mlp", x, fc1, fc2)) == (change is not None)
     torch.testing.assert_close(got, fc2(F.gelu(fc1(x), approximate="tanh")))
     got.sum().backward()

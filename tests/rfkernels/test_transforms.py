@@ -1,5 +1,6 @@
 """Function transforms, forward mode and second derivatives: values by the kernels, derivatives of any kind right."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -158,12 +159,46 @@ def test_the_kernels_give_the_values(op, dtype):
         assert_within_rule(f"{op} {i}", a, b, c, factor=8.0)
 
 
+@pytest.mark.parametrize("op", ("adaln", "gated_adaln", "qk_norm", "gelu_mlp", "gated_residual"))
+def test_forward_mode_in_forward_mode(op):
+    function, make = OPS[op]
+    args, f = make(), scalar(function)
+    first, second = ([torch.randn_like(a) for a in args] for _ in range(2))
+    along = lambda g, d: lambda *at: jvp(g, at, tuple(d))[1]  # noqa: E731
+    every = tuple(range(len(args)))
+    got = along(along(f, first), second)(*args)
+    through = lambda *at: sum((g * d).sum() for g, d in zip(grad(f, every)(*at), first, strict=True))  # noqa: E731
+    torch.testing.assert_close(got, along(through, second)(*args))
+    around = along(lambda *at: sum(g.sum() for g in grad(along(f, first), every)(*at)), second)
+    with rfkernels.backend("reference"):
+        want = along(along(f, first), second)(*args), around(*args)
+    torch.testing.assert_close((got, around(*args)), want)
+
+
+@pytest.mark.parametrize("backend", ("default", *["triton"] * INSTALLED))
+def test_batches_of_gradients_and_of_nothing(backend):
+    x, v = torch.randn(B, S, C, device=DEVICE, requires_grad=True), torch.randn(B, C, device=DEVICE)
+    with rfkernels.backend("triton") if backend == "triton" else contextlib.nullcontext():
+        y = rfkernels.adaln(x, v, v)
+        rows = torch.randn(3, B, S, C, device=DEVICE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                  # vmap tells which ops it loops over
+            (got,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            torch.testing.assert_close(got[i], torch.autograd.grad(y, x, rows[i], retain_graph=True)[0])
+        nothing = vmap(rfkernels.adaln, (0, None))(torch.randn(0, B, S, C, device=DEVICE), v)
+        assert nothing.shape == (0, B, S, C)
+        whole = torch.func.functionalize(lambda x: rfkernels.adaln(x, v, v))(x.detach())
+        torch.testing.assert_close(whole, y)
+
+
 def test_matrices_of_derivatives():
     x, shift, scale = r(1, 2, 4), r(4), r(4)
     f = lambda x: rfkernels.adaln(x, shift, scale)  # noqa: E731
     definition = lambda x: F.layer_norm(x, (4,), eps=1e-6) * (1 + scale) + shift  # noqa: E731
     torch.testing.assert_close(jacfwd(f)(x), jacrev(definition)(x))
     torch.testing.assert_close(jacrev(f)(x), jacrev(definition)(x))
+    torch.testing.assert_close(jacfwd(jacfwd(f))(x), jacrev(jacrev(definition))(x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                # vmap tells which ops it loops over
         got, want = (hessian(lambda x, f=f: f(x).sin().sum())(x) for f in (f, definition))

@@ -59,17 +59,18 @@ class Task:
 def row_tasks(device: torch.device) -> Iterator[Task]:
     """The adaLN family at the widths of d = 24 and 38, then the others, at 16k rows."""
     lanes_and_warps = [RowLaunch(lanes, warps) for lanes in (16, 32, 64, 128) for warps in (2, 4, 8, 16)]
+    norm, kept = (True, "layer", 1e-6), torch.bfloat16
     for width in WIDTHS:
         batch, tokens = BATCH, TOKENS
         x, y, z, h = torch.randn(4, batch, tokens, width, device=device, dtype=torch.bfloat16).unbind()
         v = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
-        statistics = adaln.adaln(x, v, v, "layer", 1e-6)[1]
+        statistics = adaln.adaln(x, v, v, *norm, kept)[1]
         calls: dict[str, Callable[[], Any]] = {
-            "adaln_fwd": lambda x=x, v=v: adaln.adaln(x, v, v, "layer", 1e-6),
-            "adaln_bwd": lambda x=x, y=y, v=v, s=statistics: adaln.adaln_backward(y, x, v, v, s, "layer"),
-            "gated_adaln_fwd": lambda x=x, y=y, v=v: adaln.gated_adaln(x, y, v, v, v, "layer", 1e-6),
+            "adaln_fwd": lambda x=x, v=v: adaln.adaln(x, v, v, *norm, kept),
+            "adaln_bwd": lambda x=x, y=y, v=v, s=statistics: adaln.adaln_backward(y, x, v, v, s, *norm),
+            "gated_adaln_fwd": lambda x=x, y=y, v=v: adaln.gated_adaln(x, y, v, v, v, *norm, kept),
             "gated_adaln_bwd": lambda x=x, y=y, z=z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
-                z, h, x, y, v, v, v, s, "layer", True
+                z, h, x, y, v, v, v, s, *norm, kept, True
             ),
             "gated_residual_fwd": lambda x=x, y=y, v=v: [adaln.gated_residual(x, y, v)],
             "gated_residual_bwd": lambda x=x, y=y, v=v: adaln.gated_residual_backward(x, y, v),

@@ -1,8 +1,8 @@
 """Derivatives of fused code beyond the first: torch.func (grad, vjp, jvp, vmap, nested in any way), forward mode, and
 `create_graph=True`.
 
-Fused code has its first derivative in kernels. Whatever else is asked of it is asked of its definition, the same
-function in plain PyTorch: the kernels give the values, the definition their derivatives.
+The kernels give values and first derivatives. Tangents and further derivatives are those of the definition, the same
+function in plain PyTorch. Forward mode inside forward mode runs the definition alone (`nested_forward`).
 """
 
 from __future__ import annotations

@@ -99,13 +99,12 @@ def triton_adaln(*args: Any) -> Tensor:
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    residual, branch, gate, shift, scale, *ctx.settings, _ = inputs
+    residual, branch, gate, shift, scale, *ctx.settings, ctx.y_dtype = inputs
     ctx.dtype, ctx.bias = residual.dtype, bias.wanted(branch)
     h, _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, branch, gate, shift, scale, statistics)
-    ctx.y_dtype = inputs[-1]
 
 
 def _differentiate_gated(
@@ -177,9 +176,9 @@ def library_gated_adaln(
 
 
 def _save_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(inputs[1] if inputs[2] is not None else None, inputs[2])
-    ctx.branch_dtype = inputs[1].dtype
+    residual, branch, gate = inputs
+    ctx.dtype, ctx.branch_dtype = residual.dtype, branch.dtype
+    ctx.save_for_backward(None if gate is None else branch, gate)
 
 
 def _differentiate_residual(ctx: Any, call: Any, dh: Tensor) -> tuple[Tensor | None, ...]:

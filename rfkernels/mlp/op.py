@@ -29,9 +29,8 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module |
     checked = _check(x, *layers, **named)
     if checked is None:
         fc1, fc2 = _ordered(layers, named)
-        out: Tensor = fc2(F.gelu(fc1(x), approximate="tanh"))
-        return out                                      
-    return dispatch.run("gelu_mlp", *checked)                                                  
+        return fc2(F.gelu(fc1(x), approximate="tanh"))
+    return dispatch.run("gelu_mlp", *checked)
 
 
 def _ordered(layers, named):

@@ -24,16 +24,22 @@ $(VENV)/.installed-%: pyproject.toml
 	touch $@
 comma := ,
 
+# The native code makes ops faster; without a compiler everything runs without it, and this says what is missing.
+BUILD = $(BIN)/python -m rfkernels.build || true
+
 demo: $(VENV)/.installed-train
+	$(BUILD)
 	$(BIN)/python -m train precompute --source shapes --cache cache/shapes
 	$(BIN)/python -m train run shapes --run runs/shapes-$(SEED) --seed $(SEED)
 	$(BIN)/python -m train score runs/shapes-$(SEED)
 
 demo-emoji: $(VENV)/.installed-train+emoji+minilm
+	$(BUILD)
 	$(BIN)/python -m train precompute --source openmoji --cache cache/openmoji --sizes 32 32 --encoders minilm
 	$(BIN)/python -m train run openmoji --run runs/openmoji-$(SEED) --seed $(SEED)
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BUILD)
 	$(BIN)/python -m pytest
 
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers.

@@ -252,7 +252,7 @@ class Pipeline:
         height, width = noise.shape[2] * factor, noise.shape[3] * factor
         pixels = np.array(image.convert("RGB").resize((width, height), Resampling.LANCZOS))
         x0 = self.autoencoder.encode(vae.to_float(pixels[None])).to(noise.device)
-        z = (1 - start) * x0 + start * noise
+        z = ((1 - start) * x0 + start * noise).contiguous()           # as without a picture: the same bits at start = 1
         if mask is None:
             return z, None
         small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Resampling.NEAREST)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfkernels import dispatch
+from rfkernels import dispatch, native
 from rfkernels.autocast import to_autocast
 from rfkernels.transforms import transforming
 from rfkernels.triton_support import refuses_triton
@@ -29,15 +29,22 @@ def wanted(output: Tensor | None) -> bool:
 
 def give(gradient: Tensor, sums: Tensor) -> None:
     """Hands over sums of a gradient over all but its channels, in any shape, with it."""
-    gradient._sums_for_bias = (gradient._version, sums)                                             # type: ignore[attr-defined]
+    if native.entry is not None:
+        native.entry.give(gradient, sums)
+    else:
+        gradient._sums_for_bias = (gradient._version, sums)                                         # type: ignore[attr-defined]
 
 
 def gradient_of(output_gradient: Tensor, rows: Tensor) -> Tensor:
     """Of a bias: what came with the gradient of the output, or the sum of its rows [tokens, channels]."""
-    version, sums = getattr(output_gradient, "_sums_for_bias", (None, None))
-    if sums is None or version != output_gradient._version or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return rows.sum(0)
-    return sums.view(-1)
+    if native.entry is not None:
+        sums = native.entry.take(output_gradient)
+    else:
+        version, sums = getattr(output_gradient, "_sums_for_bias", (None, None))
+        sums = sums if version == output_gradient._version else None
+    return rows.sum(0) if sums is None else sums.view(-1)
 
 
 class _Linear(torch.autograd.Function):
@@ -68,6 +75,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...
     Args: x: [..., C]. weight: [N, C]. bias: [N] or None. shape: of N in the output, () to leave it. The output may not
         be changed in place then.
     """
+    if (made := native.direct("linear", x, weight, bias, shape, before)) is not None:
+        return made
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad) or not _sums(before, x, weight):
         out = F.linear(x, weight, bias)
         return out.unflatten(-1, shape) if shape else out
@@ -87,7 +96,9 @@ def _sums(op: str, x: Tensor, weight: Tensor) -> bool:
         return False
     if dispatch.pretended(op):
         return True
-    if type(weight) not in (Tensor, torch.nn.Parameter):                 # a DTensor's sums would be of its part
+    if hasattr(weight, "__tensor_flatten__"):                            # a DTensor's sums would be of its part
         return False
     forced = dispatch.forced_backend(op)
+    if forced in (None, "native") and any(i.backend == "native" for i in dispatch.implementations(op)):
+        return x.is_cuda or native.refuses(x) is None
     return x.is_cuda if forced is None else forced == "triton" and refuses_triton(x) is None

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rfkernels.checks import told_copies
 
-BACKENDS = ("reference", "triton", "library")
+BACKENDS = ("reference", "library", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ def _from_environment() -> str | None:
     return name
 
 
+_native_launcher = os.environ.get("RFKERNELS_LAUNCH") == "native"      # it has to be there before the first launch
+
+
+def _load_native() -> None:
+    from rfkernels import native
+
+    native.missing()
+
+
 _forced: dict[str | None, str] = {None: name} if (name := _from_environment()) else {}      # by op; None: every op
 
 
@@ -84,11 +95,13 @@ def as_on_a_gpu(*only: str) -> Iterator[None]:
     for op in only or before:
         _registry[op] = (willing(before[op][0]), *before[op])
     _pretended.update(pretended)
+    announce()
     try:
         yield
     finally:
         _registry.update(before)
         _pretended.difference_update(pretended)
+        announce()
 
 
 def pretended(op: str) -> bool:
@@ -98,7 +111,8 @@ def pretended(op: str) -> bool:
 
 @contextmanager
 def backend(name: str, *only: str) -> Iterator[None]:
-    """Forces one backend for every op called inside, or for those named in `only`: "reference", "triton", "library".
+    """Forces one backend for every op called inside, or for those named in `only`: "reference",
+    "library", "native" or "triton".
 
     Raises: ValueError for an unknown name; RuntimeError from an op that has no such implementation or whose
     implementation cannot run on the inputs. Not thread-safe: it sets a process-wide switch.
@@ -110,10 +124,32 @@ def backend(name: str, *only: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"backend: name is {name!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     before, _forced = _forced, {**_forced, **dict.fromkeys(only, name)} if only else {None: name}
+    announce()
     try:
         yield
     finally:
         _forced = before
+        announce()
+
+
+ENTERED = (
+    "adaln", "gated_adaln", "gated_residual", "qk_norm", "gelu_mlp", "joint_attention", "rectified_flow", "weighted_mse",
+    "patch_embed", "patch_unembed",
+)  # fmt: skip
+"""Ops that have an entry point in the native code."""
+
+
+def announce() -> None:
+    """Tells the native code which ops it is to run on what; the others it leaves to `run`."""
+    from rfkernels import launcher, native
+
+    if torch.compiler.is_compiling() or native.entry is None:     # compiled regions never enter it
+        return
+    for op in ENTERED:
+        forced, own = forced_backend(op), any(i.backend == "native" for i in _registry[op])
+        kernels = "triton" if launcher.native() and forced in (None, "triton") else None
+        here = "native" if own and forced in (None, "native") else None
+        native.entry.choose(op, kernels if op in _pretended else here, kernels)
 
 
 def forced() -> frozenset[tuple[str | None, str]]:
@@ -142,6 +178,8 @@ def choose(op: str, *args: Any) -> Implementation:
 
 
 def run(op: str, *args: Any) -> Any:
+    if _native_launcher:
+        _load_native()
     return choose(op, *args).run(*args)
 
 
@@ -153,6 +191,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
     Returns: a line for the choice, one for each tensor that is copied first, one for each implementation passed over.
     Raises: ValueError if op is unknown, and whatever the op itself raises on bad arguments.
     """
+    from rfkernels import native
+
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _registry:
         raise ValueError(f"explain: unknown op {name!r}; expected one of {', '.join(_registry)}")
@@ -169,4 +209,5 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
             continue
         reason = other.passed_over(forced, *checked) or (f"not {forced!r}" if forced else "less preferred")
         lines.append(f"  not {other.backend}: {reason}")
+    lines.append(f"  {native.described()}")
     return "\n".join(lines)

@@ -14,4 +14,6 @@ def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if type(layer) is not kind or hooked or "forward" in layer.__dict__:
         return False
+    if type(layer._parameters.get("weight")) is nn.Parameter:
+        return True
     return not hasattr(layer.weight, "__tensor_flatten__")                            # it would stand for other tensors

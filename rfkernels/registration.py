@@ -26,6 +26,16 @@ from rfkernels.transforms import (
 )  # fmt: skip
 
 _library = torch.library.Library("rfkernels", "DEF")
+_backwards: dict[str, Callable[..., Any]] = {}          # by the forward's name, differentiable
+
+
+def differentiable_backward(name: str, run: Callable[..., Any]) -> None:
+    """What the native code calls for gradients that have a graph, or that somebody watches."""
+    _backwards[name] = run
+
+
+def backward_by_name(name: str, *args: Any) -> Any:
+    return _backwards[name](*args)
 
 
 batched = torch._C._functorch.is_legacy_batchedtensor        # of torch.autograd.grad(..., is_grads_batched=True)
@@ -48,16 +58,19 @@ def _flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(inner for arg in args for inner in (arg if isinstance(arg, list) else (arg,)))
 
 
-def operator(name: str, schema: str, code: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def operator(
+    name: str, schema: str, code: Callable[..., Any] | None, fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """An operator without a derivative, for use inside a backward; called directly where nobody watches.
 
     Args: name, schema, code, fake: as of an `Operator`'s forward.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, code, "CompositeExplicitAutograd")
+    if code is not None:
+        _library.impl(name, code, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rfkernels::{name}", fake, lib=_library)
     registered = getattr(torch.ops.rfkernels, name).default
-    return lambda *args: registered(*args) if watched(args) else code(*args)
+    return lambda *args: registered(*args) if code is None or watched(args) else code(*args)
 
 
 class Operator:
@@ -66,7 +79,8 @@ class Operator:
     Args:
         name: rfkernels::NAME is the forward, rfkernels::NAME_backward the backward.
         forward_schema, backward_schema: schema of each without its name, "(Tensor x) -> Tensor".
-        forward, backward: the code, for any device. Outputs must not alias inputs or each other.
+        forward, backward: the code, for any device; None where it is in csrc. Outputs must not alias inputs or each
+            other.
         direct_backward: the backward of plain eager mode, where outputs may be parts of one tensor; None: `backward`.
         fake_forward, fake_backward: the outputs' shapes, dtypes and strides without computing them.
         save: `setup_context(ctx, inputs, output)`, as for torch.library.register_autograd.
@@ -83,8 +97,8 @@ class Operator:
         *,
         forward_schema: str,
         backward_schema: str,
-        forward: Callable[..., Any],
-        backward: Callable[..., Any],
+        forward: Callable[..., Any] | None,
+        backward: Callable[..., Any] | None,
         fake_forward: Callable[..., Any],
         fake_backward: Callable[..., Any],
         save: Callable[..., None],
@@ -99,19 +113,22 @@ class Operator:
             (f"{name}_backward", backward_schema, backward, fake_backward),
         ):
             _library.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _library.impl(full, code, "CompositeExplicitAutograd")
+            if code is not None:
+                _library.impl(full, code, "CompositeExplicitAutograd")
             torch.library.register_fake(f"rfkernels::{full}", fake, lib=_library)
         self.forward = getattr(torch.ops.rfkernels, name).default
         outputs = len(self.forward._schema.returns)
         self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
+        forward_code: Callable[..., Any] = forward or self.forward
+        backward_code: Callable[..., Any] = backward or self.backward
 
         def run_backward(*args: Any) -> Any:
             flat = _flat(args)
             seen = watched(flat) or any(map(batched, (a for a in flat if isinstance(a, torch.Tensor))))
-            return self.backward(*args) if seen else (direct_backward or backward)(*args)
+            return self.backward(*args) if seen else (direct_backward or backward_code)(*args)
 
         def run_apart(*args: Any) -> Any:                              # no output is a part of another tensor
-            return self.backward(*args) if watched(args) else backward(*args)
+            return self.backward(*args) if watched(args) else backward_code(*args)
 
         def through_library(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, self.backward, *_flat(grads))
@@ -124,12 +141,17 @@ class Operator:
         torch.library.register_autograd(f"rfkernels::{name}_backward", no_second, lib=_library)
         twice = None if backward_definition is None else fused(run_apart, backward_definition)
 
+        def run_differentiable(*args: Any) -> Any:
+            return twice(*args) if torch.is_grad_enabled() and twice is not None else self.backward(*args)
+
+        differentiable_backward(name, run_differentiable)
+
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 if after_list is not None:
                     args = (list(args[:-after_list]), *args[-after_list:])
-                output = forward(*args)
+                output = forward_code(*args)
                 save(ctx, args, output)
                 return tuple(output) if after_list is not None else output
 
@@ -145,7 +167,7 @@ class Operator:
                 return once(f"rfkernels::{name}", *_flat(gradients))
 
         def run_forward(*args: Any) -> Any:
-            return self.forward(*args) if watched(args) else forward(*args)
+            return self.forward(*args) if watched(args) else forward_code(*args)
 
         class Transformed(torch.autograd.Function):
             @staticmethod

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rfkernels import checks
+from rfkernels import checks, native
 from rfkernels.registration import watched
 
 
@@ -103,6 +103,8 @@ def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
     Raises: ValueError or TypeError that names the argument.
     """
     op = "chunk_modulation"
+    if (made := native.direct(op, modulation, count)) is not None:
+        return tuple(made)
     checks.is_float(op, modulation=modulation)
     checks.positive_int(op, count=count)
     if modulation.ndim == 0 or modulation.shape[-1] % count:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rfkernels import checks, dispatch
+from rfkernels import checks, dispatch, native
 from rfkernels.adaln import operators, reference
 from rfkernels.autocast import autocast_dtype
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
@@ -43,6 +43,8 @@ def adaln(
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Peebles & Xie 2023, section 3.2; Esser et al. 2024, figure 2b.
     """
+    if weight is bias is None and (y := native.direct("adaln", x, shift, scale, True, norm, eps, dtype)) is not None:
+        return y
     checked = _check_adaln(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, dtype=dtype)
     return dispatch.run("adaln", *checked)
 
@@ -56,7 +58,8 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None = None)
         rounding, from fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     """
-    return dispatch.run("gated_residual", *_check_gated_residual(residual, branch, gate))
+    h: Tensor | None = native.direct("gated_residual", residual, branch, gate)
+    return dispatch.run("gated_residual", *_check_gated_residual(residual, branch, gate)) if h is None else h
 
 
 def gated_adaln(
@@ -79,6 +82,9 @@ def gated_adaln(
         stored, after rounding.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     """
+    plain = (residual, branch, gate, shift, scale, True, norm, eps, dtype)
+    if weight is bias is None and (made := native.direct("gated_adaln", *plain)) is not None:
+        return made
     checked = _check_gated_adaln(
         residual, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, dtype=dtype
     )
@@ -160,6 +166,16 @@ def _triton(what, run):
     return dispatch.Implementation("triton", what, run, _refuses, interpreted if INTERPRETED else None)
 
 
+def _refuses_native(x, *args):
+    if args[-1] == torch.float64:
+        return "the native kernels write fp32, bf16 and fp16, not torch.float64"
+    return native.refuses(x, *args)
+
+
+def _native(run):
+    return dispatch.Implementation("native", "one pass forward, one backward", run, _refuses_native)
+
+
 def _reference(run):
     return dispatch.Implementation("reference", "plain PyTorch, op by op", run)
 
@@ -168,6 +184,7 @@ dispatch.register(
     "adaln",
     _check_adaln,
     _triton("one kernel forward, two backward", operators.triton_adaln),
+    _native(operators.native_adaln),
     dispatch.Implementation(
         "library", "PyTorch's layer norm, one saved activation, explicit backward", operators.library_adaln
     ),
@@ -177,12 +194,14 @@ dispatch.register(
     "gated_residual",
     _check_gated_residual,
     _triton("one kernel forward, two backward", operators.triton_gated_residual),
+    _native(operators.native_gated_residual),
     _reference(reference.gated_residual),
 )
 dispatch.register(
     "gated_adaln",
     _check_gated_adaln,
     _triton("one kernel forward, two backward", operators.triton_gated_adaln),
+    _native(operators.native_gated_adaln),
     dispatch.Implementation(
         "library", "gated residual in plain PyTorch, then adaln's library", operators.library_gated_adaln
     ),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels import bias
+from rfkernels import bias, native
 from rfkernels.adaln import launch, library, reference
 from rfkernels.registration import Operator
 from rfkernels.transforms import pullback
@@ -82,6 +82,7 @@ def _adaln_operator(name: str, forward: Any, backward: Any, direct_backward: Any
 
 
 _library = _adaln_operator("adaln_library", library.adaln, library.adaln_backward)
+_native = _adaln_operator("adaln_native", None, None)
 _triton = _adaln_operator(
     "adaln", launch.adaln, launch.adaln_backward, partial(launch.adaln_backward, in_chunks=True)
 )
@@ -89,6 +90,11 @@ _triton = _adaln_operator(
 
 def library_adaln(*args: Any) -> Tensor:
     return _library(*args)[0]
+
+
+def native_adaln(*args: Any) -> Tensor:
+    made: Tensor | None = native.direct("adaln", *args)
+    return _native(*args)[0] if made is None else made
 
 
 def triton_adaln(*args: Any) -> Tensor:
@@ -134,31 +140,43 @@ def _gated_backward(
     return _all(h, (*gradients, dshift, dscale, None))
 
 
-_triton_gated = Operator(
-    "gated_adaln",
-    forward_schema="(Tensor residual, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale, bool plus_one,"
-    " str norm, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale,"
-    " Tensor statistics, bool plus_one, str norm, float eps, ScalarType dtype, bool bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    forward=launch.gated_adaln,
-    backward=launch.gated_adaln_backward,
-    fake_forward=lambda residual, branch, gate, *settings: (
-        residual.new_empty(residual.shape, dtype=reference.promoted(residual, branch, gate)),
-        residual.new_empty(residual.shape, dtype=settings[-1]),
-        _statistics(residual),
-    ),
-    fake_backward=lambda dh, dy, h, branch, gate, shift, scale, statistics, plus_one, norm, eps, dtype, bias: (
-        h.new_empty(h.shape, dtype=dtype),
-        *_like(branch, gate, shift, scale),
-        branch.new_empty(branch.shape[2] if bias else 0),
-    ),
-    save=_save_gated,
-    differentiate=_differentiate_gated,
-    direct_backward=partial(launch.gated_adaln_backward, in_chunks=True),
-    definition=reference.gated_adaln,
-    backward_definition=_gated_backward,
+def _gated_operator(name: str, forward: Any, backward: Any, direct_backward: Any = None) -> Operator:
+    return Operator(
+        name,
+        forward_schema="(Tensor residual, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale, bool plus_one,"
+        " str norm, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+        backward_schema="(Tensor dh, Tensor dy, Tensor h, Tensor branch, Tensor? gate, Tensor? shift, Tensor? scale,"
+        " Tensor statistics, bool plus_one, str norm, float eps, ScalarType dtype, bool bias)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        forward=forward,
+        backward=backward,
+        fake_forward=lambda residual, branch, gate, *settings: (
+            residual.new_empty(residual.shape, dtype=reference.promoted(residual, branch, gate)),
+            residual.new_empty(residual.shape, dtype=settings[-1]),
+            _statistics(residual),
+        ),
+        fake_backward=lambda dh, dy, h, branch, gate, shift, scale, statistics, plus_one, norm, eps, dtype, bias: (
+            h.new_empty(h.shape, dtype=dtype),
+            *_like(branch, gate, shift, scale),
+            branch.new_empty(branch.shape[2] if bias else 0),
+        ),
+        save=_save_gated,
+        differentiate=_differentiate_gated,
+        direct_backward=direct_backward,
+        definition=reference.gated_adaln,
+        backward_definition=_gated_backward,
+    )
+
+
+_native_gated = _gated_operator("gated_adaln_native", None, None)
+_triton_gated = _gated_operator(
+    "gated_adaln", launch.gated_adaln, launch.gated_adaln_backward, partial(launch.gated_adaln_backward, in_chunks=True)
 )
+
+
+def native_gated_adaln(*args: Any) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor] | None = native.direct("gated_adaln", *args)
+    return _native_gated(*args)[:2] if made is None else made
 
 
 def triton_gated_adaln(*args: Any) -> tuple[Tensor, Tensor]:
@@ -187,22 +205,35 @@ def _differentiate_residual(ctx: Any, call: Any, dh: Tensor) -> tuple[Tensor | N
     return (dresidual, dh.to(ctx.branch_dtype), None) if gate is None else (dresidual, *call(dh, branch, gate))
 
 
-_triton_residual = Operator(
-    "gated_residual",
-    forward_schema="(Tensor residual, Tensor branch, Tensor? gate) -> Tensor",
-    backward_schema="(Tensor dh, Tensor branch, Tensor gate) -> (Tensor, Tensor)",
-    forward=launch.gated_residual,
-    backward=launch.gated_residual_backward,
-    fake_forward=lambda residual, branch, gate: residual.new_empty(
-        residual.shape, dtype=reference.promoted(residual, branch, gate)
-    ),
-    fake_backward=lambda dh, branch, gate: _like(branch, gate),
-    save=_save_residual,
-    differentiate=_differentiate_residual,
-    direct_backward=partial(launch.gated_residual_backward, in_chunks=True),
-    definition=reference.gated_residual,
-    backward_definition=lambda dh, branch, gate: pullback(reference.gated_residual, (dh, branch, gate), (dh,))[1:],
-)
+def _residual_operator(name: str, forward: Any, backward: Any, direct_backward: Any = None) -> Operator:
+    return Operator(
+        name,
+        forward_schema="(Tensor residual, Tensor branch, Tensor? gate) -> Tensor",
+        backward_schema="(Tensor dh, Tensor branch, Tensor gate) -> (Tensor, Tensor)",
+        forward=forward,
+        backward=backward,
+        fake_forward=lambda residual, branch, gate: residual.new_empty(
+            residual.shape, dtype=reference.promoted(residual, branch, gate)
+        ),
+        fake_backward=lambda dh, branch, gate: _like(branch, gate),
+        save=_save_residual,
+        differentiate=_differentiate_residual,
+        direct_backward=direct_backward,
+        definition=reference.gated_residual,
+        backward_definition=lambda dh, branch, gate: pullback(reference.gated_residual, (dh, branch, gate), (dh,))[1:],
+    )
+
+
+_native_residual = _residual_operator("gated_residual_native", None, None)
+_triton_residual = _residual_operator(
+    "gated_residual", launch.gated_residual, launch.gated_residual_backward,
+    partial(launch.gated_residual_backward, in_chunks=True),
+)  # fmt: skip
+
+
+def native_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    made: Tensor | None = native.direct("gated_residual", residual, branch, gate)
+    return _native_residual(residual, branch, gate) if made is None else made
 
 
 def triton_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rfkernels import checks, dispatch
+from rfkernels import checks, dispatch, native
 from rfkernels.flow import operators, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
@@ -20,7 +20,8 @@ def rectified_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, equation 13.
     """
-    return dispatch.run("rectified_flow", *_check_flow(x0, noise, t))
+    made: tuple[Tensor, Tensor] | None = native.direct("rectified_flow", x0, noise, t)
+    return dispatch.run("rectified_flow", *_check_flow(x0, noise, t)) if made is None else made
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     Returns: scalar, fp32.
     Raises: ValueError or TypeError that names the argument.
     """
-    return dispatch.run("weighted_mse", *_check_mse(prediction, target, weight))
+    loss: Tensor | None = native.direct("weighted_mse", prediction, target, weight)
+    return dispatch.run("weighted_mse", *_check_mse(prediction, target, weight)) if loss is None else loss
 
 
 def _per_sample(op, like, x, **vectors):
@@ -70,9 +72,16 @@ def _refuses(first, second, per_sample):
     return refuses_triton(first, second)                     # t and weight may be fp64: they are read as fp32
 
 
-def _implementations(what, run, definition):
+def _refuses_native(first, second, per_sample):
+    return native.refuses(first, second)
+
+
+def _implementations(op, what, run, definition):
     return (
         dispatch.Implementation("triton", what, run, _refuses, interpreted if INTERPRETED else None),
+        dispatch.Implementation(
+            "native", "one pass forward, one backward", native.or_else(op, definition), _refuses_native
+        ),
         dispatch.Implementation("reference", "plain PyTorch, op by op", definition),
     )
 
@@ -80,10 +89,14 @@ def _implementations(what, run, definition):
 dispatch.register(
     "rectified_flow",
     _check_flow,
-    *_implementations("noising and target in one kernel", operators.rectified_flow, reference.rectified_flow),
+    *_implementations(
+        "rectified_flow", "noising and target in one kernel", operators.rectified_flow, reference.rectified_flow
+    ),
 )
 dispatch.register(
     "weighted_mse",
     _check_mse,
-    *_implementations("one kernel each way, sums in a fixed order", operators.weighted_mse, reference.weighted_mse),
+    *_implementations(
+        "weighted_mse", "one kernel each way, sums in a fixed order", operators.weighted_mse, reference.weighted_mse
+    ),
 )

@@ -88,6 +88,10 @@ def observe_attention(rows: int = 32) -> Iterator[list[AttentionStatistics]]:
         _observed, _rows = before
 
 
+def observing() -> bool:
+    return _observed is not None
+
+
 def observe(streams: Sequence[Stream], scale: float, eps: float) -> None:
     if _observed is not None:
         _observed.append(attention_statistics(streams, rows=_rows, scale=scale, eps=eps))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfkernels import native
 from rfkernels.joint_attention import launch
 from rfkernels.joint_attention.layout import Parts, flatten, parse
 from rfkernels.joint_attention.reference import key_mask, prepared
@@ -49,6 +50,9 @@ def joined(streams: tuple[Stream, ...], asking: list[Stream], eps: float) -> tup
     """q of all asking streams and k, v of all, [B, tokens, H, D], normalised and rotated."""
     if refuses_fused(streams) is None:
         return tuple(_layout(*flatten(streams), eps))
+    if refuses_native(streams) is None:
+        made = native.direct("joint_layout", streams, eps)
+        return tuple(_native_layout(*flatten(streams), eps) if made is None else made)
     q = together([ready(s.q, s.q_weight, s, eps) for s in asking if s.q is not None])
     k = together([ready(s.k, s.k_weight, s, eps) for s in streams])
     return q, k, together([s.v for s in streams])
@@ -63,6 +67,16 @@ def ready(x: Tensor, weight: Tensor | None, stream: Stream, eps: float) -> Tenso
 
 def together(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def refuses_native(streams: tuple[Stream, ...]) -> str | None:
+    """Why the native kernels cannot write the joint layout, or None."""
+    first = streams[0]
+    if len(streams) == 1 and first.q_weight is None and first.k_weight is None:
+        return "nothing to write: one stream, as it is"
+    if any(s.rope is not None for s in streams):
+        return "the native kernels know no rotary embedding"
+    return native.refuses(*(t for s in streams for t in (s.like, s.q_weight, s.k_weight)))
 
 
 def refuses_fused(streams: tuple[Stream, ...]) -> str | None:
@@ -146,18 +160,23 @@ def _fake_backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps:
     return [t.new_empty(t.shape) for t in wanted if t is not None]
 
 
-_layout = Operator(
-    "joint_layout",
-    forward_schema="(Tensor[] tensors, str layout, float eps) -> Tensor[]",
-    backward_schema="(Tensor[] grads, Tensor[] tensors, str layout, float eps) -> Tensor[]",
-    forward=_forward,
-    backward=_backward,
-    fake_forward=lambda tensors, layout, eps: _empty_joint(parse(tensors, layout)),
-    fake_backward=_fake_backward,
-    save=_save,
-    differentiate=_differentiate,
-    after_list=2,
-)
+def _operator(name: str, forward: Any, backward: Any) -> Operator:
+    return Operator(
+        name,
+        forward_schema="(Tensor[] tensors, str layout, float eps) -> Tensor[]",
+        backward_schema="(Tensor[] grads, Tensor[] tensors, str layout, float eps) -> Tensor[]",
+        forward=forward,
+        backward=backward,
+        fake_forward=lambda tensors, layout, eps: _empty_joint(parse(tensors, layout)),
+        fake_backward=_fake_backward,
+        save=_save,
+        differentiate=_differentiate,
+        after_list=2,
+    )
+
+
+_layout = _operator("joint_layout", _forward, _backward)
+_native_layout = _operator("joint_layout_native", None, None)
 
 
 # --- The library's attention ------------------------------------------------------------------------------------------

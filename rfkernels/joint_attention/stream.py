@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rfkernels import checks
+from rfkernels import checks, native
 from rfkernels.autocast import autocast_dtype
 
 
@@ -34,7 +34,7 @@ class Stream:
         queries: False for a stream that only gives keys and values; its output is None.
     Raises: ValueError or TypeError that names the argument.
 
-    `shape` is [B, S, H, D], `like` a tensor with the dtype and device of q, k and v, `copied` names what had to be.
+    `like` is a tensor with the dtype and device of q, k and v, `copied` names what had to be.
     """
 
     def __init__(
@@ -90,9 +90,15 @@ class Stream:
             checks.has_shape(op, (batch,), "one per sample", lengths=lengths)
             checks.same_device(op, "k", like, lengths=lengths)
         rope = rope if rope is None else _rope(op, rope, shape, like)
-        self.shape, self.like = shape, like
+        self.like = like
         self.q_weight, self.k_weight = q_weight, k_weight
         self.lengths, self.rope, self.queries = lengths, rope, queries
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, S, H, D]."""
+        given = self.packed_tensor
+        return self.k.shape if given is None else given.shape[:2] + given.shape[3:]
 
     def _views(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """q, k, v. Of a packed stream they are made when asked for: the kernels never ask."""
@@ -132,6 +138,12 @@ class Stream:
         Raises: ValueError or TypeError that names the argument.
         """
         op = "Stream.packed"
+        if lengths is rope is None and native.direct("is_packed", qkv, q_weight, k_weight, queries):
+            stream = cls.__new__(cls)
+            stream.copied, stream._parts, stream.packed_tensor, stream.like = (), None, qkv, qkv
+            stream.q_weight, stream.k_weight = q_weight, k_weight
+            stream.lengths, stream.rope, stream.queries = lengths, rope, queries
+            return stream
         checks.is_float(op, qkv=qkv)
         if qkv.ndim != 5 or qkv.shape[2] not in ((3,) if queries else (2, 3)):
             wanted = "[B, S, 3, H, D]" + ("" if queries else " or [B, S, 2, H, D]")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfkernels import checks, dispatch
+from rfkernels import checks, dispatch, native
 from rfkernels.layers import plain
 from rfkernels.mlp import fused, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
@@ -26,11 +26,20 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module |
     Returns: [..., out] in x's dtype (autocast's under autocast).
     Raises: ValueError or TypeError that names the argument.
     """
+    if not named and (made := _direct(x, *layers)) is not None:
+        return made
     checked = _check(x, *layers, **named)
     if checked is None:
         fc1, fc2 = _ordered(layers, named)
         return fc2(F.gelu(fc1(x), approximate="tanh"))
     return dispatch.run("gelu_mlp", *checked)
+
+
+def _direct(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor | None:
+    """By the native code's entry point, which checks what it takes; None if it does not."""
+    if len(layers) == 2 and all(isinstance(layer, nn.Linear) and plain(layer) for layer in layers):
+        layers = tuple(layer._parameters[n] for layer in layers for n in ("weight", "bias"))        # type: ignore[union-attr]
+    return native.direct("gelu_mlp", x, *layers) if len(layers) == 4 else None
 
 
 def _ordered(layers, named):
@@ -73,10 +82,18 @@ def _check(x, *layers, **named):
 
 
 def _refuses(x, w1, b1, w2, b2):
+    return _several(x, w1, b1, w2, b2) or refuses_triton(x, w1, b1, w2, b2)
+
+
+def _refuses_native(x, w1, b1, w2, b2):
+    return _several(x, w1, b1, w2, b2) or native.refuses(x, w1, b1, w2, b2)
+
+
+def _several(x, w1, b1, w2, b2):
     one = all(t is None or t.dtype == x.dtype for t in (w1, b1, w2, b2))
     if not one and not torch.is_autocast_enabled(x.device.type):
         return "x, w1, b1, w2 and b2 have several dtypes"
-    return refuses_triton(x, w1, b1, w2, b2)
+    return None
 
 
 dispatch.register(
@@ -85,6 +102,10 @@ dispatch.register(
     dispatch.Implementation(
         "triton", "PyTorch's products, pre-activation kept, one kernel between them in the backward", fused.gelu_mlp,
         _refuses, interpreted if INTERPRETED else None,
+    ),
+    dispatch.Implementation(
+        "native", "PyTorch's products, pre-activation kept, one pass between them in the backward",
+        fused.native_gelu_mlp, _refuses_native,
     ),
     dispatch.Implementation("reference", "two linears", reference.gelu_mlp),
 )

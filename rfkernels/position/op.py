@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rfkernels import checks, dispatch
+from rfkernels import checks, dispatch, native
 from rfkernels.autocast import autocast_dtype, to_autocast
 from rfkernels.position import operators, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton, too_many_rows
@@ -65,6 +65,9 @@ def patch_embed(
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, section 4.
     """
+    made: Tensor | None = native.direct("patch_embed", latent, weight, bias, positions, patch_size, dtype)
+    if made is not None:
+        return made
     checked = _check_patch(latent, weight, bias, positions, patch_size=patch_size, dtype=dtype)
     return dispatch.run("patch_embed", *checked)
 
@@ -85,6 +88,9 @@ def patch_unembed(
     Raises: ValueError or TypeError that names the argument.
     Source: Peebles & Xie 2023, section 3.2.
     """
+    latent: Tensor | None = native.direct("patch_unembed", x, weight, bias, height, width, patch_size)
+    if latent is not None:
+        return latent
     return dispatch.run(
         "patch_unembed", *_check_unembed(x, weight, bias, height=height, width=width, patch_size=patch_size)
     )
@@ -189,6 +195,10 @@ def _refuses_unembed(x, weight, bias, height, width, patch_size):
     return refuses_triton(x, weight, bias) or too_many_rows(x.shape[0] * x.shape[1])
 
 
+def _refuses_native(first, weight, bias, *rest):
+    return native.refuses(first, weight, bias)
+
+
 def _triton(what, run, refuses):
     return dispatch.Implementation(
         "triton", f"{what} in one kernel", run, refuses, interpreted if INTERPRETED else None
@@ -209,5 +219,8 @@ for _name, _check, _fused, _definition in (
         _name,
         _check,
         _fused,
+        dispatch.Implementation(
+            "native", "PyTorch's product, one pass beside it", native.or_else(_name, _definition), _refuses_native
+        ),
         dispatch.Implementation("reference", "plain PyTorch, op by op", _definition),
     )

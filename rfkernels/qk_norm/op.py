@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rfkernels import checks, dispatch
+from rfkernels import checks, dispatch, native
 from rfkernels.qk_norm import launch, operators, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton, too_many_rows
 
@@ -23,7 +23,8 @@ def qk_norm(
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Esser et al. 2024, section 5.3.2; Dehghani et al. 2023.
     """
-    return dispatch.run("qk_norm", *_check(q, k, q_weight, k_weight, eps=eps))
+    made: tuple[Tensor, Tensor] | None = native.direct("qk_norm", q, k, q_weight, k_weight, eps)
+    return made or dispatch.run("qk_norm", *_check(q, k, q_weight, k_weight, eps=eps))
 
 
 def _check(q, k, q_weight, k_weight, *, eps=1e-6):
@@ -53,5 +54,6 @@ dispatch.register(
         "triton", "q and k in one kernel; backward one and the sums of the weights' gradients", operators.qk_norm,
         _refuses, interpreted if INTERPRETED else None,
     ),
+    dispatch.Implementation("native", "one pass forward, one backward", operators.native_qk_norm, native.refuses),
     dispatch.Implementation("reference", "plain PyTorch, op by op", reference.qk_norm),
 )

@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from rfkernels import dispatch
+from rfkernels import dispatch, native
+from tests.rfkernels import paths
 
 
 @pytest.fixture
@@ -14,14 +15,42 @@ def on_device():
         yield
 
 
+def pytest_generate_tests(metafunc):
+    if "path" in metafunc.fixturenames:
+        both = not (torch.cuda.is_available() or metafunc.definition.get_closest_marker("triton_only"))
+        metafunc.parametrize("path", ("triton", "native") if both else ("triton",), indirect=True)
+
+
+@pytest.fixture
+def path(request):
+    """Which kernels a test runs on: see paths.py."""
+    if request.param == "native" and native.missing():
+        pytest.skip(native.missing())
+    torch._dynamo.reset()                              # the paths share code, and past eight of one a compiler gives up
+    paths.take(request.param)
+    yield request.param
+    paths.take("triton")
+
+
 @pytest.fixture
 def taken(monkeypatch):
-    """How often each op was dispatched."""
-    count, original = Counter(), dispatch.run
+    """How often each op ran: dispatched, or taken by its entry point in the native code."""
+    count, run, direct, inside = Counter(), dispatch.run, native.direct, []
 
     def counting(op, *args):
         count[op] += 1
-        return original(op, *args)
+        inside.append(op)
+        try:
+            return run(op, *args)
+        finally:
+            inside.pop()
+
+    def entering(op, *args):
+        made = direct(op, *args)
+        if made is not None and op in dispatch.ops() and not inside:
+            count[op] += 1
+        return made
 
     monkeypatch.setattr(dispatch, "run", counting)
+    monkeypatch.setattr(native, "direct", entering)
     return count

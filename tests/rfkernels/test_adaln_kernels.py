@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import rfkernels
-from rfkernels import launch_tables
+from rfkernels import launch_tables, native
 from rfkernels.adaln import launch, reference
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
+from tests.rfkernels.paths import kernels, operator, path
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytestmark = pytest.mark.usefixtures("path")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (960, 1152, 1536, 1920, 2432, 3072)
 NORMS = ("layer", "rms")
@@ -46,8 +48,8 @@ def check(op, inputs, norm="layer", grads=None):
     function = make(norm)
     if grads is None:
         grads = [torch.randn_like(inputs[0]) for _ in range(2 if op == "gated_adaln" else 1)]
-    got = run(function, inputs, grads, "triton")
-    again = run(function, inputs, grads, "triton")
+    got = run(function, inputs, grads, path())
+    again = run(function, inputs, grads, path())
     exact = run(function, [t.double() for t in inputs], [g.double() for g in grads], "reference")
     eager = run(eager_version(op, norm), inputs, grads, "reference")
     labels = ["h", "y"][-len(grads):] + [f"d{n}" for n in names]
@@ -137,7 +139,7 @@ def test_chunks_of_a_modulation_get_their_gradients_in_place():
         h, y = rfkernels.gated_adaln(x, branch + rfkernels.adaln(x, shift, scale), gate, shift2, scale2)
         return rfkernels.gated_residual(h, y, gate2).square().sum()
 
-    with rfkernels.backend("triton"):
+    with kernels():
         (want,) = torch.autograd.grad(block(m.chunk(6, dim=-1)), m)
         loss = block(rfkernels.chunk_modulation(m, 6))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -148,13 +150,14 @@ def test_chunks_of_a_modulation_get_their_gradients_in_place():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")       # compile's own, on inputs that are not leaves
+@pytest.mark.triton_only
 def test_operators_do_not_return_parts_of_one_tensor():
     """A compiled region gets chunks from outside; the gradients it returns must still be tensors of their own."""
     x = torch.randn(3, 5, 64, device=DEVICE)
     m = torch.randn(3, 2 * 64, device=DEVICE, requires_grad=True)
     shift, scale = rfkernels.chunk_modulation(m, 2)
     compiled = torch.compile(lambda *a: rfkernels.adaln(*a).square().sum(), fullgraph=True, backend="aot_eager")
-    with rfkernels.backend("triton"):
+    with kernels():
         (want,) = torch.autograd.grad(rfkernels.adaln(x, *m.chunk(2, -1)).square().sum(), m)
         (got,) = torch.autograd.grad(compiled(x, shift, scale), m)
         y, statistics = launch.adaln(x, shift, scale, True, "layer", 1e-6, x.dtype)
@@ -171,8 +174,8 @@ def test_chunks_that_are_used_twice_or_never():
         shift, scale, _ = vectors
         return (rfkernels.adaln(rfkernels.adaln(x, shift, scale), shift, scale) * shift[:, None]).square().sum()
 
-    with rfkernels.backend("triton"):
-        (want,) = torch.autograd.grad(loss(m.chunk(3, dim=-1)), m)
+    with kernels():
+        (want,) = torch.autograd.grad(loss(m.chunk(3, -1)), m)
         out = loss(rfkernels.chunk_modulation(m, 3))
         (got,) = torch.autograd.grad(out, m, retain_graph=True)
         (again,) = torch.autograd.grad(out, m)
@@ -198,13 +201,14 @@ def test_expanded_and_transposed_inputs():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
 @pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.triton_only
 def test_one_launch_forward_and_two_backward(op, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
     launches, call = [], GridExecutor.__call__
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: (launches.append(1), call(self, *a, **k))[1])
     leaves = [t.requires_grad_() for t in tensors(op, 2, 5, 64, torch.bfloat16)]
-    with rfkernels.backend("triton"):
+    with kernels():
         out = FUNCTIONS[op][1]("layer")(*leaves)
         assert len(launches) == 1
         torch.autograd.grad(sum(o.sum() for o in out), leaves)
@@ -223,8 +227,7 @@ def test_a_gradient_parallel_to_the_output_cancels():
     """dy parallel to y gives dx near zero: what a backward from rounded statistics gets wrong."""
     x, _, _ = tensors("adaln", 2, 5, 1536, torch.float32)
     zero = torch.zeros(2, 1536, device=DEVICE)
-    with rfkernels.backend("reference"):
-        y = rfkernels.adaln(x, zero, zero)
+    y = reference.adaln(x, zero, zero, True, "layer", 1e-6, x.dtype)
     check("adaln", [x, zero, zero], grads=[y])
 
 
@@ -244,7 +247,7 @@ def test_saves_one_activation():
         saved[t.data_ptr()] = t.numel() * t.element_size()
         return t
 
-    with rfkernels.backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         rfkernels.adaln(x, shift, scale)
     statistics = 2 * 4 * 2 * 5
     assert sum(saved.values()) == 2 * (x.numel() + shift.numel() + scale.numel()) + statistics
@@ -252,12 +255,13 @@ def test_saves_one_activation():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
 @pytest.mark.parametrize("width", (96, 1152))
+@pytest.mark.triton_only
 def test_every_byte_is_moved_once(width):
     """bf16 bytes per element: adaln 4 forward and 6 backward, gated_adaln 8 and 12."""
     residual, branch, gate, shift, scale = tensors("gated_adaln", 2, 5, width, torch.bfloat16)
     dy, dh = torch.randn_like(residual), torch.randn_like(residual)
     n = residual.numel()
-    with rfkernels.backend("triton"):
+    with kernels():
         with traffic() as moved:
             y, statistics = launch.adaln(residual, shift, scale, True, "layer", 1e-6, residual.dtype)
         assert [moved.loaded(residual), moved.stored(y), moved.loaded(y)] == [n, n, 0]
@@ -282,10 +286,10 @@ def test_every_byte_is_moved_once(width):
 def test_operators_pass_opcheck(op):
     inputs = [t.requires_grad_() for t in tensors(op, 2, 3, 32, torch.float32)]
     extra = () if op == "gated_residual" else (True, "layer", 1e-6, torch.bfloat16)
-    torch.library.opcheck(getattr(torch.ops.rfkernels, op).default, (*inputs, *extra))
+    torch.library.opcheck(getattr(torch.ops.rfkernels, operator(op)).default, (*inputs, *extra))
     inputs = [inputs[0], *(t.detach().bfloat16().requires_grad_() for t in inputs[1:])]
     inputs[2] = None                                                   # the shift or the gate
-    torch.library.opcheck(getattr(torch.ops.rfkernels, op).default, (*inputs, *extra))
+    torch.library.opcheck(getattr(torch.ops.rfkernels, operator(op)).default, (*inputs, *extra))
 
 
 @pytest.mark.parametrize("batch", (1, 2))
@@ -299,7 +303,7 @@ def test_compiles_whole_and_its_gradients_are_eagers(op, batch):
         once = make("layer")(x, *rest)[-1]
         return sum(out.square().sum() for out in make("layer")(once, *rest))
 
-    with rfkernels.backend("triton"):
+    with kernels():
         want = torch.autograd.grad(twice(*inputs), inputs)
         compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(compiled(*inputs), inputs)
@@ -316,7 +320,7 @@ def test_inductor_gives_eagers_gradients_at_batch_1():
         h, y = rfkernels.gated_adaln(h, y, *rest)
         return h.square().sum() + y.sin().sum()
 
-    with rfkernels.backend("triton"):
+    with kernels():
         want = torch.autograd.grad(chained(*inputs), inputs)
         got = torch.autograd.grad(torch.compile(chained, fullgraph=True)(*inputs), inputs)
     for a, b in zip(got, want, strict=True):
@@ -326,7 +330,7 @@ def test_inductor_gives_eagers_gradients_at_batch_1():
 def test_recompilations_do_not_grow_with_length_or_batch():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    with rfkernels.backend("triton"):
+    with kernels():
         compiled = torch.compile(lambda *a: rfkernels.adaln(*a), fullgraph=True, backend=counter)
         counts = []
         for batch, length in ((2, 3), (2, 5), (3, 7), (4, 9), (5, 2), (6, 11), (7, 130)):
@@ -340,40 +344,43 @@ def test_inside_activation_checkpointing(selective):
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     inputs = [t.requires_grad_() for t in tensors("adaln", 2, 5, 32, torch.float32)]
-    seen = []
+    seen, fused = [], getattr(torch.ops.rfkernels, operator("adaln")).default
 
     def policy(context, op, *args, **kwargs):
         seen.append(op)
-        keep = op == torch.ops.rfkernels.adaln.default
+        keep = op == fused
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     options = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if selective else {}
-    with rfkernels.backend("triton"):
+    with kernels():
         want = torch.autograd.grad(rfkernels.adaln(*inputs).sin().sum(), inputs)
         out = checkpoint(lambda *a: rfkernels.adaln(*a).sin(), *inputs, use_reentrant=False, **options)
         got = torch.autograd.grad(out.sum(), inputs)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-    assert not selective or torch.ops.rfkernels.adaln.default in seen, "the policy sees the operator"
+    assert not selective or fused in seen, "the policy sees the operator"
 
 
 def test_empty_inputs():
     x, shift, scale = (t.requires_grad_() for t in tensors("adaln", 2, 0, 32, torch.float32))
-    with rfkernels.backend("triton"):
+    with kernels():
         y = rfkernels.adaln(x, shift, scale)
         grads = torch.autograd.grad(y.sum(), (x, shift, scale))
     assert y.shape == (2, 0, 32) and not grads[1].any() and not grads[2].any()
 
 
+@pytest.mark.triton_only
 def test_dispatch_takes_the_kernels_on_a_gpu_and_says_why_not_elsewhere():
     x, shift, scale = tensors("adaln", 2, 3, 32, torch.float32)
     told = rfkernels.explain(rfkernels.adaln, x, shift, scale)
-    assert told.startswith("adaln: triton" if DEVICE == "cuda" else "adaln: library"), told
+    here = "library" if native.missing() else "native"
+    assert told.startswith(f"adaln: {'triton' if DEVICE == 'cuda' else here}"), told
     assert "fp32, bf16 and fp16, not torch.float64" in rfkernels.explain("adaln", x.double(), shift, scale)
-    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match=r"not torch.float64"):
+    with kernels(), pytest.raises(RuntimeError, match=r"not torch.float64"):
         rfkernels.adaln(x.double(), shift, scale)
 
 
+@pytest.mark.triton_only
 def test_launch_settings_come_from_the_gpus_table_or_the_heuristic(tmp_path, monkeypatch):
     monkeypatch.setattr(launch_tables, "__file__", str(tmp_path / "x.py"))
     (tmp_path / "nvidia_h200.json").write_text('{"adaln_fwd": {"1536": {"lanes": 64, "warps": 8}}}')
@@ -385,6 +392,7 @@ def test_launch_settings_come_from_the_gpus_table_or_the_heuristic(tmp_path, mon
     launch_tables.table.cache_clear()
 
 
+@pytest.mark.triton_only
 def test_the_reference_is_what_is_stored_then_normed():
     """h is rounded before its norm, so that the backward can start from the stored h."""
     x, branch, gate, shift, scale = tensors("gated_adaln", 2, 3, 64, torch.bfloat16)

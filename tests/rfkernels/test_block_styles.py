@@ -73,50 +73,50 @@ def assert_all_agree(got, eager, want):
         assert_agrees(f"d{name}", got[1][name], eager[1][name], want[1][name])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("taken_path", PATHS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STYLES)
-def test_outputs_and_gradients(name, mode, path):
+def test_outputs_and_gradients(name, mode, taken_path):
     style, autocast = STYLES[name], mode == "autocast"
     given = made(style, MODES[mode])
-    got = run(style, Ours, *given, backend=path, autocast=autocast)
+    got = run(style, Ours, *given, backend=taken_path, autocast=autocast)
     assert_all_agree(got, run(style, Eager, *given, autocast=autocast), exact(style, *given))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("taken_path", PATHS)
 @pytest.mark.parametrize("name", ("dit", "sd35", "minrf", "gamma"))
-def test_with_a_frozen_base(name, path):
+def test_with_a_frozen_base(name, taken_path):
     """Only the inputs and one projection are trained, as with an adapter."""
     style = STYLES[name]
     frozen = [n for n in style.parameters if n != "attn.proj.weight"]
     given = made(style, torch.bfloat16)
     got, eager, want = (
-        run(style, Ours, *given, backend=path, frozen=frozen), run(style, Eager, *given, frozen=frozen),
+        run(style, Ours, *given, backend=taken_path, frozen=frozen), run(style, Eager, *given, frozen=frozen),
         exact(style, *given, frozen=frozen),
     )  # fmt: skip
     assert set(got[1]) == {*style.inputs, "attn.proj.weight"}
     assert_all_agree(got, eager, want)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("taken_path", PATHS)
 @pytest.mark.parametrize("name", ("dit", "flux", "shared", "minrf"))
-def test_under_checkpointing_the_same_bits(name, path):
+def test_under_checkpointing_the_same_bits(name, taken_path):
     style = STYLES[name]
     given = made(style, torch.float32)
-    plain = run(style, Ours, *given, backend=path, autocast=True)
+    plain = run(style, Ours, *given, backend=taken_path, autocast=True)
     way = lambda call: lambda *args: checkpoint(call, *args, use_reentrant=False)  # noqa: E731
-    again = run(style, Ours, *given, backend=path, autocast=True, way=way)
+    again = run(style, Ours, *given, backend=taken_path, autocast=True, way=way)
     for a, b in zip([*plain[0], *plain[1].values()], [*again[0], *again[1].values()], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("taken_path", PATHS)
 @pytest.mark.parametrize("mode", ("fp32", "autocast"))
 @pytest.mark.parametrize("name", ("dit", "flux", "shared", "minrf", "gamma", "tokens"))
-def test_compiled_whole(name, mode, path):
+def test_compiled_whole(name, mode, taken_path):
     style, autocast = STYLES[name], mode == "autocast"
     given = made(style, torch.float32)
     torch._dynamo.reset()
     way = lambda call: torch.compile(call, backend="aot_eager", fullgraph=True)  # noqa: E731
-    got = run(style, Ours, *given, backend=path, autocast=autocast, way=way)
+    got = run(style, Ours, *given, backend=taken_path, autocast=autocast, way=way)
     assert_all_agree(got, run(style, Eager, *given, autocast=autocast), exact(style, *given))

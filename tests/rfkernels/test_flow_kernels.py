@@ -6,8 +6,9 @@ import torch
 import rfkernels
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from rfkernels.triton_support import INSTALLED
+from tests.rfkernels.paths import kernels
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed on this platform")
+pytestmark = [pytest.mark.skipif(not INSTALLED, reason="Triton is not installed"), pytest.mark.usefixtures("path")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = ((2, 4, 6, 5), (1, 16, 32, 32), (3, 1), (5, 2049))
@@ -24,7 +25,7 @@ def mse(prediction, target, weight):
 
 
 def fused(op, *args):
-    with rfkernels.backend("triton"), nan_filled():
+    with kernels(), nan_filled():
         return op(*args)
 
 
@@ -99,6 +100,7 @@ def test_any_strides_and_expanded_gradients():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter moves")
+@pytest.mark.triton_only
 def test_each_element_moves_once():
     from rfkernels.flow import launch
 
@@ -132,7 +134,7 @@ def test_operators_compile_and_are_registered_rightly():
     torch.library.opcheck(torch.ops.rfkernels.weighted_mse.default, (x0, noise.detach(), t.detach()))
 
     def loss(x0, noise, t):
-        with rfkernels.backend("triton"):
+        with kernels():
             z, target = rfkernels.rectified_flow(x0, noise, t)
             return rfkernels.weighted_mse(z.sin(), target, t)
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import rfkernels
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from rfkernels.triton_support import INSTALLED
+from tests.rfkernels.paths import kernels
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed on this platform")
+pytestmark = [pytest.mark.skipif(not INSTALLED, reason="Triton is not installed"), pytest.mark.usefixtures("path")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -30,7 +31,7 @@ def gradients(call, inputs, grad):
 
 
 def fused(*args):
-    with rfkernels.backend("triton"):
+    with kernels():
         return rfkernels.gelu_mlp(*args)
 
 
@@ -77,6 +78,7 @@ def test_keeps_the_pre_activation_only():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter moves")
+@pytest.mark.triton_only
 def test_moves_each_activation_once():
     from rfkernels.mlp.launch import gelu_backward
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import rfkernels
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from rfkernels.triton_support import INSTALLED
+from tests.rfkernels.paths import kernels
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed on this platform")
+pytestmark = [pytest.mark.skipif(not INSTALLED, reason="Triton is not installed"), pytest.mark.usefixtures("path")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (B, C, H, W, dim, patch): the released models' 64 elements a patch, odd sizes, more than a tile, one pixel a patch
@@ -27,7 +28,7 @@ def unembed(x, weight, bias, height, width, patch):
 
 
 def fused(op, *args, **kwargs):
-    with rfkernels.backend("triton"), nan_filled():
+    with kernels(), nan_filled():
         return op(*args, **kwargs)
 
 
@@ -134,6 +135,7 @@ def test_the_inverse_undoes_an_orthogonal_embedding():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter moves")
+@pytest.mark.triton_only
 def test_tokens_move_once():
     """Of the large side nothing is read or written twice, forward or backward."""
     latent, weight, bias, positions, p = (t.detach() if isinstance(t, torch.Tensor) else t for t in
@@ -173,7 +175,7 @@ def test_operators_compile_and_are_registered_rightly():
     torch.library.opcheck(torch.ops.rfkernels.patch_unembed.default, tuple(other))
 
     def through(latent, weight, bias, positions, patch):
-        with rfkernels.backend("triton"):
+        with kernels():
             y = rfkernels.patch_embed(latent, weight, bias, positions, patch_size=patch)
             return rfkernels.patch_unembed(y.sin(), weight.flatten(1).t(), None, height=4, width=6, patch_size=patch)
 

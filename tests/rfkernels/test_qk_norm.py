@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import rfkernels
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from rfkernels.triton_support import INSTALLED
+from tests.rfkernels.paths import kernels
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed on this platform")
+pytestmark = [pytest.mark.skipif(not INSTALLED, reason="Triton is not installed"), pytest.mark.usefixtures("path")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "dq", "dk", "dq_weight", "dk_weight")
 
@@ -18,7 +19,7 @@ def plain(q, k, q_weight, k_weight):
 
 
 def fused(*args):
-    with rfkernels.backend("triton"):
+    with kernels():
         return rfkernels.qk_norm(*args)
 
 
@@ -69,6 +70,7 @@ def test_reads_a_packed_projection_in_place_and_expanded_gradients():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter moves")
+@pytest.mark.triton_only
 def test_moves_each_activation_once_in_one_launch():
     from rfkernels.qk_norm.launch import qk_norm, qk_norm_backward
 
@@ -118,7 +120,8 @@ def test_norm_weights_of_any_strides(layout):
     torch.testing.assert_close(gradients(fused, inputs, grads), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.triton_only
 def test_more_rows_than_32_bits_number_are_refused():
     q = torch.empty(1, 2**31 // 4, 4, 8, device="meta")
-    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match="fewer than 2147418112 rows, not 2147483648"):
+    with kernels(), pytest.raises(RuntimeError, match="fewer than 2147418112 rows, not 2147483648"):
         rfkernels.qk_norm(q, q[:, :1], q.new_empty(8), q.new_empty(8))

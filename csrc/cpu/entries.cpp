@@ -1,0 +1,103 @@
+// Entry points of the ops that have native code on a CPU only.
+#include "../ops/entries.h"
+#include "functions.h"
+
+namespace rfkernels {
+namespace {
+
+// A contiguous tensor that an op of samples takes, or null.
+const Tensor* samples(PyObject* object, Op op) {
+  const Tensor* x = tensor(object);
+  return x && x->is_cpu() && choices[op].cpu && x->dim() && x->numel() ? x : nullptr;
+}
+
+// [B] fp32.
+const Tensor* per_sample(PyObject* object, const Tensor& x) {
+  const Tensor* t = of_size(object, x.size(0), x);
+  return t && t->scalar_type() == at::kFloat && t->is_contiguous() ? t : nullptr;
+}
+
+// x0, noise, t
+PyObject* py_rectified_flow(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const Tensor *x0 = samples(a[0], kFlow), *noise = samples(a[1], kFlow);
+  const Tensor* t = x0 ? per_sample(a[2], *x0) : nullptr;
+  if (!t || !noise || noise->sizes() != x0->sizes() || noise->scalar_type() != x0->scalar_type() || watched())
+    return not_here();
+  return wrap(unlocked([&] { return on_cpu::rectified_flow(*x0, *noise, *t); }));
+  END_HANDLE_TH_ERRORS
+}
+
+// prediction, target, weight
+PyObject* py_weighted_mse(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const Tensor *prediction = samples(a[0], kError), *target = samples(a[1], kError);
+  const Tensor* weight = prediction ? per_sample(a[2], *prediction) : nullptr;
+  if (!weight || !target || target->sizes() != prediction->sizes() || watched()) return not_here();
+  return wrap(unlocked([&] { return on_cpu::weighted_mse(*prediction, *target, *weight); }));
+  END_HANDLE_TH_ERRORS
+}
+
+// latent, weight, bias, positions, patch_size, dtype
+PyObject* py_patch_embed(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const Tensor *latent = samples(a[0], kEmbed), *weight = tensor(a[1]), *positions = tensor(a[3]);
+  const int64_t p = PyLong_CheckExact(a[4]) ? PyLong_AsLongLong(a[4]) : 0;
+  ScalarType type = latent ? latent->scalar_type() : at::kFloat;
+  if (!latent || !weight || !positions || p < 1 || latent->dim() != 4 || weight->dim() != 4 || watched() ||
+      autocasting(*latent) || !weight->is_cpu() || weight->scalar_type() != type || weight->size(1) != latent->size(1) ||
+      weight->size(2) != p || weight->size(3) != p || latent->size(2) % p || latent->size(3) % p ||
+      !result_type(a[5], *latent, type, type))
+    return not_here();
+  const int64_t tokens = latent->size(2) / p * (latent->size(3) / p), n = weight->size(0);
+  Maybe bias;
+  if (a[2] != Py_None) {
+    const Tensor* given = of_size(a[2], n, *latent);
+    if (!given || given->scalar_type() != weight->scalar_type()) return not_here();
+    bias = *given;
+  }
+  Tensor table = positions->dim() == 3 && positions->size(0) == 1 ? positions->squeeze(0) : *positions;
+  if (!table.is_cpu() || table.dim() != 2 || table.size(0) != tokens || table.size(1) != n || !n) return not_here();
+  return wrap(unlocked([&] { return on_cpu::patch_embed(*latent, *weight, bias, table, p, type); }));
+  END_HANDLE_TH_ERRORS
+}
+
+// streams, eps -> joint q, k, v
+PyObject* py_joint_layout(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  std::vector<Stream> streams;
+  if (watched() || !streams_of(a[0], streams) || !streams[0].k.is_cpu()) return not_here();
+  bool asked = false;
+  for (const Stream& s : streams) asked |= s.asks;
+  if (!asked || (streams.size() == 1 && !streams[0].q_weight.defined() && !streams[0].k_weight.defined()))
+    return not_here();                                     // nothing to write: one stream as it is
+  const double eps = PyFloat_AsDouble(a[1]);
+  const auto [q, k, v] = unlocked([&] { return on_cpu::joint_layout(streams, eps); });
+  return PyTuple_Pack(3, THPObjectPtr(wrap(q)).get(), THPObjectPtr(wrap(k)).get(), THPObjectPtr(wrap(v)).get());
+  END_HANDLE_TH_ERRORS
+}
+
+// x, weight, bias, height, width, patch_size
+PyObject* py_patch_unembed(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const Tensor *x = samples(a[0], kUnembed), *weight;
+  Maybe bias;
+  if (!x || x->dim() != 3 || !PyLong_CheckExact(a[3]) || !PyLong_CheckExact(a[4]) || !PyLong_CheckExact(a[5]) ||
+      watched() || autocasting(*x) || !layer(a[1], a[2], *x, x->size(2), weight, bias))
+    return not_here();
+  const int64_t height = PyLong_AsLongLong(a[3]), width = PyLong_AsLongLong(a[4]), p = PyLong_AsLongLong(a[5]);
+  if (height < 1 || width < 1 || p < 1 || height % p || width % p || weight->size(0) % (p * p) || !weight->size(0) ||
+      x->size(1) != height / p * (width / p))
+    return not_here();
+  return wrap(unlocked([&] { return on_cpu::patch_unembed(*x, *weight, bias, height, width, p); }));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+PyMethodDef cpu_methods[] = {
+    FAST(rectified_flow), FAST(weighted_mse), FAST(patch_embed),
+    FAST(patch_unembed),  FAST(joint_layout), {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace rfkernels

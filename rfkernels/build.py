@@ -1,0 +1,171 @@
+"""Builds the native code of csrc: python -m rfkernels.build
+
+Nothing needs it: without a compiler, or without having run this, PyTorch's own kernels and Triton's launcher do the
+work, and `rfkernels.explain` says so. What is built lies in a cache by the versions of PyTorch and Python and the
+sources, so a second build does nothing and another version of any of them never loads it. Importing builds nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ISAS: dict[str, tuple[str, ...]] = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+}
+"""Flags of the instruction sets that the kernels are compiled for on x86, besides the compiler's own choice."""
+KERNELS = "cpu/kernels.cpp"                    # once for each of them
+PYTORCH = ("ops", "cpu", "launch")             # folders of what knows PyTorch
+NAME = "rfkernels_native.so"
+
+
+class CannotBuild(RuntimeError):
+    """Why there is nothing built, in a line."""
+
+
+@lru_cache
+def sources() -> Path:
+    """The folder csrc, of a checkout or of an installed package."""
+    package = Path(__file__).resolve().parent
+    return next((f for f in (package / "csrc", package.parent / "csrc") if f.is_dir()), package / "csrc")
+
+
+def x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@lru_cache
+def key() -> str:
+    """Names what these sources are for this PyTorch, this Python and this kind of machine."""
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {platform.machine()} {sys.platform}".encode())
+    for path in (Path(__file__), *sorted(sources().rglob("*"))):
+        if path.suffix in (".py", ".cpp", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def folder() -> Path:
+    """Where it is built: in RFKERNELS_CACHE, or in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfkernels"
+    return Path(os.environ.get("RFKERNELS_CACHE") or home) / f"torch-{torch.__version__}-{key()}"
+
+
+def built() -> Path | None:
+    """The library for this PyTorch and these sources, if it was built."""
+    path = folder() / NAME
+    return path if path.is_file() else None
+
+
+def compiler() -> str:
+    """Raises: CannotBuild."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "c++", "clang++"]:
+        if found := shutil.which(name):
+            return found
+    raise CannotBuild(f"no C++ compiler: {asked or 'g++, c++ or clang++'} is not on the path")
+
+
+def headers() -> list[str]:
+    """Raises: CannotBuild."""
+    python, root = Path(sysconfig.get_paths()["include"]), Path(torch.__file__).parent / "include"
+    wanted = {"Python's headers (python3-dev)": python / "Python.h", "PyTorch's headers": root / "ATen/ATen.h"}
+    for what, path in wanted.items():
+        if not path.is_file():
+            raise CannotBuild(f"no {what}: {path} is not there")
+    return [f"-I{root}", f"-I{root / 'torch/csrc/api/include'}", f"-I{python}"]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CannotBuild(f"{' '.join(command)}\n{done.stderr.strip()[-4000:]}")
+
+
+def _together(folder: Path, into: Path) -> Path:
+    """One source of a folder's: PyTorch's headers take longer than what stands in all of them."""
+    made = into / f"{folder.name}.cpp"
+    files = (path for path in sorted(folder.glob("*.cpp")) if path != sources() / KERNELS)
+    made.write_text("".join(f'#include "{path}"\n' for path in files))
+    return made
+
+
+def _compile(into: Path) -> None:
+    """The library, in a folder of its own."""
+    cxx, include = compiler(), headers()
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    torch_flags = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", abi]
+    loops = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+             "-ffp-contract=off"]        # g - mean(g) of one channel is 0, as in eager PyTorch
+    isas: dict[str, tuple[str, ...]] = {"portable": (), **(ISAS if x86() else {})}
+    own = ["-DRFKERNELS_X86"] if x86() else []
+    jobs = {
+        folder: [cxx, *torch_flags, *own, *include, "-c", str(_together(sources() / folder, into))] for folder in PYTORCH
+    } | {
+        isa: [cxx, *loops, f"-DRFKERNELS_ISA={isa}", *extra, "-c", str(sources() / KERNELS)]
+        for isa, extra in isas.items()
+    }
+    objects = [str(into / f"{i}.o") for i in range(len(jobs))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, ([*job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True))))
+    where = f"-L{Path(torch.__file__).parent / 'lib'}"
+    libraries = [where, "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
+    _run([cxx, "-shared", *objects, "-o", str(into / NAME), *libraries])
+
+
+def build() -> tuple[Path, bool]:
+    """The library, and whether it was built just now. One process builds, others wait for it; one that is killed leaves
+    nothing that has to be removed.
+
+    Raises: CannotBuild.
+    """
+    if not (sources() / KERNELS).is_file():
+        raise CannotBuild(f"no sources: {sources() / KERNELS} is not there")
+    where = folder()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        lock = open(where / "lock", "w")                               # noqa: SIM115 - held until this function ends
+    except OSError as error:
+        raise CannotBuild(f"{where}: {error.strerror}; RFKERNELS_CACHE names another folder") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                               # the system lets go of it, whatever happens
+        if found := built():
+            return found, False
+        with tempfile.TemporaryDirectory(dir=where) as made:
+            _compile(Path(made))
+            os.replace(Path(made) / NAME, where / NAME)
+    return where / NAME, True
+
+
+def main() -> int:
+    start = time.monotonic()
+    try:
+        path, fresh = build()
+    except CannotBuild as error:
+        print(f"native code: not built. {error}\nPyTorch's own kernels run in its place.", file=sys.stderr)
+        return 1
+    what = f"built in {time.monotonic() - start:.0f} s" if fresh else "already built"
+    from rfkernels import native
+
+    if reason := native.missing():
+        print(f"native code: {what}, but {reason}", file=sys.stderr)
+        return 1
+    print(f"native code: {what} for torch {torch.__version__}, {native.instructions()} on this CPU: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

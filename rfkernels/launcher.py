@@ -1,0 +1,110 @@
+"""Which launcher starts Triton's kernels on a GPU: Triton's own, or the native one (csrc/launch).
+
+RFKERNELS_LAUNCH=native takes the native one, for the ops that have an entry point; it has to be built
+(`python -m rfkernels.build`). Triton compiles in both cases. The native launcher asks here once for each specialisation
+of a kernel and once for each setting. Triton's own is the default until a GPU has confirmed the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfkernels.launch_tables import attention_launch, row_launch, tile_launch
+from rfkernels.triton_support import INTERPRETED, capability, device_name, multiprocessors
+
+LAUNCHERS = ("triton", "native")
+_LETTERS = {"fp32": "f", "fp64": "d", "i64": "l", "u64": "l"}
+"""How an argument is handed over, by Triton's name of its type: see Compiled in csrc/launch/launch.h."""
+
+
+def _from_environment() -> str:
+    name = os.environ.get("RFKERNELS_LAUNCH") or "triton"
+    if name not in LAUNCHERS:
+        raise ValueError(f"RFKERNELS_LAUNCH is {name!r}; expected one of {', '.join(LAUNCHERS)}")
+    return name
+
+
+_chosen = _from_environment()
+
+
+def native() -> bool:
+    """Whether the native launcher is to start Triton's kernels."""
+    return _chosen == "native" and not INTERPRETED
+
+
+def described() -> str:
+    return "the native launcher" if native() else "Triton's own launcher"
+
+
+def _leaves(types: Any) -> Iterator[str]:
+    for one in types:
+        if isinstance(one, (tuple, list)):
+            yield from _leaves(one)
+        else:
+            yield one
+
+
+def compiled(module: str, name: str, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[int, int, int, str]:
+    """A kernel for these arguments: (the driver's handle, threads, bytes of shared memory, how each argument is taken).
+
+    Raises: RuntimeError if it needs what only Triton's launcher gives.
+    """
+    kernel = getattr(import_module(module), name).warmup(*args, grid=(1, 1, 1), **constants)
+    kernel._init_handles()
+    metadata = kernel.metadata
+    beyond = {n: v for n in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl",
+                             "tensordesc_meta") if (v := getattr(metadata, n, None))}  # fmt: skip
+    if beyond or getattr(metadata, "num_ctas", 1) != 1:
+        raise RuntimeError(f"{name} needs {beyond or 'a cluster'}, which only Triton's launcher gives")
+    types = list(kernel.src.signature.values())[: len(args)]
+    takes = "".join(
+        "-" if t == "constexpr" else "p" if t.startswith("*") else _LETTERS.get(t, "i") for t in _leaves(types)
+    )
+    return kernel.function, 32 * metadata.num_warps, metadata.shared, takes
+
+
+def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
+    """What csrc/launch asks of the launch tables, for this many channels or heads of this size."""
+    device = device_name(like.device)
+    if name == "multiprocessors":
+        return (multiprocessors(like.device),)
+    if name.startswith("attention"):
+        arch = capability(like.device)
+        a = attention_launch(name, size, like.dtype.itemsize, arch, device)
+        exact = like.dtype == torch.float32 and bool(arch)                 # three tf32 products for one of fp32
+        return a.block_m, a.block_n, a.warps, a.stages, a.registers, int(exact)
+    if name == "gelu_bwd":
+        tile = tile_launch(name, size, device)
+        return tile.rows, tile.chunk, tile.warps
+    row = row_launch(name, size, device)
+    return row.rows, row.chunk, row.chunks(size), row.warps
+
+
+@contextmanager
+def chosen(name: str) -> Iterator[None]:
+    """Inside, the launcher of this name starts Triton's kernels. Not thread-safe: it sets a process-wide switch.
+
+    Raises: ValueError for an unknown name; RuntimeError for the native one where it is not built.
+    """
+    global _chosen
+    from rfkernels import dispatch
+    from rfkernels import native as code
+
+    if name not in LAUNCHERS:
+        raise ValueError(f"launcher: name is {name!r}; expected one of {', '.join(LAUNCHERS)}")
+    if name == "native" and (reason := code.missing()):
+        raise RuntimeError(f"launcher: {reason}")
+    before, _chosen = _chosen, name
+    dispatch.announce()
+    try:
+        yield
+    finally:
+        _chosen = before
+        dispatch.announce()

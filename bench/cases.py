@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
@@ -20,6 +20,7 @@ from mmdit.blocks import JointBlock
 from mmdit.counting import made_in
 from mmdit.flops import TEXT_TOKENS
 from rfkernels import Stream
+from rfkernels.triton_support import INTERPRETED
 
 Op = Callable[..., tuple[Tensor, ...]]
 HEAD_DIM = 64
@@ -44,9 +45,11 @@ class Case:
 
 
 def compiled(op: Op) -> dict[str, Op]:
-    """By torch.compile, where there is a GPU to compile for."""
+    """By torch.compile; on a CPU by its default alone, and not where kernels are interpreted."""
     if not torch.cuda.is_available():
-        return {}
+        if INTERPRETED or "compile" in excluded():
+            return {}
+        return {"compile": torch.compile(op, fullgraph=True, dynamic=False)}
     autotuned = torch.compile(op, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
     found = {"compile": torch.compile(op, fullgraph=True, dynamic=False), "max-autotune": autotuned}
     return {name: contender for name, contender in found.items() if name not in excluded()}
@@ -337,13 +340,15 @@ SHAPES = ((256, 64), (1024, 16), (4096, 4), (256, 1))
 
 
 def cases(device: torch.device) -> list[Case]:
-    """On a GPU d = 24 and 38 at every shape; on a CPU d = 6, once."""
+    """On a GPU d = 24 and 38 at every shape; on a CPU d = 6, once, in fp32 and bf16."""
     if device.type != "cuda":
-        setting = (device, torch.float32)
         return [
-            *modulation_cases(2, 256, 384, *setting), attention_case(2, 256, 6, *setting),
-            *other_cases(2, 256, 384, *setting),
-            block_case(2, 256, 6, *setting),
+            replace(case, name=f"{case.name}{suffix}")
+            for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16))
+            for case in (
+                *modulation_cases(2, 256, 384, device, dtype), attention_case(2, 256, 6, device, dtype),
+                *other_cases(2, 256, 384, device, dtype), block_case(2, 256, 6, device, dtype),
+            )
         ]  # fmt: skip
     found: list[Case] = []
     for depth in (24, 38):
@@ -360,7 +365,7 @@ def left_out(device: torch.device) -> dict[str, str]:
     found = {}
     if device.type != "cuda":
         found["d = 24 and 38 at 256, 512 and 1024 pixels, in bf16"] = "no GPU"
-        found["torch.compile, max-autotune, SDPA by backend"] = "no GPU to compile and run for"
+        found["max-autotune, SDPA by backend"] = "no GPU to compile and run for"
         found["times of the Triton kernels, device bandwidth, memory peaks, MFU"] = "no GPU"
     wanted = {**LIBRARIES, "liger": "liger_kernel.ops", "apex": "apex.normalization.fused_layer_norm"}
     for name, module in {**wanted, "diffusers": "diffusers"}.items():

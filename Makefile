@@ -45,7 +45,7 @@ test: $(VENV)/.installed-dev+train+emoji+minilm
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers.
 OLDEST       := .venv-oldest
 OLDEST_TESTS := $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
-	joint_attention_operator.py patch_kernels.py qk_norm.py inspect.py sanitize.py large.py) \
+	joint_attention_operator.py patch_kernels.py qk_norm.py inspect.py sanitize.py large.py native.py launcher.py) \
 	tests/mmdit/test_graphs.py tests/train/test_run.py tests/train/test_parallel.py::test_blocks_are_compiled_whole_whatever_is_computed_again
 
 $(OLDEST)/.installed: pyproject.toml
@@ -54,6 +54,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m rfkernels.build || true
 	$(OLDEST)/bin/python -m pytest --collect-only -qq tests/rfkernels >/dev/null            # nothing stops for diffusers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 	$(OLDEST)/bin/python -m rfkernels.inspect --check --targets sm_90

@@ -113,7 +113,8 @@ def _compile(into: Path) -> None:
     isas: dict[str, tuple[str, ...]] = {"portable": (), **(ISAS if x86() else {})}
     own = ["-DRFKERNELS_X86"] if x86() else []
     jobs = {
-        folder: [cxx, *torch_flags, *own, *include, "-c", str(_together(sources() / folder, into))] for folder in PYTORCH
+        folder: [cxx, *torch_flags, *own, *include, "-c", str(_together(sources() / folder, into))]
+        for folder in PYTORCH
     } | {
         isa: [cxx, *loops, f"-DRFKERNELS_ISA={isa}", *extra, "-c", str(sources() / KERNELS)]
         for isa, extra in isas.items()

@@ -133,8 +133,8 @@ def backend(name: str, *only: str) -> Iterator[None]:
 
 
 ENTERED = (
-    "adaln", "gated_adaln", "gated_residual", "qk_norm", "gelu_mlp", "joint_attention", "rectified_flow", "weighted_mse",
-    "patch_embed", "patch_unembed",
+    "adaln", "gated_adaln", "gated_residual", "qk_norm", "gelu_mlp", "joint_attention", "rectified_flow",
+    "weighted_mse", "patch_embed", "patch_unembed",
 )  # fmt: skip
 """Ops that have an entry point in the native code."""
 

@@ -60,14 +60,17 @@ def key() -> str:
 
 def folder() -> Path:
     """Where it is built: in RFKERNELS_CACHE, or in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfkernels"
-    return Path(os.environ.get("RFKERNELS_CACHE") or home) / f"torch-{torch.__version__}-{key()}"
+    given = os.environ.get("RFKERNELS_CACHE")
+    home = given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfkernels"
+    return Path(home) / f"torch-{torch.__version__}-{key()}"
 
 
 def built() -> Path | None:
     """The library for this PyTorch and these sources, if it was built."""
     path = folder() / NAME
-    return path if path.is_file() else None
+    size = path.with_suffix(".size")                                  # one that was cut off would end the process
+    whole = path.is_file() and size.is_file() and size.read_text() == str(path.stat().st_size)
+    return path if whole else None
 
 
 def compiler() -> str:
@@ -135,7 +138,10 @@ def build() -> tuple[Path, bool]:
     """
     if not (sources() / KERNELS).is_file():
         raise CannotBuild(f"no sources: {sources() / KERNELS} is not there")
-    where = folder()
+    try:
+        where = folder()
+    except RuntimeError as error:                                      # no home folder
+        raise CannotBuild(f"{error} RFKERNELS_CACHE names a folder") from error
     try:
         where.mkdir(parents=True, exist_ok=True)
         lock = open(where / "lock", "w")                               # noqa: SIM115 - held until this function ends
@@ -147,6 +153,7 @@ def build() -> tuple[Path, bool]:
             return found, False
         with tempfile.TemporaryDirectory(dir=where) as made:
             _compile(Path(made))
+            (where / NAME).with_suffix(".size").write_text(str((Path(made) / NAME).stat().st_size))
             os.replace(Path(made) / NAME, where / NAME)
     return where / NAME, True
 
@@ -162,7 +169,8 @@ def main() -> int:
     from rfkernels import native
 
     if reason := native.missing():
-        print(f"native code: {what}, but {reason}", file=sys.stderr)
+        remedy = "" if fresh else f"; remove {path} to build it anew"
+        print(f"native code: {what}, but {reason}{remedy}", file=sys.stderr)
         return 1
     print(f"native code: {what} for torch {torch.__version__}, {native.instructions()} on this CPU: {path}")
     return 0

@@ -36,7 +36,7 @@ _chosen = _from_environment()
 
 def native() -> bool:
     """Whether the native launcher is to start Triton's kernels."""
-    return _chosen == "native" and not INTERPRETED
+    return _chosen == "native" and not INTERPRETED and torch.version.hip is None
 
 
 def described() -> str:

@@ -40,12 +40,12 @@ def _load() -> str | None:
 
     if os.environ.get("RFKERNELS_NATIVE") == "0":
         return "RFKERNELS_NATIVE is 0"
-    path = build.built()
-    if path is None:
-        return "the native code is not built (python -m rfkernels.build)"
     try:
+        path = build.built()
+        if path is None:
+            return "the native code is not built (python -m rfkernels.build)"
         made = _module(path)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:                   # RuntimeError: there is no home folder
         return f"the native code does not load: {error}"
     made.on_backward(registration.backward_by_name)
     made.on_launch(launcher.compiled, launcher.settings)

@@ -47,6 +47,7 @@ def watched(args: tuple[Any, ...]) -> bool:
     transform or forward mode, or a tensor that is not a plain one (DTensor)."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or transforming()
         or not _PLAIN.issuperset(map(type, args))

@@ -277,7 +277,7 @@ class Cpu : public Implementation {
 
   std::tuple<Tensor, Tensor, Tensor> gelu_backward(const Tensor& given_h, const Tensor& given_da, bool value,
                                                    bool bias) const override {
-    const Tensor h = given_h.contiguous(), da = given_da.contiguous();
+    const Tensor h = given_h.contiguous(), da = given_da.to(h.scalar_type()).contiguous();
     const Shape shape(1, h.size(0), h.size(1));            // one sample of N tokens
     Tensor a = value ? fresh(h) : Tensor(), dh = fresh(h);
     Tensor db = bias ? at::empty({shape.channels}, h.options()) : Tensor();

@@ -42,7 +42,7 @@ PyObject* py_weighted_mse(PyObject*, Arguments a, Py_ssize_t) {
 PyObject* py_patch_embed(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *latent = samples(a[0], kEmbed), *weight = tensor(a[1]), *positions = tensor(a[3]);
-  const int64_t p = PyLong_CheckExact(a[4]) ? PyLong_AsLongLong(a[4]) : 0;
+  const int64_t p = whole(a[4]);
   ScalarType type = latent ? latent->scalar_type() : at::kFloat;
   if (!latent || !weight || !positions || p < 1 || latent->dim() != 4 || weight->dim() != 4 || watched() ||
       autocasting(*latent) || !weight->is_cpu() || weight->scalar_type() != type || weight->size(1) != latent->size(1) ||
@@ -82,11 +82,10 @@ PyObject* py_patch_unembed(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *x = samples(a[0], kUnembed), *weight;
   Maybe bias;
-  if (!x || x->dim() != 3 || !PyLong_CheckExact(a[3]) || !PyLong_CheckExact(a[4]) || !PyLong_CheckExact(a[5]) ||
-      watched() || autocasting(*x) || !layer(a[1], a[2], *x, x->size(2), weight, bias))
+  const int64_t height = whole(a[3]), width = whole(a[4]), p = whole(a[5]);
+  if (!x || x->dim() != 3 || !height || !width || !p || p > 32768 || watched() || autocasting(*x) || !layer(a[1], a[2], *x, x->size(2), weight, bias))
     return not_here();
-  const int64_t height = PyLong_AsLongLong(a[3]), width = PyLong_AsLongLong(a[4]), p = PyLong_AsLongLong(a[5]);
-  if (height < 1 || width < 1 || p < 1 || height % p || width % p || weight->size(0) % (p * p) || !weight->size(0) ||
+  if (height % p || width % p || weight->size(0) % (p * p) || !weight->size(0) ||
       x->size(1) != height / p * (width / p))
     return not_here();
   return wrap(unlocked([&] { return on_cpu::patch_unembed(*x, *weight, bias, height, width, p); }));

@@ -81,7 +81,7 @@ struct FlowFunction : Function<FlowFunction> {
       std::vector<int64_t> shape(dz.dim(), 1);
       shape[0] = -1;
       const Tensor time = t.reshape(shape), wide = dz.to(at::kFloat), other = dtarget.to(at::kFloat);
-      const Tensor dt = wants_time ? (wide * (saved[2].to(at::kFloat) - saved[1].to(at::kFloat))).flatten(1).sum(1) : Tensor();
+      const Tensor dt = wants_time ? (wide * (saved[2].to(at::kFloat) - saved[1].to(at::kFloat))).reshape({t.size(0), -1}).sum(1) : Tensor();
       return {((1 - time) * wide - other).to(dz.scalar_type()), (time * wide + other).to(dz.scalar_type()), dt};
     }
     auto [dx0, dnoise] = flow(dz, dtarget, t, true);
@@ -125,7 +125,7 @@ struct ErrorFunction : Function<ErrorFunction> {
       shape[0] = -1;
       const Tensor factor = (weight * (2.0 / static_cast<double>(given.numel())) * grads[0]).reshape(shape);
       const Tensor error = given.to(at::kFloat) - other.to(at::kFloat), made = factor * error;
-      const Tensor dweight = error.square().flatten(1).sum(1) * (grads[0] / static_cast<double>(given.numel()));
+      const Tensor dweight = error.square().reshape({weight.size(0), -1}).sum(1) * (grads[0] / static_cast<double>(given.numel()));
       return {made.to(given.scalar_type()), both ? (-made).to(other.scalar_type()) : Tensor(),
               wants_weight ? dweight : Tensor()};
     }
@@ -159,7 +159,7 @@ struct EmbedFunction : Function<EmbedFunction> {
       return at::conv2d(latent.contiguous(at::MemoryFormat::ChannelsLast), weight, {}, p).permute({0, 2, 3, 1});
     };
     const Tensor products = by_convolution(weight)
-                                ? convolved().reshape({-1, n})
+                                ? convolved().reshape({-1, n}).contiguous()
                                 : at::mm(patches_of(latent, p, true), weight.view({n, -1}).t());
     Tensor added = positions.to(at::kFloat).contiguous();
     if (bias) added = added + bias->to(at::kFloat);
@@ -221,7 +221,7 @@ struct UnembedFunction : Function<UnembedFunction> {
     const Tensor rows = patches_of(grads[0], ctx->saved_data["p"].toInt(), false);
     variable_list made(6);
     const auto product = [](const Tensor& a, const Tensor& b) {
-      return at::GradMode::is_enabled() ? at::mm(a, b) : products::mm(a, b);
+      return at::GradMode::is_enabled() || watched() || !plain(a) ? at::mm(a, b) : products::mm(a, b);
     };
     if (ctx->needs_input_grad(0)) made[0] = product(rows, weight).view(x.sizes());
     if (ctx->needs_input_grad(1)) made[1] = product(rows.t(), x.reshape({-1, x.size(2)}));
@@ -264,21 +264,52 @@ struct LayoutFunction : Function<LayoutFunction> {
     return {q, k, v};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    for (const Tensor& grad : grads)
-      TORCH_CHECK_NOT_IMPLEMENTED(!grad.defined() || plain(grad), "joint_attention takes no batched gradients here; use"
-                                  " rfkernels.backend('reference')");
     const auto saved = ctx->get_saved_variables();
+    const auto streams = parse(saved, ctx->saved_data["codes"].toInt(), ctx->saved_data["count"].toInt());
+    const double eps = ctx->saved_data["eps"].toDouble();
+    bool batched = false;
+    for (const Tensor& grad : grads) batched |= grad.defined() && !plain(grad);
     variable_list made;
     {
       const at::NoGradGuard no_graph;
-      made = join_backward(std::move(grads), parse(saved, ctx->saved_data["codes"].toInt(),
-                                                   ctx->saved_data["count"].toInt()), ctx->saved_data["eps"].toDouble());
+      made = batched ? join_backward_by_pytorch(grads, streams, eps) : join_backward(std::move(grads), streams, eps);
     }
-    if (at::GradMode::is_enabled())                  // a second derivative raises, by name
-      made = torch::autograd::DelayedError("rfkernels::joint_attention has no second derivative here; use "
-                                           "rfkernels.backend('reference')", static_cast<int64_t>(made.size()))
-                 .apply(std::move(made));
+    made = once(std::move(made));
     made.resize(saved.size() + 3);
+    return made;
+  }
+
+  // Of gradients that kernels cannot read: those of a batch of backwards.
+  static variable_list join_backward_by_pytorch(const variable_list& grads, const std::vector<Stream>& streams,
+                                                double eps) {
+    variable_list made;
+    int64_t asked = 0, seen = 0;
+    for (const Stream& s : streams) {
+      StreamGradients g;
+      const int64_t length = s.k.size(1);
+      const auto part = [&](int i, int64_t first, const Tensor& x) {
+        return grads[i].defined() ? grads[i].narrow(1, first, length) : at::zeros_like(x);
+      };
+      const auto of = [&](const Tensor& dy, const Tensor& x, const Tensor& weight, Tensor& dweight) {
+        if (!weight.defined()) return dy;
+        const Tensor wide = x.to(at::kFloat), up = dy.to(at::kFloat);
+        const Tensor rstd = (wide.square().mean(-1, true) + eps).rsqrt(), hat = wide * rstd, g = up * weight.to(at::kFloat);
+        dweight = (up * hat).sum(at::IntArrayRef{0, 1, 2}).to(weight.scalar_type());
+        return (rstd * (g - hat * (g * hat).mean(-1, true))).to(x.scalar_type());
+      };
+      if (s.asks) g.q = of(part(0, asked, s.q), s.q, s.q_weight, g.q_weight);
+      if (s.q.defined() && !s.asks) g.q = at::zeros_like(s.q);
+      g.k = of(part(1, seen, s.k), s.k, s.k_weight, g.k_weight);
+      g.v = part(2, seen, s.v);
+      if (s.packed.defined()) {
+        variable_list parts{g.k, g.v};
+        if (g.q.defined()) parts.insert(parts.begin(), g.q);
+        g.packed = at::stack(parts, 2);
+      }
+      asked += s.asks ? length : 0;
+      seen += length;
+      append(made, s, g);
+    }
     return made;
   }
 };

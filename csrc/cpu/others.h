@@ -95,12 +95,13 @@ void gelu_backward(int64_t n, const void* h, const void* da, void* a, void* dh, 
   float* down = dtype != F32 ? scratch + 3 * n : static_cast<float*>(dh);
   // With s = sigmoid(2 u), u = sqrt(2/pi) (h + 0.044715 h^3): gelu = h s, gelu' = s + 2 h s (1 - s) u'
   SIMD for (int64_t i = 0; i < n; ++i) {
-    const float square = x[i] * x[i];
-    float z = -1.5957691f * x[i] * (1.f + 0.044715f * square);
+    const float near = x[i] < -100.f ? -100.f : x[i] > 100.f ? 100.f : x[i];      // beyond, s is 0 or 1 and its slope 0
+    const float square = near * near;
+    float z = -1.5957691f * near * (1.f + 0.044715f * square);
     z = z > 87.f ? 87.f : z;
     const float e = exponential(z), s = 1.f / (1.f + e);
     value[i] = x[i] * s;
-    down[i] = up[i] * (s + value[i] * e * s * (1.5957691f + 0.21406445f * square));
+    down[i] = up[i] * (s + near * s * e * s * (1.5957691f + 0.21406445f * square));
   }
   if (a) store(value, a, dtype, n);
   store(down, dh, dtype, n);

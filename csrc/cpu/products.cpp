@@ -39,6 +39,11 @@ bool by_onednn(const Tensor& x, const Tensor& weight) {
          at::globalContext().userEnabledMkldnn() && at::hasMKLDNN() && operation();
 }
 
+// Of any other layout oneDNN has only its slowest code.
+Tensor dense(const Tensor& matrix) {
+  return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
+}
+
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
@@ -46,12 +51,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     const Tensor made = at::linear(x, weight, bias);
     return gelu ? at::gelu(made, "tanh") : made;
   }
-  return operation()->call(x, weight, bias, gelu ? "gelu" : "none", c10::List<std::optional<at::Scalar>>(), gelu ? "tanh" : "");
+  return operation()->call(x, dense(weight), bias, gelu ? "gelu" : "none", c10::List<std::optional<at::Scalar>>(), gelu ? "tanh" : "");
 }
 
 Tensor mm(const Tensor& a, const Tensor& b) {
   if (!by_onednn(a, b.t())) return at::mm(a, b);
-  return operation()->call(a, b.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
+  return operation()->call(a, dense(b.t()), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 }  // namespace rfkernels::products

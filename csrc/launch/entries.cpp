@@ -105,7 +105,7 @@ PyObject* py_joint_attention(PyObject*, Arguments a, Py_ssize_t) {
 
 // qkv, q_weight, k_weight, queries -> bool
 PyObject* py_is_packed(PyObject*, Arguments a, Py_ssize_t) {
-  return PyBool_FromLong(is_packed(a[0], a[1], a[2], a[3] == Py_True));
+  return PyBool_FromLong(is_packed(a[0], a[1], a[2], PyObject_IsTrue(a[3]) == 1));
 }
 
 }  // namespace

@@ -28,13 +28,21 @@ using GetErrorString = int (*)(int, const char**);
 struct Driver {
   LaunchKernelEx launch = nullptr;
   GetErrorString describe = nullptr;
+  int (*current)(void**) = nullptr;
+  int (*device)(int*, int) = nullptr;
+  int (*retain)(void**, int) = nullptr;
+  int (*set_current)(void*) = nullptr;
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
     TORCH_CHECK(library, "the CUDA driver does not load: ", dlerror());
     launch = reinterpret_cast<LaunchKernelEx>(dlsym(library, "cuLaunchKernelEx"));
     describe = reinterpret_cast<GetErrorString>(dlsym(library, "cuGetErrorString"));
-    TORCH_CHECK(launch && describe, "the CUDA driver has no cuLaunchKernelEx: it is older than 11.8");
+    current = reinterpret_cast<int (*)(void**)>(dlsym(library, "cuCtxGetCurrent"));
+    device = reinterpret_cast<int (*)(int*, int)>(dlsym(library, "cuDeviceGet"));
+    retain = reinterpret_cast<int (*)(void**, int)>(dlsym(library, "cuDevicePrimaryCtxRetain"));
+    set_current = reinterpret_cast<int (*)(void*)>(dlsym(library, "cuCtxSetCurrent"));
+    TORCH_CHECK(launch && describe && current && device && retain && set_current, "the CUDA driver has no cuLaunchKernelEx: it is older than 11.8");
   }
 };
 
@@ -94,10 +102,23 @@ const Compiled& find(const Call& call, int device) {
 
 }  // namespace
 
+// A thread that has done nothing on a GPU yet has no context; allocations may all come from a cache.
+void make_current(c10::Device device) {
+  thread_local int done = -1;
+  if (!device.is_cuda() || done == device.index()) return;
+  void *now = nullptr, *context = nullptr;
+  int number = 0;
+  driver().current(&now);
+  if (!now && !driver().device(&number, device.index()) && !driver().retain(&context, number))
+    driver().set_current(context);
+  done = device.index();
+}
+
 void Call::run(Grid grid) const {
   if (!grid.x || !grid.y || !grid.z) return;
   const auto device = like_.device();
   const c10::OptionalDeviceGuard guard(device.is_cuda() ? std::optional<c10::Device>(device) : std::nullopt);
+  make_current(device);
   const Compiled& to = find(*this, device.index());
   std::array<uint64_t, kMost + 2> room;
   std::array<void*, kMost + 2> arguments;

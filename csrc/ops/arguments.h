@@ -24,6 +24,14 @@ namespace rfkernels {
   throw error;
 }
 
+// An int from 1 to 2^31, or 0 for anything else.
+inline int64_t whole(PyObject* object) {
+  if (!PyLong_CheckExact(object)) return 0;
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow || value < 1 || value > (int64_t{1} << 31) ? 0 : value;
+}
+
 inline bool is_float(ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
 
 // A plain floating-point tensor, exactly of type Tensor or Parameter; null for anything else.
@@ -135,7 +143,7 @@ inline bool stream_of(PyObject* object, Stream& out, bool* marked) {
     if (t) to = *t;
     return t != nullptr;
   };
-  out.asks = held[6].get() == Py_True;
+  out.asks = PyObject_IsTrue(held[6].get()) == 1;
   if (held[5].get() != Py_None || !optional(held[2].get(), out.q_weight) || !optional(held[3].get(), out.k_weight))
     return false;
   if (held[4].get() != Py_None) {
@@ -149,6 +157,7 @@ inline bool stream_of(PyObject* object, Stream& out, bool* marked) {
     return out.packed.stride(-1) == 1;
   }
   PyObject* parts = held[1].get();
+  if (!PyTuple_CheckExact(parts) || PyTuple_GET_SIZE(parts) != 3) return false;
   return optional(PyTuple_GET_ITEM(parts, 0), out.q) && optional(PyTuple_GET_ITEM(parts, 1), out.k) &&
          optional(PyTuple_GET_ITEM(parts, 2), out.v) && out.k.defined() && out.v.defined();
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "../cpu/products.h"
 #include "bias.h"
@@ -24,6 +25,16 @@ bool wants_gradient(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+variable_list once(variable_list gradients) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  for (Tensor& gradient : gradients)
+    if (gradient.defined()) gradient = gradient.detach().requires_grad_(true);   // or nothing would stand in the way
+  const auto count = static_cast<int64_t>(gradients.size());
+  return torch::autograd::DelayedError("rfkernels::joint_attention has no second derivative here; use "
+                                       "rfkernels.backend('reference')", count)
+      .apply(std::move(gradients));
+}
+
 bool plain(const Tensor& t) {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet wrapped({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::FuncTorchBatched,
@@ -36,7 +47,7 @@ bool plain(const Tensor& t) {
 bool watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || torch::jit::tracer::isTracing();
 }
 
 namespace {
@@ -83,6 +94,7 @@ bool here(const variable_list& grads) {
 
 // Gradients from Python, of those inputs that were given.
 variable_list given(variable_list made, std::initializer_list<bool> wanted, size_t count) {
+  made.resize(wanted.size());
   size_t i = 0;
   for (const bool one : wanted) {
     if (!one) made[i] = Tensor();
@@ -204,9 +216,9 @@ struct QkNormFunction : Function<QkNormFunction> {
 
 Tensor rows_of(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
-// With a graph by PyTorch's own operator, which has a derivative.
+// By PyTorch's own operator where a graph is wanted or somebody watches.
 Tensor product(const Tensor& a, const Tensor& b) {
-  return at::GradMode::is_enabled() ? at::mm(a, b) : products::mm(a, b);
+  return at::GradMode::is_enabled() || watched() || !plain(a) || !plain(b) ? at::mm(a, b) : products::mm(a, b);
 }
 
 Tensor bias_gradient(const Tensor& gradient, const Tensor& rows) {
@@ -253,7 +265,7 @@ struct GeluMlpFunction : Function<GeluMlpFunction> {
     size_t edge = 0;
     const auto next = [&](bool is_given) { return is_given && ctx->needs_input_grad(edge++); };
     const bool dx = next(true), dw1 = next(true), db1 = next(b1.defined()), dw2 = next(true), db2 = next(second);
-    if (at::GradMode::is_enabled()) {
+    if (!here(grads)) {
       const Tensor b2 = db2 ? at::zeros({dy.size(-1)}, dy.options()) : Tensor();
       auto made = backward_in_python("gelu_mlp", {x, w1, b1, w2, b2, dy});
       return given(std::move(made), {true, true, b1.defined(), true, second}, 6);
@@ -313,10 +325,7 @@ struct AttentionFunction : Function<AttentionFunction> {
       }
     }
     const size_t tensors = gradients.size();
-    if (at::GradMode::is_enabled())                  // a second derivative raises, by name
-      gradients = torch::autograd::DelayedError("rfkernels::joint_attention has no second derivative here; use "
-                                                "rfkernels.backend('reference')", static_cast<int64_t>(tensors))
-                      .apply(std::move(gradients));
+    gradients = once(std::move(gradients));
     gradients.resize(tensors + 4);
     return gradients;
   }

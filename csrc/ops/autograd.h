@@ -32,6 +32,9 @@ std::vector<Tensor> joint_attention(const Implementation&, const std::vector<Str
 
 bool wants_gradient(std::initializer_list<const Tensor*>);
 
+// Gradients of joint_attention, of which a second derivative raises, by name, if a graph of them is wanted.
+variable_list once(variable_list gradients);
+
 // Whether a tensor is a plain one: no wrapper of a transform, no subclass, its memory here.
 bool plain(const Tensor&);
 // Whether something wants to see operators: a dispatch mode, a function transform, forward mode.

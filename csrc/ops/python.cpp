@@ -12,6 +12,14 @@ namespace {
 
 // --- the ops ----------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kMostChannels = 16384, kMostRows = (int64_t{1} << 31) - (1 << 16);  // of Triton's kernels: op.py
+
+// Of the adaLN family: Triton's kernels hold a row in registers.
+const Implementation* for_rows(Op op, const Tensor& x) {
+  const Implementation* by = chosen(op, x);
+  return by == &launched() && x.size(2) > kMostChannels ? nullptr : by;
+}
+
 // x, shift, scale, plus_one, norm, eps, dtype
 PyObject* py_adaln(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
@@ -19,7 +27,7 @@ PyObject* py_adaln(PyObject*, Arguments a, Py_ssize_t) {
   Maybe shift, scale;
   Modulated how;
   ScalarType type;
-  const Implementation* by = x ? chosen(kAdaln, *x) : nullptr;
+  const Implementation* by = x ? for_rows(kAdaln, *x) : nullptr;
   if (!by || watched() || !vector(a[1], *x, shift) || !vector(a[2], *x, scale) ||
       !settings(a[3], a[4], a[5], how) || !result_type(a[6], *x, x->scalar_type(), type))
     return not_here();
@@ -34,7 +42,7 @@ PyObject* py_gated_adaln(PyObject*, Arguments a, Py_ssize_t) {
   Maybe gate, shift, scale;
   Modulated how;
   ScalarType type;
-  const Implementation* by = x ? chosen(kGatedAdaln, *x) : nullptr;
+  const Implementation* by = x ? for_rows(kGatedAdaln, *x) : nullptr;
   if (!by || !branch || branch->sizes() != x->sizes() || branch->device() != x->device() || watched() ||
       !vector(a[2], *x, gate) || !vector(a[3], *x, shift) || !vector(a[4], *x, scale) ||
       !settings(a[5], a[6], a[7], how) || !result_type(a[8], *x, promoted(*x, *branch, gate), type))
@@ -49,7 +57,7 @@ PyObject* py_gated_residual(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *x = tokens(a[0]), *branch = tokens(a[1]);
   Maybe gate;
-  const Implementation* by = x ? chosen(kGatedResidual, *x) : nullptr;
+  const Implementation* by = x ? for_rows(kGatedResidual, *x) : nullptr;
   if (!by || !branch || branch->sizes() != x->sizes() || branch->device() != x->device() || watched() ||
       !vector(a[2], *x, gate))
     return not_here();
@@ -67,8 +75,9 @@ PyObject* py_qk_norm(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *q = heads(a[0]), *k = heads(a[1]);
   const Implementation* by = q ? chosen(kQkNorm, *q) : nullptr;
+  if (by == &launched() && (q->size(3) > 1024 || q->numel() / q->size(3) >= kMostRows)) return not_here();
   if (!by || !k || k->scalar_type() != q->scalar_type() || k->device() != q->device() || k->size(3) != q->size(3) ||
-      !PyFloat_CheckExact(a[4]) || !(PyFloat_AS_DOUBLE(a[4]) > 0) || watched())
+      (by == &launched() && k->numel() / k->size(3) >= kMostRows) || !PyFloat_CheckExact(a[4]) || !(PyFloat_AS_DOUBLE(a[4]) > 0) || watched())
     return not_here();
   const Tensor *q_weight = of_size(a[2], q->size(3), *q), *k_weight = of_size(a[3], q->size(3), *q);
   if (!q_weight || !k_weight) return not_here();
@@ -89,7 +98,10 @@ PyObject* py_linear(PyObject*, Arguments a, Py_ssize_t) {
   const bool sums = bias && at::GradMode::is_enabled() && bias->requires_grad() && chosen(before, *x);
   if (!sums && !(x->is_cpu() && choices[kGeluMlp].cpu == &cpu())) return not_here();
   c10::SmallVector<int64_t, 4> shape;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[3]); ++i) shape.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(a[3], i)));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[3]); ++i) {
+    shape.push_back(whole(PyTuple_GET_ITEM(a[3], i)));
+    if (!shape.back()) return not_here();
+  }
   PyObject* out = wrap(unlocked([&] { return linear(*x, *weight, bias, shape); }));
   return sums ? marked(out) : out;
   END_HANDLE_TH_ERRORS
@@ -116,7 +128,7 @@ PyObject* py_gelu_mlp(PyObject*, Arguments a, Py_ssize_t) {
 PyObject* py_chunk_modulation(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor* m = tensor(a[0]);
-  const int64_t count = PyLong_CheckExact(a[1]) ? PyLong_AsLongLong(a[1]) : 0;
+  const int64_t count = whole(a[1]);
   if (!m || !chosen(kAdaln, *m) || count < 1 || m->dim() < 2 || m->dim() > 3 || (m->dim() == 3 && m->size(1) != 1) ||
       !m->numel() || m->size(-1) % count || !m->is_contiguous() || !wants_gradient({m}) || watched())
     return not_here();
@@ -128,14 +140,16 @@ PyObject* py_chunk_modulation(PyObject*, Arguments a, Py_ssize_t) {
 
 PyObject* py_give(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  give_sums(THPVariable_Unpack(a[0]), THPVariable_Unpack(a[1]));
+  const Tensor gradient = THPVariable_Unpack(a[0]), sums = THPVariable_Unpack(a[1]);
+  unlocked([&] { give_sums(gradient, sums); });             // the two locks are never held together
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* py_take(PyObject*, PyObject* gradient) {
   HANDLE_TH_ERRORS
-  const Tensor sums = take_sums(THPVariable_Unpack(gradient));
+  const Tensor of = THPVariable_Unpack(gradient);
+  const Tensor sums = unlocked([&] { return take_sums(of); });
   if (!sums.defined()) Py_RETURN_NONE;
   return wrap(sums);
   END_HANDLE_TH_ERRORS

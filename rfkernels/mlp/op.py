@@ -38,7 +38,7 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module |
 def _direct(x: Tensor, *layers: nn.Module | Tensor | None) -> Tensor | None:
     """By the native code's entry point, which checks what it takes; None if it does not."""
     if len(layers) == 2 and all(isinstance(layer, nn.Linear) and plain(layer) for layer in layers):
-        layers = tuple(layer._parameters[n] for layer in layers for n in ("weight", "bias"))        # type: ignore[union-attr]
+        layers = tuple(getattr(layer, n) for layer in layers for n in ("weight", "bias"))
     return native.direct("gelu_mlp", x, *layers) if len(layers) == 4 else None
 
 

@@ -194,8 +194,11 @@ def test_what_does_not_load_is_a_line_and_no_crash(tmp_path):
     where = tmp_path / build.folder().name
     where.mkdir()
     (where / build.NAME).write_bytes(b"not a library")
+    (where / build.NAME).with_suffix(".size").write_text("13")
     done = asked(TELL, RFKERNELS_CACHE=str(tmp_path))
     assert done.returncode == 0 and "not native: the native code does not load" in done.stdout
+    (where / build.NAME).write_bytes(b"cut")
+    assert "the native code is not built" in asked(TELL, RFKERNELS_CACHE=str(tmp_path)).stdout
     assert "RFKERNELS_NATIVE is 0" in asked(TELL, RFKERNELS_NATIVE="0").stdout
 
 

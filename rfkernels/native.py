@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -60,10 +60,12 @@ def direct(op: str, *args: Any) -> Any:
 
 
 def or_else(op: str, definition: Callable[..., Any]) -> Callable[..., Any]:
-    """An op that has no operator of its own here: its entry point, where that takes it, or else its definition."""
+    """An op that has no operator of its own here: its entry point, where that takes it, or else its definition, which
+    compilers, modes and transforms see. Arguments are in autocast's dtype already."""
 
     def run(*args: Any) -> Any:
-        made = direct(op, *args)
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            made = direct(op, *args)
         return definition(*args) if made is None else made
 
     return run

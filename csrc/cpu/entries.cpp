@@ -11,20 +11,24 @@ const Tensor* samples(PyObject* object, Op op) {
   return x && x->is_cpu() && choices[op].cpu && x->dim() && x->numel() ? x : nullptr;
 }
 
-// [B] fp32.
-const Tensor* per_sample(PyObject* object, const Tensor& x) {
-  const Tensor* t = of_size(object, x.size(0), x);
-  return t && t->scalar_type() == at::kFloat && t->is_contiguous() ? t : nullptr;
+// [B] as fp32: what stands once a sample may be fp64, and is read as fp32. Undefined for anything else.
+Tensor per_sample(PyObject* object, const Tensor& x) {
+  if (!THPVariable_CheckExact(object)) return {};
+  const Tensor& t = THPVariable_Unpack(object);
+  if (!plain(t) || !at::isFloatingType(t.scalar_type()) || t.dim() != 1 || t.size(0) != x.size(0) ||
+      t.device() != x.device())
+    return {};
+  return t.to(at::kFloat).contiguous();
 }
 
 // x0, noise, t
 PyObject* py_rectified_flow(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *x0 = samples(a[0], kFlow), *noise = samples(a[1], kFlow);
-  const Tensor* t = x0 ? per_sample(a[2], *x0) : nullptr;
-  if (!t || !noise || noise->sizes() != x0->sizes() || noise->scalar_type() != x0->scalar_type() || watched())
+  const Tensor t = x0 ? per_sample(a[2], *x0) : Tensor();
+  if (!t.defined() || THPVariable_Unpack(a[2]).element_size() < 4 || !noise || noise->sizes() != x0->sizes() || noise->scalar_type() != x0->scalar_type() || watched())
     return not_here();
-  return wrap(unlocked([&] { return on_cpu::rectified_flow(*x0, *noise, *t); }));
+  return wrap(unlocked([&] { return on_cpu::rectified_flow(*x0, *noise, t); }));
   END_HANDLE_TH_ERRORS
 }
 
@@ -32,9 +36,9 @@ PyObject* py_rectified_flow(PyObject*, Arguments a, Py_ssize_t) {
 PyObject* py_weighted_mse(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *prediction = samples(a[0], kError), *target = samples(a[1], kError);
-  const Tensor* weight = prediction ? per_sample(a[2], *prediction) : nullptr;
-  if (!weight || !target || target->sizes() != prediction->sizes() || watched()) return not_here();
-  return wrap(unlocked([&] { return on_cpu::weighted_mse(*prediction, *target, *weight); }));
+  const Tensor weight = prediction ? per_sample(a[2], *prediction) : Tensor();
+  if (!weight.defined() || !target || target->sizes() != prediction->sizes() || watched()) return not_here();
+  return wrap(unlocked([&] { return on_cpu::weighted_mse(*prediction, *target, weight); }));
   END_HANDLE_TH_ERRORS
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rfkernels import checks, dispatch, native
@@ -74,8 +73,6 @@ def _refuses(first, second, per_sample):
 
 
 def _refuses_native(first, second, per_sample):
-    if per_sample.dtype != torch.float32:
-        return f"the native kernels take fp32 for what stands once a sample, not {per_sample.dtype}"
     return native.refuses(first, second)
 
 

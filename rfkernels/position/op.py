@@ -196,8 +196,6 @@ def _refuses_unembed(x, weight, bias, height, width, patch_size):
 
 
 def _refuses_native(first, weight, bias, *rest):
-    if autocast_dtype(first.device.type) is not None:
-        return "the native code leaves autocast to PyTorch here"
     if torch.float64 in rest:
         return "the native kernels write fp32, bf16 and fp16, not torch.float64"
     return native.refuses(first, weight, bias, *rest)

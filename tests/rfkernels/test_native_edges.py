@@ -42,9 +42,12 @@ CALLS = {
     "weighted_mse": (rfkernels.weighted_mse, lambda: [leaf(2, 3, 4), leaf(2, 3, 4), leaf(2)]),
     "weighted_mse-1d": (rfkernels.weighted_mse, lambda: [leaf(3), leaf(3), leaf(3)]),
     "patch_embed": (rfkernels.patch_embed, lambda: [leaf(2, 3, 4, 6), leaf(8, 3, 2, 2), leaf(8), leaf(6, 8)]),
-    "patch_embed-one-channel": (rfkernels.patch_embed, lambda: [leaf(1, 1, 4, 6), leaf(8, 1, 2, 2), leaf(8), leaf(6, 8)]),
+    "patch_embed-one-channel": (
+        rfkernels.patch_embed, lambda: [leaf(1, 1, 4, 6), leaf(8, 1, 2, 2), leaf(8), leaf(6, 8)]
+    ),
     "patch_unembed": (
-        lambda x, w, b: rfkernels.patch_unembed(x, w, b, height=4, width=6), lambda: [leaf(2, 6, 8), leaf(12, 8), leaf(12)]
+        lambda x, w, b: rfkernels.patch_unembed(x, w, b, height=4, width=6),
+        lambda: [leaf(2, 6, 8), leaf(12, 8), leaf(12)],
     ),
     "joint_attention": (attend, lambda: [leaf(2, 5, 3, 8), leaf(8)]),
 }  # fmt: skip
@@ -191,8 +194,14 @@ def test_integers_that_no_size_is(size):
 
 
 def test_no_silent_definition_where_native_is_forced():
-    with rfkernels.backend("native"), pytest.raises(RuntimeError, match="once a sample, not torch.float64"):
-        rfkernels.rectified_flow(torch.randn(2, 3), torch.randn(2, 3), torch.rand(2).double())
+    with rfkernels.backend("native"), pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, not torch\.float64"):
+        rfkernels.rectified_flow(*torch.randn(2, 2, 3).double(), torch.rand(2))
+
+
+def test_times_of_fp64_are_read_as_fp32():
+    x0, noise, t = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, dtype=torch.float64, requires_grad=True)
+    both(lambda: [*rfkernels.rectified_flow(x0, noise, t), *torch.autograd.grad(
+        rfkernels.rectified_flow(x0, noise, t)[0].sum(), t)])  # fmt: skip
 
 
 def test_gelu_of_anything_finite():

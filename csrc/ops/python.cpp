@@ -12,7 +12,7 @@ namespace {
 
 // --- the ops ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kMostChannels = 16384, kMostRows = (int64_t{1} << 31) - (1 << 16);  // of Triton's kernels: op.py
+constexpr int64_t kMostChannels = 16384, kMostRows = (int64_t{1} << 31) - (1 << 16);  // of Triton's kernels
 
 // Of the adaLN family: Triton's kernels hold a row in registers.
 const Implementation* for_rows(Op op, const Tensor& x) {
@@ -70,14 +70,16 @@ const Tensor* heads(PyObject* object) {
   return x && x->dim() == 4 && x->numel() && x->stride(3) == 1 ? x : nullptr;
 }
 
+// Whether Triton's kernel holds a row in registers and numbers the rows in 32 bits: see qk_norm/op.py.
+bool numbered(const Tensor& x) { return x.size(3) <= 1024 && x.numel() / x.size(3) < kMostRows; }
+
 // q, k, q_weight, k_weight, eps
 PyObject* py_qk_norm(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const Tensor *q = heads(a[0]), *k = heads(a[1]);
   const Implementation* by = q ? chosen(kQkNorm, *q) : nullptr;
-  if (by == &launched() && (q->size(3) > 1024 || q->numel() / q->size(3) >= kMostRows)) return not_here();
-  if (!by || !k || k->scalar_type() != q->scalar_type() || k->device() != q->device() || k->size(3) != q->size(3) ||
-      (by == &launched() && k->numel() / k->size(3) >= kMostRows) || !PyFloat_CheckExact(a[4]) || !(PyFloat_AS_DOUBLE(a[4]) > 0) || watched())
+  if (!by || !k || (by == &launched() && !(numbered(*q) && numbered(*k))) || k->scalar_type() != q->scalar_type() || k->device() != q->device() || k->size(3) != q->size(3) ||
+      !PyFloat_CheckExact(a[4]) || !(PyFloat_AS_DOUBLE(a[4]) > 0) || watched())
     return not_here();
   const Tensor *q_weight = of_size(a[2], q->size(3), *q), *k_weight = of_size(a[3], q->size(3), *q);
   if (!q_weight || !k_weight) return not_here();

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rfkernels
 from rfkernels import Stream, native
 from rfkernels.bias import linear
+from rfkernels.joint_attention.library import joined
 
 pytestmark = pytest.mark.skipif(
     bool(native.missing()) or torch.cuda.is_available(), reason=f"{native.missing() or 'tensors are on a GPU'}"
@@ -105,17 +106,13 @@ def test_batches_of_gradients(name):
 
 def test_batches_of_gradients_of_the_joint_layout():
     q, w = CALLS["joint_attention"][1]()
-    many = [torch.randn(3, *o.shape) for o in attend(q, w)]
 
     def run():
-        from rfkernels.joint_attention.library import joined
-
         streams = (Stream(q, q, q, w, w), Stream(q, q, q))
         outs = joined(streams, list(streams), 1e-6)
         grads = [torch.randn(3, *o.shape, generator=torch.Generator().manual_seed(1)) for o in outs]
         return torch.autograd.grad(outs, [q, w], grads, is_grads_batched=True)
 
-    assert many
     both(run)
 
 

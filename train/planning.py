@@ -8,10 +8,13 @@ beside the computation, not on top: FSDP overlaps them where it can.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmdit import MMDiT, backbones
 from mmdit.counting import Kernel, Made, Trace, made_in, trace
@@ -86,27 +89,38 @@ def model_on_meta(config: Config) -> MMDiT:
         return MMDiT(config.model)
 
 
+def as_trained(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast to bf16: weights that FSDP gathered in bf16 meet fp32 positions, so the images' stream is fp32."""
+
+    def under_autocast(*inputs: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):                            # fake tensors are those of a CPU
+            return call(*inputs)
+
+    return under_autocast
+
+
 def whole_model(config: Config, batch: int, pixels: int) -> Made:
-    """A call of the model in bf16, to be traced."""
+    """A call of the model as it is trained, to be traced."""
     with made_in(torch.bfloat16):
         model = MMDiT(config.model)
     c, side = config.model, pixels // (config.model.token_pixels // config.model.patch_size)
     normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
     context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
-    return model, [normal(batch, c.in_channels, side, side), torch.rand(batch), context, pooled], [*model.parameters()]
+    latents = normal(batch, c.in_channels, side, side)
+    return as_trained(model), [latents, torch.rand(batch), context, pooled], [*model.parameters()]
 
 
 def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
-    """A call of a block."""
+    """A call of a block as it is trained, to be traced."""
     with made_in(torch.bfloat16):
         block = backbones.block(config.model, index)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
-    leaf = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
+    leaf = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
     texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
-    xs = [leaf(batch, n, c.width) for n in (*texts, tokens)]
+    xs = [*(leaf(batch, n, c.width) for n in texts), leaf(batch, tokens, c.width, dtype=torch.float32)]
     vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
     inputs = [*xs, *(v for half in vectors for v in half)]
-    return lambda *_: block(xs, vectors, [None] * len(xs)), inputs, list(block.parameters())
+    return as_trained(lambda *_: block(xs, vectors, [None] * len(xs))), inputs, list(block.parameters())
 
 
 @lru_cache(maxsize=8)
@@ -127,7 +141,7 @@ def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kern
     if kind == "none":
         return whole.kept, whole.kernels
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
-    inputs = 2 * batch * c.width * (TEXT_TOKENS + tokens)                                             # a block's, bf16
+    inputs = batch * c.width * (2 * TEXT_TOKENS + 4 * tokens)                    # a block's: text bf16, images fp32
     kept, kernels = max(0, whole.kept - sum(block.kept for block in blocks)), list(whole.kernels)
     for block in blocks:
         forward = block.kernels[: block.forward]

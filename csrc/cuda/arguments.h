@@ -1,0 +1,59 @@
+// What the kernels of this folder are given, by value; for their code and for who launches them.
+#pragma once
+
+#include <cstdint>
+
+namespace rfkernels::cuda {
+
+enum Kind : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum Way : int { kNone = 0, kSummed = 1, kStored = 2 };  // what becomes of a vector's gradient
+
+struct Rows {
+  const void* data;
+  int64_t batch, token;                      // strides; of a vector either may be zero
+};
+
+struct Vector {
+  Rows rows;                                 // data null: not given
+  Kind kind;
+  Way way;
+  void* gradient;                            // kSummed: partials [B * splits, C] fp32; kStored: [B, S, C] of its dtype
+};
+
+struct AdalnBackward {
+  Rows dy, dh, x, branch;
+  Vector shift, scale, gate;                 // shift's own values are not read
+  const float *mean, *rstd;                  // [B, S]
+  void *dx, *dbranch;                        // [B, S, C]
+  float* bias;                               // partials of the sum of dbranch, or null
+  int32_t length, span, channels;
+  float one;
+  bool rms;
+};
+
+// x [B, S, H, D] with strides, its rows numbered (b, s, h).
+struct Heads {
+  const void* data;
+  int64_t batch, token, head;
+};
+
+struct QkNorm {
+  Heads x, dy;                               // dy: of a backward
+  const void* weight;
+  void *out, *dx;                            // [B, S, H, D]
+  float* partials;                           // [gridDim.x, D]: the weight's gradient, a row for each block
+  int64_t rows;
+  int32_t length, heads, dim;
+  Kind weight_kind;
+  float eps;
+};
+
+struct GeluBackward {
+  const void *h, *da;                        // [rows, C]
+  void *a, *dh;                              // a null: not asked for
+  float* partials;                           // [splits, C], or null
+  int64_t rows, span;
+  int32_t channels;
+};
+
+}  // namespace rfkernels::cuda

@@ -33,6 +33,9 @@ PYTORCH = ("ops", "cpu", "launch")             # folders of what knows PyTorch
 NAME = "rfkernels_native.so"
 
 
+CUDA_TARGETS = (80, 90, 100)                   # a binary runs on later minor versions of its major one
+
+
 class CannotBuild(RuntimeError):
     """Why there is nothing built, in a line."""
 
@@ -53,7 +56,7 @@ def key() -> str:
     """Names what these sources are for this PyTorch, this Python and this kind of machine."""
     digest = hashlib.sha256(f"{torch.__version__} {sys.version} {platform.machine()} {sys.platform}".encode())
     for path in (Path(__file__), *sorted(sources().rglob("*"))):
-        if path.suffix in (".py", ".cpp", ".h"):
+        if path.suffix in (".py", ".cpp", ".cu", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -71,6 +74,31 @@ def built() -> Path | None:
     size = path.with_suffix(".size")                                  # one that was cut off would end the process
     whole = path.is_file() and size.is_file() and size.read_text() == str(path.stat().st_size)
     return path if whole else None
+
+
+def cuda_binary(capability: int) -> Path | None:
+    """The CUDA kernels for a GPU of this compute capability (90: sm_90), if they were built."""
+    target = next((t for t in CUDA_TARGETS if t // 10 == capability // 10 and t <= capability), None)
+    path = folder() / f"rfkernels_{target}.cubin"
+    return path if target and path.is_file() else None
+
+
+def _compile_cuda(into: Path) -> str | None:
+    """Binaries of csrc/cuda, or why there are none."""
+    nvcc = shutil.which(os.environ.get("NVCC") or "nvcc")
+    if nvcc is None:
+        return "nvcc is not on the path"
+
+    def one(target: int) -> None:
+        made, where = into / f"rfkernels_{target}.cubin", str(sources() / "cuda/kernels.cu")
+        _run([nvcc, "-std=c++17", f"-arch=sm_{target}", "-cubin", where, "-o", str(made)])
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(one, CUDA_TARGETS))
+    except CannotBuild as error:
+        return str(error)
+    return None
 
 
 def compiler() -> str:
@@ -153,6 +181,10 @@ def build() -> tuple[Path, bool]:
             return found, False
         with tempfile.TemporaryDirectory(dir=where) as made:
             _compile(Path(made))
+            reason = _compile_cuda(Path(made))
+            (where / "cuda").write_text(reason or "built")
+            for path in () if reason else Path(made).glob("*.cubin"):
+                os.replace(path, where / path.name)
             (where / NAME).with_suffix(".size").write_text(str((Path(made) / NAME).stat().st_size))
             os.replace(Path(made) / NAME, where / NAME)
     return where / NAME, True
@@ -173,6 +205,8 @@ def main() -> int:
         print(f"native code: {what}, but {reason}{remedy}", file=sys.stderr)
         return 1
     print(f"native code: {what} for torch {torch.__version__}, {native.instructions()} on this CPU: {path}")
+    told = (path.parent / "cuda").read_text()
+    print(f"CUDA kernels: {'built' if told == 'built' else f'not built. {told}; Triton has kernels for the same'}")
     return 0
 
 

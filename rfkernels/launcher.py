@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels.launch_tables import attention_launch, row_launch, tile_launch
+from rfkernels.launch_tables import attention_launch, row_launch, table, tile_launch
 from rfkernels.triton_support import INTERPRETED, capability, device_name, multiprocessors
 
 LAUNCHERS = ("triton", "native")
@@ -70,6 +70,19 @@ def compiled(module: str, name: str, args: tuple[Any, ...], constants: dict[str,
     return kernel.function, 32 * metadata.num_warps, metadata.shared, takes
 
 
+def _cuda(name: str, size: int, device: torch.device, gpu: str | None) -> bool:
+    """Whether the launch table of a GPU says that the CUDA kernel is faster than Triton's at this width, {"adaln_bwd_cuda":
+    {"1536": {}}}, and it is built. Tells the native code where it lies."""
+    from rfkernels import build, native
+
+    if gpu is None or str(size) not in table(gpu).get(f"{name}_cuda", {}):
+        return False
+    path = build.cuda_binary(capability(device))
+    if path is not None:
+        native.entry.cuda_binary(-1 if device.index is None else device.index, str(path))
+    return path is not None
+
+
 def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
     """What csrc/launch asks of the launch tables, for this many channels or heads of this size."""
     device = device_name(like.device)
@@ -80,6 +93,8 @@ def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
         a = attention_launch(name, size, like.dtype.itemsize, arch, device)
         exact = like.dtype == torch.float32 and bool(arch)                 # three tf32 products for one of fp32
         return a.block_m, a.block_n, a.warps, a.stages, a.registers, int(exact)
+    if name.endswith("_cuda"):
+        return (int(_cuda(name.removesuffix("_cuda"), size, like.device, device)),)
     if name == "gelu_bwd":
         tile = tile_launch(name, size, device)
         return tile.rows, tile.chunk, tile.warps

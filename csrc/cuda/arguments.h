@@ -56,4 +56,19 @@ struct GeluBackward {
   int32_t channels;
 };
 
+// Names of the dtypes in kernels.cu, and threads of a block for a width that has a kernel of its own; 0: none.
+constexpr const char* kNames[] = {"fp32", "bf16", "fp16"};
+
+constexpr int threads_of(int64_t channels) {
+  switch (channels) {
+    case 960: return 128;
+    case 1152: return 160;
+    case 1536: return 192;
+    case 1920: return 256;
+    case 2432: return 320;
+    case 3072: return 384;
+    default: return 0;
+  }
+}
+
 }  // namespace rfkernels::cuda

@@ -1,6 +1,7 @@
 // Entry points of what is launched here, and what the launcher asks Python.
 #include "../ops/entries.h"
 #include "attention.h"
+#include "cuda.h"
 #include "launch.h"
 
 namespace rfkernels {
@@ -74,6 +75,16 @@ PyObject* py_on_launch(PyObject*, Arguments a, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
+// device, path of the binary
+PyObject* py_cuda_binary(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const char* path = PyUnicode_AsUTF8(a[1]);
+  if (!path) return nullptr;
+  launch::cuda_binary(static_cast<int>(PyLong_AsLong(a[0])), path);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* py_forget(PyObject*, Arguments, Py_ssize_t) {
   launch::forget();
   Py_RETURN_NONE;
@@ -111,7 +122,7 @@ PyObject* py_is_packed(PyObject*, Arguments a, Py_ssize_t) {
 }  // namespace
 
 PyMethodDef launch_methods[] = {
-    FAST(on_launch), FAST(forget), FAST(joint_attention), FAST(is_packed), {nullptr, nullptr, 0, nullptr},
+    FAST(on_launch), FAST(cuda_binary), FAST(forget), FAST(joint_attention), FAST(is_packed), {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace rfkernels

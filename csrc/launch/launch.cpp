@@ -24,6 +24,8 @@ struct Config {
 };
 using LaunchKernelEx = int (*)(const Config*, void*, void**, void**);
 using GetErrorString = int (*)(int, const char**);
+using ModuleLoadData = int (*)(void**, const void*);
+using ModuleGetFunction = int (*)(void**, void*, const char*);
 
 struct Driver {
   LaunchKernelEx launch = nullptr;
@@ -32,6 +34,8 @@ struct Driver {
   int (*device)(int*, int) = nullptr;
   int (*retain)(void**, int) = nullptr;
   int (*set_current)(void*) = nullptr;
+  ModuleLoadData load = nullptr;
+  ModuleGetFunction find = nullptr;
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
@@ -42,13 +46,23 @@ struct Driver {
     device = reinterpret_cast<int (*)(int*, int)>(dlsym(library, "cuDeviceGet"));
     retain = reinterpret_cast<int (*)(void**, int)>(dlsym(library, "cuDevicePrimaryCtxRetain"));
     set_current = reinterpret_cast<int (*)(void*)>(dlsym(library, "cuCtxSetCurrent"));
-    TORCH_CHECK(launch && describe && current && device && retain && set_current, "the CUDA driver has no cuLaunchKernelEx: it is older than 11.8");
+    load = reinterpret_cast<ModuleLoadData>(dlsym(library, "cuModuleLoadData"));
+    find = reinterpret_cast<ModuleGetFunction>(dlsym(library, "cuModuleGetFunction"));
+    TORCH_CHECK(launch && describe && current && device && retain && set_current && load && find,
+                "the CUDA driver has no cuLaunchKernelEx: it is older than 11.8");
   }
 };
 
 const Driver& driver() {
   static const Driver found;
   return found;
+}
+
+void check(int error, const char* what, const char* happened) {
+  if (!error) return;
+  const char* text = nullptr;
+  driver().describe(error, &text);
+  TORCH_CHECK(false, what, ": ", happened, ": ", text ? text : "unknown error", " (", error, ")");
 }
 
 std::mutex mutex;
@@ -146,16 +160,28 @@ void Call::run(Grid grid) const {
     arguments[count] = &room[count];
     ++count;
   }
+  start(kernel_.name, to.function, device, grid, to.threads, to.shared, arguments.data());
+}
+
+void start(const char* name, void* function, c10::Device device, Grid grid, unsigned threads, unsigned shared,
+           void** arguments) {
   Config config{{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
-                {to.threads, 1, 1}, to.shared, nullptr, nullptr, 0};
+                {threads, 1, 1}, shared, nullptr, nullptr, 0};
   if (device.is_cuda())
     config.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  const int error = driver().launch(&config, to.function, arguments.data(), nullptr);
-  if (error) {
-    const char* text = nullptr;
-    driver().describe(error, &text);
-    TORCH_CHECK(false, kernel_.name, ": the launch failed: ", text ? text : "unknown error", " (", error, ")");
-  }
+  check(driver().launch(&config, function, arguments, nullptr), name, "the launch failed");
+}
+
+void* load_module(const void* image) {
+  void* module = nullptr;
+  check(driver().load(&module, image), "the CUDA kernels", "they do not load");
+  return module;
+}
+
+void* module_function(void* module, const char* name) {
+  void* function = nullptr;
+  check(driver().find(&function, module, name), name, "it is not in the binary");
+  return function;
 }
 
 const std::vector<int64_t>& settings(const char* name, int64_t size, const at::Tensor& like) {

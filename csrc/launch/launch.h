@@ -112,6 +112,13 @@ extern std::function<std::vector<int64_t>(const char* name, int64_t, const at::T
 // Settings of a kernel by the launch tables, for this many channels (or heads of this size) and like's dtype and device.
 const std::vector<int64_t>& settings(const char* name, int64_t size, const at::Tensor& like);
 
+// Launches on the tensors' device and its current stream. arguments: a pointer to each.
+void start(const char* name, void* function, c10::Device device, Grid grid, unsigned threads, unsigned shared,
+           void** arguments);
+// The driver's: a module from a binary in memory, a kernel of it.
+void* load_module(const void* image);
+void* module_function(void* module, const char* name);
+
 // Forgets what was compiled and which settings were asked for.
 void forget();
 

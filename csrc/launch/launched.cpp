@@ -1,5 +1,7 @@
 // Triton's kernels as an implementation: what rfkernels/*/launch.py does, launched from here.
+#include "../cuda/arguments.h"
 #include "attention.h"
+#include "cuda.h"
 #include "launch.h"
 #include "../ops/chunks.h"
 #include "../ops/implementation.h"
@@ -290,6 +292,15 @@ class Launched : public Implementation {
     }
     const Sums sums(x, tokens, vectors, in_chunks);
     Tensor dx = fresh(x, type), dbranch = branch ? fresh(*branch) : Tensor();
+    const auto made = [&]() -> GatedGradients {
+      sums.finish();
+      if (!branch) return {dx, Tensor(), Tensor(), sums.gradients[0], sums.gradients[1], Tensor()};
+      return {dx, dbranch, sums.gradients[2], sums.gradients[0], sums.gradients[1], sums.gradients[3]};
+    };
+    if (by_cuda(name, x, type, dy, dh, branch, shift, scale, gate)) {
+      cuda_backward(x, dy, dh, branch, gate, shift, scale, statistics, how, sums, dx, dbranch);
+      return made();
+    }
     const Tensor none;
     Call call(kAdalnBackward, x);
     call << dy << dh << x << branch << gate << scale << statistics << dx << dbranch << sums.targets[0]
@@ -306,9 +317,55 @@ class Launched : public Implementation {
     call.with("BIAS", bias).with("ONE", how.plus_one ? 1.0 : 0.0);
     covered(call, name, x);
     call.run({x.size(0), sums.splits});
-    sums.finish();
-    if (!branch) return {dx, Tensor(), Tensor(), sums.gradients[0], sums.gradients[1], Tensor()};
-    return {dx, dbranch, sums.gradients[2], sums.gradients[0], sums.gradients[1], sums.gradients[3]};
+    return made();
+  }
+
+  // Whether the launch table says that csrc/cuda's kernel is the faster one here, and it takes these tensors.
+  static bool by_cuda(const std::string& name, const Tensor& x, ScalarType type, const Tensor& dy, const Maybe& dh,
+                      const Maybe& branch, const Maybe& shift, const Maybe& scale, const Maybe& gate) {
+    if (name == "gated_adaln_bwd_mixed" || type != x.scalar_type() || dy.scalar_type() != type) return false;
+    if (dh && dh->scalar_type() != type) return false;
+    const char* asked = branch ? "gated_adaln_bwd_cuda" : "adaln_bwd_cuda";
+    if (!settings(asked, x.size(2), x)[0]) return false;
+    // A width of its own reads 16 bytes at a time; the others read number by number, up to 4096.
+    if (!cuda::threads_of(x.size(2))) return x.size(2) <= 4096;
+    const auto aligned = [](const Tensor& t) {
+      const auto elements = static_cast<int64_t>(16 / t.element_size());
+      bool all = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+      for (int64_t i = 0; i + 1 < t.dim(); ++i) all = all && (t.size(i) == 1 || t.stride(i) % elements == 0);
+      return all;
+    };
+    for (const Maybe* t : {&dh, &branch, &shift, &scale, &gate})
+      if (*t && !aligned(**t)) return false;
+    return aligned(x) && aligned(dy);
+  }
+
+  static void cuda_backward(const Tensor& x, const Tensor& dy, const Maybe& dh, const Maybe& branch, const Maybe& gate,
+                            const Maybe& shift, const Maybe& scale, const Tensor& statistics, const Modulated& how,
+                            const Sums& sums, const Tensor& dx, const Tensor& dbranch) {
+    const auto kind = [](const Tensor& t) {
+      return t.scalar_type() == at::kFloat ? cuda::kF32 : t.scalar_type() == at::kBFloat16 ? cuda::kBF16 : cuda::kF16;
+    };
+    const auto all = [](const Tensor& t) { return cuda::Rows{t.data_ptr(), t.stride(0), t.stride(1)}; };
+    const auto of = [&](const Maybe& v, const Tensor& target) -> cuda::Vector {
+      if (!v) return {};
+      const cuda::Rows from{v->data_ptr(), v->dim() > 1 ? v->stride(0) : 0, v->dim() == 3 ? v->stride(1) : 0};
+      return {from, kind(*v), static_cast<cuda::Way>(way(v)), target.data_ptr()};
+    };
+    const float* mean = statistics.data_ptr<float>();
+    const bool bias = branch && sums.targets[3].defined();
+    cuda::AdalnBackward a{all(dy), dh ? all(*dh) : cuda::Rows{}, all(x), branch ? all(*branch) : cuda::Rows{},
+                          of(shift, sums.targets[0]), of(scale, sums.targets[1]),
+                          branch ? of(gate, sums.targets[2]) : cuda::Vector{}, mean, mean + statistics.numel() / 2,
+                          dx.data_ptr(), branch ? dbranch.data_ptr() : nullptr,
+                          bias ? sums.targets[3].data_ptr<float>() : nullptr, static_cast<int32_t>(x.size(1)),
+                          static_cast<int32_t>(sums.span), static_cast<int32_t>(x.size(2)), how.plus_one ? 1.f : 0.f,
+                          how.rms};
+    const int own = cuda::threads_of(x.size(2));
+    const std::string width = own ? std::to_string(x.size(2)) : x.size(2) <= 2048 ? "any" : "any_wide";
+    const std::string name = std::string(branch ? "gated_adaln_backward_" : "adaln_backward_") +
+                             cuda::kNames[kind(x)] + "_" + width;
+    launch::run_cuda(name, x, {x.size(0), sums.splits}, own ? own : x.size(2) <= 2048 ? 256 : 512, &a);
   }
 
   static void pair(Call& call, const Maybe& t) {

@@ -2,15 +2,18 @@
 memory looked at. What a GPU makes of them has not been tried."""
 
 import ctypes
+import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rfkernels import build
+from rfkernels import build, native
 from rfkernels.testing import assert_within_rule
 
 try:
@@ -241,3 +244,40 @@ def test_planted_faults_are_found(fault, tmp_path):
     family = Family("fp32", 1, 4, 100, {"shift": "sample", "scale": "sample", "gate": None}, "layer", 1, False)
     races = run(library, "adaln_backward_fp32_any", family.arguments(), (1, 1), 0)
     assert races.startswith("room[") and "without a barrier between them" in races
+
+
+# --- what the launcher hands over -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launches():
+    if native.missing() or build.cuda_binary(90) is None:
+        pytest.skip(native.missing() or "the CUDA kernels are not built")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rfkernels.cuda_launches"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("channels, width, threads", ((100, "any", 256), (1536, "1536", 192), (3000, "any_wide", 512)))
+@pytest.mark.parametrize("kind", ("bf16", "fp32"))
+@pytest.mark.parametrize("op", ("adaln", "gated_adaln"))
+def test_the_launcher_hands_over_the_arguments(op, kind, channels, width, threads, launches):
+    found = launches[f"{op}-{kind}-{channels}"]
+    (name, grid, block, _, arguments), summing = found["launches"]
+    assert name == f"{op}_backward_{kind}_{width}" and block == f"{threads},1,1" and summing[0] == "sum_partials"
+    a = AdalnBackward.from_buffer_copy(bytes.fromhex(arguments)[::-1])
+    assert (a.dy.data, a.dx) == (found["dy"], found["dx"])
+    assert (a.length, a.channels, a.one, a.rms) == (70, channels, 1.0, False)
+    assert (a.dy.batch, a.dy.token) == (70 * channels, channels)
+    splits = int(grid.split(",")[1])
+    assert grid == f"2,{splits},1" and a.span * splits >= 70 > a.span * (splits - 1)
+    assert a.scale.kind == KINDS[kind][0] and a.scale.way == WAYS["summed"] and a.scale.rows.batch == channels
+    gated = op == "gated_adaln"
+    assert a.shift.way == WAYS["stored" if gated else "summed"] and a.gate.way == (WAYS["summed"] if gated else 0)
+    assert bool(a.branch.data) == bool(a.dh.data) == bool(a.dbranch) == gated
+
+
+def test_a_misaligned_tensor_is_tritons(launches):
+    assert launches["odd"]["launches"][0][0] == "adaln_bwd"

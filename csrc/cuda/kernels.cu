@@ -3,23 +3,23 @@
 #include "others.h"
 
 #define ADALN(KIND, TAG, CHANNELS, THREADS, NAME)                                                               \
-  KERNEL __launch_bounds__(THREADS) adaln_backward_##TAG##_##NAME(const rfkernels::cuda::AdalnBackward a) {      \
+  KERNEL __launch_bounds__(THREADS, 1) adaln_backward_##TAG##_##NAME(const rfkernels::cuda::AdalnBackward a) {      \
     rfkernels::cuda::adaln_backward<rfkernels::cuda::KIND, CHANNELS, THREADS, false>(a);                         \
   }                                                                                                              \
-  KERNEL __launch_bounds__(THREADS) gated_adaln_backward_##TAG##_##NAME(const rfkernels::cuda::AdalnBackward a) { \
+  KERNEL __launch_bounds__(THREADS, 1) gated_adaln_backward_##TAG##_##NAME(const rfkernels::cuda::AdalnBackward a) { \
     rfkernels::cuda::adaln_backward<rfkernels::cuda::KIND, CHANNELS, THREADS, true>(a);                          \
   }
 
 #define QK_NORM(KIND, TAG, DIM, LANES, NAME)                                                                    \
-  KERNEL __launch_bounds__(128) qk_norm_forward_##TAG##_##NAME(const rfkernels::cuda::QkNorm a) {                \
+  KERNEL __launch_bounds__(128, 1) qk_norm_forward_##TAG##_##NAME(const rfkernels::cuda::QkNorm a) {                \
     rfkernels::cuda::qk_norm_forward<rfkernels::cuda::KIND, DIM, LANES, 128>(a);                                 \
   }                                                                                                              \
-  KERNEL __launch_bounds__(128) qk_norm_backward_##TAG##_##NAME(const rfkernels::cuda::QkNorm a) {               \
+  KERNEL __launch_bounds__(128, 1) qk_norm_backward_##TAG##_##NAME(const rfkernels::cuda::QkNorm a) {               \
     rfkernels::cuda::qk_norm_backward<rfkernels::cuda::KIND, DIM, LANES, 128>(a);                                \
   }
 
 #define GELU(KIND, TAG, EXACT, NAME)                                                                            \
-  KERNEL __launch_bounds__(128) gelu_backward_##TAG##_##NAME(const rfkernels::cuda::GeluBackward a) {            \
+  KERNEL __launch_bounds__(128, 1) gelu_backward_##TAG##_##NAME(const rfkernels::cuda::GeluBackward a) {            \
     rfkernels::cuda::gelu_backward<rfkernels::cuda::KIND, EXACT, 128>(a);                                        \
   }
 

@@ -31,9 +31,8 @@ ISAS: dict[str, tuple[str, ...]] = {
 KERNELS = "cpu/kernels.cpp"                    # once for each of them
 PYTORCH = ("ops", "cpu", "launch")             # folders of what knows PyTorch
 NAME = "rfkernels_native.so"
-
-
-CUDA_TARGETS = (80, 90, 100)                   # a binary runs on later minor versions of its major one
+CUDA = "cuda/kernels.cu"                       # once for each of
+CUDA_TARGETS = (80, 90, 100)                   # which later minor versions of the same major one run too
 
 
 class CannotBuild(RuntimeError):
@@ -53,8 +52,9 @@ def x86() -> bool:
 
 @lru_cache
 def key() -> str:
-    """Names what these sources are for this PyTorch, this Python and this kind of machine."""
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {platform.machine()} {sys.platform}".encode())
+    """Names what these sources are for this PyTorch and CUDA, this Python and this kind of machine."""
+    versions = f"{torch.__version__} {torch.version.cuda} {sys.version} {platform.machine()} {sys.platform}"
+    digest = hashlib.sha256(versions.encode())
     for path in (Path(__file__), *sorted(sources().rglob("*"))):
         if path.suffix in (".py", ".cpp", ".cu", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -79,26 +79,40 @@ def built() -> Path | None:
 def cuda_binary(capability: int) -> Path | None:
     """The CUDA kernels for a GPU of this compute capability (90: sm_90), if they were built."""
     target = next((t for t in CUDA_TARGETS if t // 10 == capability // 10 and t <= capability), None)
-    path = folder() / f"rfkernels_{target}.cubin"
-    return path if target and path.is_file() else None
+    path = folder() / binary(target or 0)
+    return path if path.is_file() else None
 
 
-def _compile_cuda(into: Path) -> str | None:
-    """Binaries of csrc/cuda, or why there are none."""
-    nvcc = shutil.which(os.environ.get("NVCC") or "nvcc")
-    if nvcc is None:
-        return "nvcc is not on the path"
+def binary(target: int) -> str:
+    """File name of the CUDA kernels for sm_`target`."""
+    return f"rfkernels_{target}.cubin"
 
-    def one(target: int) -> None:
-        made, where = into / f"rfkernels_{target}.cubin", str(sources() / "cuda/kernels.cu")
-        _run([nvcc, "-std=c++17", f"-arch=sm_{target}", "-cubin", where, "-o", str(made)])
 
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(one, CUDA_TARGETS))
-    except CannotBuild as error:
-        return str(error)
-    return None
+def cuda_missing() -> str | None:
+    """Why there are no CUDA kernels beside the built library, or None."""
+    told = folder() / "cuda"
+    return (told.read_text() or None) if told.is_file() else "they are not built"
+
+
+def nvcc() -> str:
+    """Raises: CannotBuild."""
+    asked = os.environ.get("NVCC") or "nvcc"
+    if found := shutil.which(asked):
+        return found
+    raise CannotBuild(f"{asked} is not on the path")
+
+
+def _cuda_jobs(into: Path) -> list[list[str]]:
+    """What compiles csrc/cuda, for each kind of GPU.
+
+    Raises: CannotBuild, where PyTorch is not for CUDA or there is no nvcc.
+    """
+    if torch.version.cuda is None:
+        raise CannotBuild("this PyTorch is not for CUDA")
+    return [
+        [nvcc(), "-std=c++17", f"-arch=sm_{target}", "-cubin", str(sources() / CUDA), "-o", str(into / binary(target))]
+        for target in CUDA_TARGETS
+    ]
 
 
 def compiler() -> str:
@@ -134,8 +148,8 @@ def _together(folder: Path, into: Path) -> Path:
     return made
 
 
-def _compile(into: Path) -> None:
-    """The library, in a folder of its own."""
+def _cxx_jobs(into: Path) -> list[list[str]]:
+    """What compiles the parts of the library, each but for its "-o". Raises: CannotBuild."""
     cxx, include = compiler(), headers()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     torch_flags = ["-std=c++20", "-O2", "-fPIC", "-fopenmp", abi]
@@ -143,19 +157,36 @@ def _compile(into: Path) -> None:
              "-ffp-contract=off"]        # g - mean(g) of one channel is 0, as in eager PyTorch
     isas: dict[str, tuple[str, ...]] = {"portable": (), **(ISAS if x86() else {})}
     own = ["-DRFKERNELS_X86"] if x86() else []
-    jobs = {
-        folder: [cxx, *torch_flags, *own, *include, "-c", str(_together(sources() / folder, into))]
-        for folder in PYTORCH
-    } | {
-        isa: [cxx, *loops, f"-DRFKERNELS_ISA={isa}", *extra, "-c", str(sources() / KERNELS)]
-        for isa, extra in isas.items()
-    }
-    objects = [str(into / f"{i}.o") for i in range(len(jobs))]
+    parts = [[*torch_flags, *own, *include, str(_together(sources() / folder, into))] for folder in PYTORCH]
+    parts += [[*loops, f"-DRFKERNELS_ISA={isa}", *flags, str(sources() / KERNELS)] for isa, flags in isas.items()]
+    return [[cxx, *part, "-c", "-o", str(into / f"{i}.o")] for i, part in enumerate(parts)]
+
+
+def compile_cuda(into: Path) -> None:
+    """Binaries of the CUDA kernels alone. Raises: CannotBuild."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, ([*job, "-o", made] for job, made in zip(jobs.values(), objects, strict=True))))
+        list(pool.map(_run, _cuda_jobs(into)))
+
+
+def _compile(into: Path) -> str | None:
+    """The library and the binaries of the CUDA kernels, in a folder of their own. Returns why there are none of these.
+
+    Raises: CannotBuild, without the library.
+    """
+    jobs = _cxx_jobs(into)
+    try:
+        cuda, reason = _cuda_jobs(into), None
+    except CannotBuild as error:
+        cuda, reason = [], str(error)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        library, binaries = [pool.submit(_run, job) for job in jobs], [pool.submit(_run, job) for job in cuda]
+    for job in library:
+        job.result()
+    objects = [job[-1] for job in jobs]
     where = f"-L{Path(torch.__file__).parent / 'lib'}"
     libraries = [where, "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
-    _run([cxx, "-shared", *objects, "-o", str(into / NAME), *libraries])
+    _run([compiler(), "-shared", *objects, "-o", str(into / NAME), *libraries])
+    return next((str(failed) for job in binaries if (failed := job.exception())), reason)
 
 
 def build() -> tuple[Path, bool]:
@@ -180,9 +211,8 @@ def build() -> tuple[Path, bool]:
         if found := built():
             return found, False
         with tempfile.TemporaryDirectory(dir=where) as made:
-            _compile(Path(made))
-            reason = _compile_cuda(Path(made))
-            (where / "cuda").write_text(reason or "built")
+            reason = _compile(Path(made))
+            (where / "cuda").write_text(reason or "")
             for path in () if reason else Path(made).glob("*.cubin"):
                 os.replace(path, where / path.name)
             (where / NAME).with_suffix(".size").write_text(str((Path(made) / NAME).stat().st_size))
@@ -205,8 +235,8 @@ def main() -> int:
         print(f"native code: {what}, but {reason}{remedy}", file=sys.stderr)
         return 1
     print(f"native code: {what} for torch {torch.__version__}, {native.instructions()} on this CPU: {path}")
-    told = (path.parent / "cuda").read_text()
-    print(f"CUDA kernels: {'built' if told == 'built' else f'not built. {told}; Triton has kernels for the same'}")
+    reason, targets = cuda_missing(), ", ".join(f"sm_{target}" for target in CUDA_TARGETS)
+    print("CUDA kernels:", f"not built. {reason}; Triton's do the same" if reason else f"built for {targets}")
     return 0
 
 

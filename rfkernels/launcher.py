@@ -71,8 +71,8 @@ def compiled(module: str, name: str, args: tuple[Any, ...], constants: dict[str,
 
 
 def _cuda(name: str, size: int, device: torch.device, gpu: str | None) -> bool:
-    """Whether the launch table of a GPU says that the CUDA kernel is faster than Triton's at this width, {"adaln_bwd_cuda":
-    {"1536": {}}}, and it is built. Tells the native code where it lies."""
+    """Whether a GPU's launch table says that the CUDA kernel is faster than Triton's for this width or head dimension,
+    {"adaln_bwd_cuda": {"1536": {}}}, and it is built. Tells the native code where it lies."""
     from rfkernels import build, native
 
     if gpu is None or str(size) not in table(gpu).get(f"{name}_cuda", {}):
@@ -85,9 +85,13 @@ def _cuda(name: str, size: int, device: torch.device, gpu: str | None) -> bool:
 
 def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
     """What csrc/launch asks of the launch tables, for this many channels or heads of this size."""
+    from rfkernels.joint_attention.library import measured
+
     device = device_name(like.device)
     if name == "multiprocessors":
         return (multiprocessors(like.device),)
+    if name == "library_from":
+        return (measured(like.device.type, like.device.index, size)[1],)
     if name.startswith("attention"):
         arch = capability(like.device)
         a = attention_launch(name, size, like.dtype.itemsize, arch, device)

@@ -107,11 +107,13 @@ def instructions_here() -> str:
 
 def described() -> str:
     """A line for `explain`."""
-    from rfkernels import launcher
+    from rfkernels import build, launcher
 
     if reason := missing():
         return f"native code: none: {reason}"
-    return f"native code: {instructions_here()} on this CPU; Triton's kernels are launched by {launcher.described()}"
+    reason = build.cuda_missing()
+    cuda = f"no CUDA kernels: {reason}" if reason else "CUDA kernels are built"
+    return f"native code: {instructions_here()} on this CPU; {launcher.described()} starts Triton's kernels; {cuda}"
 
 
 def refuses(*args: Any) -> str | None:

@@ -5,6 +5,8 @@
 
 namespace rfkernels::cuda {
 
+constexpr int kVector = 8;                   // channels of a thread at a time: 16 bytes of 16-bit numbers
+
 enum Kind : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 enum Way : int { kNone = 0, kSummed = 1, kStored = 2 };  // what becomes of a vector's gradient
 
@@ -48,6 +50,11 @@ struct QkNorm {
   float eps;
 };
 
+// Queries and keys, by blockIdx.y.
+struct QkNormPair {
+  QkNorm of[2];
+};
+
 struct GeluBackward {
   const void *h, *da;                        // [rows, C]
   void *a, *dh;                              // a null: not asked for
@@ -56,9 +63,10 @@ struct GeluBackward {
   int32_t channels;
 };
 
-// Names of the dtypes in kernels.cu, and threads of a block for a width that has a kernel of its own; 0: none.
+// Names of the dtypes in kernels.cu.
 constexpr const char* kNames[] = {"fp32", "bf16", "fp16"};
 
+// Threads of a block of the adaLN family, for a width that has a kernel of its own; 0: none.
 constexpr int threads_of(int64_t channels) {
   switch (channels) {
     case 960: return 128;
@@ -70,5 +78,16 @@ constexpr int threads_of(int64_t channels) {
     default: return 0;
   }
 }
+
+// For any other width; 0: too wide.
+constexpr int kThreads = 256, kManyThreads = 512;
+constexpr int threads_of_any(int64_t channels) {
+  return channels <= kVector * kThreads ? kThreads : channels <= kVector * kManyThreads ? kManyThreads : 0;
+}
+
+// Of qk_norm and GELU. Threads that share a row of qk_norm, for a head dimension with a kernel of its own; 0: none.
+constexpr int kRowThreads = 128, kAnyLanes = 32, kWidestHead = kVector * kAnyLanes;
+constexpr int lanes_of(int64_t dim) { return dim == 64 ? 8 : dim == 128 ? 16 : 0; }
+constexpr int64_t rows_of_block(int64_t dim) { return kRowThreads / (lanes_of(dim) ? lanes_of(dim) : kAnyLanes); }
 
 }  // namespace rfkernels::cuda

@@ -13,11 +13,10 @@
 #define DEVICE inline
 #define KERNEL inline void
 #define __launch_bounds__(...)
+#define __grid_constant__
 #endif
 
 namespace rfkernels::cuda {
-
-constexpr int kVector = 8;                               // channels of a thread at a time: 16 bytes of 16-bit numbers
 
 template <int KIND>
 struct Element {

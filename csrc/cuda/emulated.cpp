@@ -15,29 +15,28 @@ const char* run(void (*kernel)(Arguments), const Arguments& a, int grid_x, int g
 }
 }  // namespace
 
-using namespace rfkernels::cuda;
-
-#define RUN_ADALN(TAG, NAME, THREADS)                                                                            \
-  extern "C" const char* run_adaln_backward_##TAG##_##NAME(const AdalnBackward* a, int x, int y, int order) {     \
-    return run<AdalnBackward>(adaln_backward_##TAG##_##NAME, *a, x, y, THREADS, order);                           \
-  }                                                                                                              \
-  extern "C" const char* run_gated_adaln_backward_##TAG##_##NAME(const AdalnBackward* a, int x, int y, int order) { \
-    return run<AdalnBackward>(gated_adaln_backward_##TAG##_##NAME, *a, x, y, THREADS, order);                     \
+#define RUN_ADALN(TAG, NAME, THREADS)                                                                              \
+  extern "C" const char* run_adaln_backward_##TAG##_##NAME(const AdalnBackward* a, int x, int y, int order) {      \
+    return run<AdalnBackward>(adaln_backward_##TAG##_##NAME, *a, x, y, THREADS, order);                            \
+  }                                                                                                                \
+  extern "C" const char* run_gated_adaln_backward_##TAG##_##NAME(const AdalnBackward* a, int x, int y, int order) {\
+    return run<AdalnBackward>(gated_adaln_backward_##TAG##_##NAME, *a, x, y, THREADS, order);                      \
   }
-#define RUN_QK(TAG, NAME)                                                                                        \
-  extern "C" const char* run_qk_norm_forward_##TAG##_##NAME(const QkNorm* a, int x, int y, int order) {           \
-    return run<QkNorm>(qk_norm_forward_##TAG##_##NAME, *a, x, y, 128, order);                                     \
-  }                                                                                                              \
-  extern "C" const char* run_qk_norm_backward_##TAG##_##NAME(const QkNorm* a, int x, int y, int order) {          \
-    return run<QkNorm>(qk_norm_backward_##TAG##_##NAME, *a, x, y, 128, order);                                    \
+#define RUN_QK(TAG, NAME)                                                                                          \
+  extern "C" const char* run_qk_norm_forward_##TAG##_##NAME(const QkNormPair* a, int x, int y, int order) {        \
+    return run<QkNormPair>(qk_norm_forward_##TAG##_##NAME, *a, x, y, kRowThreads, order);                          \
+  }                                                                                                                \
+  extern "C" const char* run_qk_norm_backward_##TAG##_##NAME(const QkNormPair* a, int x, int y, int order) {       \
+    return run<QkNormPair>(qk_norm_backward_##TAG##_##NAME, *a, x, y, kRowThreads, order);                         \
   }
-#define RUN_GELU(TAG, NAME)                                                                                      \
-  extern "C" const char* run_gelu_backward_##TAG##_##NAME(const GeluBackward* a, int x, int y, int order) {       \
-    return run<GeluBackward>(gelu_backward_##TAG##_##NAME, *a, x, y, 128, order);                                 \
+#define RUN_GELU(TAG, NAME)                                                                                        \
+  extern "C" const char* run_gelu_backward_##TAG##_##NAME(const GeluBackward* a, int x, int y, int order) {        \
+    return run<GeluBackward>(gelu_backward_##TAG##_##NAME, *a, x, y, kRowThreads, order);                          \
   }
-#define RUN_ALL(TAG)                                                                                             \
+#define RUN_ALL(TAG)                                                                                               \
   RUN_ADALN(TAG, 960, 128) RUN_ADALN(TAG, 1152, 160) RUN_ADALN(TAG, 1536, 192) RUN_ADALN(TAG, 1920, 256)           \
-  RUN_ADALN(TAG, 2432, 320) RUN_ADALN(TAG, 3072, 384) RUN_ADALN(TAG, any, 256) RUN_ADALN(TAG, any_wide, 512)       \
+  RUN_ADALN(TAG, 2432, 320) RUN_ADALN(TAG, 3072, 384) RUN_ADALN(TAG, any, kThreads)                                \
+  RUN_ADALN(TAG, any_wide, kManyThreads)                                                                           \
   RUN_QK(TAG, 64) RUN_QK(TAG, 128) RUN_QK(TAG, any) RUN_GELU(TAG, exact) RUN_GELU(TAG, any)
 
 RUN_ALL(bf16)

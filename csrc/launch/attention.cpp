@@ -141,7 +141,9 @@ const char* refuses(const std::vector<Stream>& streams) {
   const bool norm = first.k_weight.defined();
   const int64_t batch = first.k.size(0), heads = first.k.size(2), dim = first.k.size(3);
   if (dim > 128 || dim % 8 || batch > kMostGrid || heads > kMostGrid) return "these sizes are not for the kernels";
+  int64_t tokens = 0;
   for (const Stream& s : streams) {
+    tokens += s.k.size(1);
     if (s.k.scalar_type() != first.k.scalar_type() || s.k.device() != first.k.device() || s.k.size(0) != batch ||
         s.k.size(2) != heads || s.k.size(3) != dim)
       return "streams differ";
@@ -149,6 +151,7 @@ const char* refuses(const std::vector<Stream>& streams) {
     for (const Tensor* t : {&s.q, &s.k, &s.v})
       if (t->defined() && t->stride(1) >= kMostTokenStride) return "tokens lie too far apart";
   }
+  if (tokens >= settings("library_from", dim, first.k)[0]) return "by the launch table a library is faster";
   return nullptr;
 }
 

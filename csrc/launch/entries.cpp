@@ -1,8 +1,8 @@
 // Entry points of what is launched here, and what the launcher asks Python.
 #include "../ops/entries.h"
 #include "attention.h"
-#include "cuda.h"
 #include "launch.h"
+#include "modules.h"
 
 namespace rfkernels {
 namespace {
@@ -80,7 +80,7 @@ PyObject* py_cuda_binary(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const char* path = PyUnicode_AsUTF8(a[1]);
   if (!path) return nullptr;
-  launch::cuda_binary(static_cast<int>(PyLong_AsLong(a[0])), path);
+  launch::binary_for(static_cast<int>(PyLong_AsLong(a[0])), path);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -122,7 +122,8 @@ PyObject* py_is_packed(PyObject*, Arguments a, Py_ssize_t) {
 }  // namespace
 
 PyMethodDef launch_methods[] = {
-    FAST(on_launch), FAST(cuda_binary), FAST(forget), FAST(joint_attention), FAST(is_packed), {nullptr, nullptr, 0, nullptr},
+    FAST(on_launch),       FAST(cuda_binary), FAST(forget),
+    FAST(joint_attention), FAST(is_packed),   {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace rfkernels

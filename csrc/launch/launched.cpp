@@ -1,5 +1,4 @@
 // Triton's kernels as an implementation: what rfkernels/*/launch.py does, launched from here.
-#include "../cuda/arguments.h"
 #include "attention.h"
 #include "cuda.h"
 #include "launch.h"
@@ -191,6 +190,7 @@ class Launched : public Implementation {
                                      const Tensor& given_k_weight, double eps) const override {
     const Tensor q_weight = given_q_weight.contiguous(), k_weight = given_k_weight.contiguous();
     Tensor normal_q = fresh(q), normal_k = fresh(k);
+    if (launch::cuda_qk_norm(q, k, q_weight, k_weight, normal_q, normal_k, eps)) return {normal_q, normal_k};
     Call call(kQkNorm, q);
     call << q << k << q_weight << k_weight << normal_q << normal_k << strides(q) << strides(k);
     sizes(call, q, k);
@@ -215,6 +215,12 @@ class Launched : public Implementation {
         1, std::min(ceil_div(most, tokens), kOtherPrograms * multiprocessors(q) / 2));
     const Tensor partials = at::empty({2, programs, q.size(3)}, q.options().dtype(at::kFloat));
     const Tensor q_sums = partials.select(0, 0), k_sums = partials.select(0, 1);
+    const auto made = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+      column_sums(q_sums, dq_weight);
+      column_sums(k_sums, dk_weight);
+      return {dq, dk, dq_weight, dk_weight};
+    };
+    if (launch::cuda_qk_norm_backward(dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, partials, eps)) return made();
     call << dq_out << dk_out << q << k << q_weight << k_weight << dq << dk << q_sums << k_sums << strides(dq_out)
          << strides(dk_out) << strides(q) << strides(k);
     sizes(call, q, k);
@@ -223,9 +229,7 @@ class Launched : public Implementation {
     };
     call << count(q) << count(k) << span(q) << span(k) << eps;
     call.run({programs, 2});
-    column_sums(q_sums, dq_weight);
-    column_sums(k_sums, dk_weight);
-    return {dq, dk, dq_weight, dk_weight};
+    return made();
   }
 
   std::tuple<Tensor, Tensor, Tensor> gelu_backward(const Tensor& given_h, const Tensor& given_da, bool value,
@@ -241,13 +245,17 @@ class Launched : public Implementation {
     const int64_t span = ceil_div(rows, splits * found[0]) * found[0];
     splits = ceil_div(rows, span);
     const Tensor partials = at::empty({bias ? splits : 0, channels}, h.options().dtype(at::kFloat));
+    const auto made = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+      if (bias) column_sums(partials, db);
+      return {value ? a : Tensor(), dh, db};
+    };
+    if (launch::cuda_gelu_backward(h, da, a, dh, partials, span, splits)) return made();
     Call call(kGelu, h);
     call << h << da << a << dh << partials << rows << span;
     call.with("C", channels).with("VALUE", value).with("BIAS", bias).with("ROWS", found[0]).with("CHUNK", found[1]);
     call.with("num_warps", found[2]).with("enable_fp_fusion", true);
     call.run({columns, splits});
-    if (bias) column_sums(partials, db);
-    return {value ? a : Tensor(), dh, db};
+    return made();
   }
 
   Attention joint_attention(const std::vector<Stream>& streams, double scale, double eps) const override {
@@ -297,11 +305,11 @@ class Launched : public Implementation {
       if (!branch) return {dx, Tensor(), Tensor(), sums.gradients[0], sums.gradients[1], Tensor()};
       return {dx, dbranch, sums.gradients[2], sums.gradients[0], sums.gradients[1], sums.gradients[3]};
     };
-    if (by_cuda(name, x, type, dy, dh, branch, shift, scale, gate)) {
-      cuda_backward(x, dy, dh, branch, gate, shift, scale, statistics, how, sums, dx, dbranch);
-      return made();
-    }
     const Tensor none;
+    if (launch::cuda_adaln_backward(dy, dh, x, branch, {shift, sums.targets[0]}, {scale, sums.targets[1]},
+                                    {gate, branch ? sums.targets[2] : none}, statistics, how, sums.span, sums.splits, dx,
+                                    dbranch, branch ? sums.targets[3] : none))
+      return made();
     Call call(kAdalnBackward, x);
     call << dy << dh << x << branch << gate << scale << statistics << dx << dbranch << sums.targets[0]
          << sums.targets[1] << (branch ? sums.targets[2] : none) << (branch ? sums.targets[3] : none) << x.size(1)
@@ -318,54 +326,6 @@ class Launched : public Implementation {
     covered(call, name, x);
     call.run({x.size(0), sums.splits});
     return made();
-  }
-
-  // Whether the launch table says that csrc/cuda's kernel is the faster one here, and it takes these tensors.
-  static bool by_cuda(const std::string& name, const Tensor& x, ScalarType type, const Tensor& dy, const Maybe& dh,
-                      const Maybe& branch, const Maybe& shift, const Maybe& scale, const Maybe& gate) {
-    if (name == "gated_adaln_bwd_mixed" || type != x.scalar_type() || dy.scalar_type() != type) return false;
-    if (dh && dh->scalar_type() != type) return false;
-    const char* asked = branch ? "gated_adaln_bwd_cuda" : "adaln_bwd_cuda";
-    if (!settings(asked, x.size(2), x)[0]) return false;
-    // A width of its own reads 16 bytes at a time; the others read number by number, up to 4096.
-    if (!cuda::threads_of(x.size(2))) return x.size(2) <= 4096;
-    const auto aligned = [](const Tensor& t) {
-      const auto elements = static_cast<int64_t>(16 / t.element_size());
-      bool all = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-      for (int64_t i = 0; i + 1 < t.dim(); ++i) all = all && (t.size(i) == 1 || t.stride(i) % elements == 0);
-      return all;
-    };
-    for (const Maybe* t : {&dh, &branch, &shift, &scale, &gate})
-      if (*t && !aligned(**t)) return false;
-    return aligned(x) && aligned(dy);
-  }
-
-  static void cuda_backward(const Tensor& x, const Tensor& dy, const Maybe& dh, const Maybe& branch, const Maybe& gate,
-                            const Maybe& shift, const Maybe& scale, const Tensor& statistics, const Modulated& how,
-                            const Sums& sums, const Tensor& dx, const Tensor& dbranch) {
-    const auto kind = [](const Tensor& t) {
-      return t.scalar_type() == at::kFloat ? cuda::kF32 : t.scalar_type() == at::kBFloat16 ? cuda::kBF16 : cuda::kF16;
-    };
-    const auto all = [](const Tensor& t) { return cuda::Rows{t.data_ptr(), t.stride(0), t.stride(1)}; };
-    const auto of = [&](const Maybe& v, const Tensor& target) -> cuda::Vector {
-      if (!v) return {};
-      const cuda::Rows from{v->data_ptr(), v->dim() > 1 ? v->stride(0) : 0, v->dim() == 3 ? v->stride(1) : 0};
-      return {from, kind(*v), static_cast<cuda::Way>(way(v)), target.data_ptr()};
-    };
-    const float* mean = statistics.data_ptr<float>();
-    const bool bias = branch && sums.targets[3].defined();
-    cuda::AdalnBackward a{all(dy), dh ? all(*dh) : cuda::Rows{}, all(x), branch ? all(*branch) : cuda::Rows{},
-                          of(shift, sums.targets[0]), of(scale, sums.targets[1]),
-                          branch ? of(gate, sums.targets[2]) : cuda::Vector{}, mean, mean + statistics.numel() / 2,
-                          dx.data_ptr(), branch ? dbranch.data_ptr() : nullptr,
-                          bias ? sums.targets[3].data_ptr<float>() : nullptr, static_cast<int32_t>(x.size(1)),
-                          static_cast<int32_t>(sums.span), static_cast<int32_t>(x.size(2)), how.plus_one ? 1.f : 0.f,
-                          how.rms};
-    const int own = cuda::threads_of(x.size(2));
-    const std::string width = own ? std::to_string(x.size(2)) : x.size(2) <= 2048 ? "any" : "any_wide";
-    const std::string name = std::string(branch ? "gated_adaln_backward_" : "adaln_backward_") +
-                             cuda::kNames[kind(x)] + "_" + width;
-    launch::run_cuda(name, x, {x.size(0), sums.splits}, own ? own : x.size(2) <= 2048 ? 256 : 512, &a);
   }
 
   static void pair(Call& call, const Maybe& t) {

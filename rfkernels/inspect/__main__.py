@@ -1,4 +1,4 @@
-"""python -m rfkernels.inspect [--check | --write]: the compiler's report on every kernel, without a GPU."""
+"""python -m rfkernels.inspect [--check | --write]: the compilers' report on every kernel, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from rfkernels.build import CannotBuild
+from rfkernels.inspect import cuda
 from rfkernels.inspect.cases import cases
 from rfkernels.inspect.compile import Compiled, compile_only, read_cuda, read_hip
 from rfkernels.triton_support import INSTALLED, INTERPRETED
@@ -103,9 +105,9 @@ def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TA
     """Compile the kernels for GPUs that are not here and report.
 
     Args:
-        check: Exit 1 on a defect, or on a regression against the committed table of this version of Triton, if there is
-            one.
-        write: Write that table.
+        check: Exit 1 on a defect, or on a regression against the committed tables, where there are any of this version
+            of Triton, and for csrc/cuda of nvcc.
+        write: Write these tables.
         targets: sm_80, sm_90, sm_100, gfx942.
         only: Only cases whose name contains this.
     """
@@ -113,12 +115,29 @@ def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TA
 
     if INTERPRETED:
         sys.exit("error: TRITON_INTERPRET is set; inspection needs the compiler")
-    path = table_path()
     reports = inspect(targets, only)
     print(
         f"Triton {triton.__version__}; shared memory in bytes; occ: share of a multiprocessor's warps resident; "
         "loops: instructions of those that multiply matrices"
     )
+    wrong = settle(reports, defects(reports), table_path(), check, write, bool(only))
+    try:
+        compiled = {key: r for key, r in cuda.compiled(targets).items() if only in key}
+        print(f"csrc/cuda by nvcc {cuda.version()}")
+        path = TABLES / f"cuda-{cuda.version()}.json"
+        wrong += settle(compiled, cuda.defects(compiled), path, check, write, bool(only))
+    except CannotBuild as error:
+        print(f"csrc/cuda is not looked at: {error}")
+    for line in wrong:
+        print(f"FAIL {line}")
+    if check and wrong:
+        sys.exit(1)
+
+
+def settle(
+    reports: dict[str, Compiled], wrong: list[str], path: Path, check: bool, write: bool, partly: bool
+) -> list[str]:
+    """Prints the reports; writes them to a table, or compares them with it. Returns what is wrong."""
     columns = f"{'regs':>5s} {'spill':>6s} {'shared':>7s} {'warps':>5s} {'occ':>5s}"
     columns += "  ld16/ld  st16/st  mma  moved/least  loops"
     print(f"{'case':58s} {columns}")
@@ -129,18 +148,14 @@ def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TA
             f"{loads:>7s}  {stores:>7s}  {r.counts['mma']:3d}  {r.moved:.3f}  {' '.join(map(str, r.loops))}"
         )
     if write:
-        kept = read_table(path) if only else {}
+        kept = read_table(path) if partly else {}
         write_table(path, {**kept, **{key: asdict(r) for key, r in reports.items()}})
         print(f"wrote {path}")
-    wrong = defects(reports)
     if check and path.is_file():
-        wrong += regressions(reports, read_table(path))
-    elif check:
-        print("no table for this Triton: only defects are looked for; --write makes one")
-    for line in wrong:
-        print(f"FAIL {line}")
-    if check and wrong:
-        sys.exit(1)
+        return wrong + regressions(reports, read_table(path))
+    if check:
+        print(f"no {path.name}: only defects are looked for; --write makes one")
+    return wrong
 
 
 if __name__ == "__main__":

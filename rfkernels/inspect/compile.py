@@ -113,7 +113,7 @@ def compile_only(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any,
             driver.set_active(before)
 
 
-def _tool(name: str, *arguments: str | Path) -> str:
+def tool(name: str, *arguments: str | Path) -> str:
     import triton
 
     path = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
@@ -126,16 +126,16 @@ def read_cuda(name: str, kernel: Any, arch: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "k.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        code = _tool("nvdisasm", cubin)
+        usage = tool("cuobjdump", "-res-usage", cubin)
+        code = tool("nvdisasm", cubin)
     found = re.search(r"REG:(\d+)", usage)
     if found is None or "/*0000*/" not in code:
         raise RuntimeError(f"{name}: Triton's cuobjdump or nvdisasm gave nothing readable: {(usage + code)[:300]}")
     registers, warps, shared = int(found[1]), kernel.metadata.num_warps, kernel.metadata.shared
     counts = {key: len(re.findall(pattern, code)) for key, pattern in INSTRUCTIONS.items()}
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    occupancy = _occupancy(arch, registers, shared, warps)
-    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, occupancy, counts, _loops(code))
+    fits = occupancy(arch, registers, shared, warps)
+    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, fits, counts, _loops(code))
 
 
 def _loops(code: str) -> list[int]:
@@ -158,7 +158,7 @@ def _loops(code: str) -> list[int]:
     return sorted(b - a + 1 for a, b in inner)
 
 
-def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
+def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     file, memory, most, programs = LIMITS[arch]
     per_warp = -(-registers * 32 // 256) * 256                     # registers are handed out to warps in units of 256
     resident = min(file // (per_warp * warps), memory // (shared + 1024), most // warps, programs)

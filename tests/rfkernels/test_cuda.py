@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +42,7 @@ QkNorm = structure(
     ("x", Heads), ("dy", Heads), ("weight", P), ("out", P), ("dx", P), ("partials", P), ("rows", I64), ("length", I32),
     ("heads", I32), ("dim", I32), ("weight_kind", I32), ("eps", FLOAT),
 )  # fmt: skip
+Pair = structure(("of", QkNorm * 2))
 GeluBackward = structure(
     ("h", P), ("da", P), ("a", P), ("dh", P), ("partials", P), ("rows", I64), ("span", I64), ("channels", I32)
 )  # fmt: skip
@@ -68,7 +68,9 @@ def run(library, name, arguments, grid, order):
 
 
 def rows(t):
-    return Rows() if t is None else Rows(t.data_ptr(), t.stride(0) if t.ndim > 1 else 0, t.stride(1) if t.ndim == 3 else 0)
+    if t is None:
+        return Rows()
+    return Rows(t.data_ptr(), t.stride(0) if t.ndim > 1 else 0, t.stride(1) if t.ndim == 3 else 0)
 
 
 def kind_of(t):
@@ -105,8 +107,8 @@ class Family:
                 return Vector()
             return Vector(rows(v), kind_of(v), WAYS["stored" if v.ndim == 3 else "summed"], gradient.data_ptr())
 
-        batch, length, channels = self.x.shape
-        other = (lambda t: rows(t)) if self.gated else (lambda t: Rows())
+        _, length, channels = self.x.shape
+        other = rows if self.gated else (lambda t: Rows())
         return AdalnBackward(
             rows(self.dy), other(self.dh), rows(self.x), other(self.branch), vector("shift"), vector("scale"),
             vector("gate"), self.mean.data_ptr(), self.rstd.data_ptr(), self.dx.data_ptr(), self.dbranch.data_ptr(),
@@ -159,7 +161,7 @@ def check(library, name, family, batch):
         assert_within_rule(key, got.to(eager[key].dtype), exact[key], eager[key], 3 if key != "dx" else 2)
 
 
-SHAPES = {"sample": ("sample",) * 3, "token": ("token",) * 3, "shared": ("shared",) * 3, "mixed": ("token", None, "sample")}
+SHAPES = {**{way: (way,) * 3 for way in ("sample", "token", "shared")}, "mixed": ("token", None, "sample")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,31 +180,49 @@ def test_widths(width, library):
     check(library, f"gated_adaln_backward_bf16_{width}", Family("bf16", 1, 3, width, given, "layer", 2, True), 1)
 
 
+class Normed:
+    """Queries or keys: one of three in a packed tensor, and where their results lie."""
+
+    def __init__(self, kind, batch, length, heads, dim, blocks):
+        self.number, dtype = KINDS[kind]
+        self.x = torch.randn(batch, length, 3, heads, dim).to(dtype)[:, :, 1]
+        self.dy = torch.randn(batch, length, heads, dim).to(dtype)
+        self.weight = torch.rand(dim).to(dtype)
+        self.out, self.dx = (torch.full_like(self.dy, float("nan")) for _ in range(2))
+        self.partials = torch.full((blocks, dim), float("nan"))
+
+    def arguments(self):
+        heads = lambda t: Heads(t.data_ptr(), *t.stride()[:3])  # noqa: E731
+        batch, length, count, dim = self.x.shape
+        pointers = (t.data_ptr() for t in (self.weight, self.out, self.dx, self.partials))
+        rows = batch * length * count
+        return QkNorm(heads(self.x), heads(self.dy), *pointers, rows, length, count, dim, self.number, 1e-6)
+
+    def exact(self, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (self.x, self.weight)]
+        made = F.rms_norm(leaves[0], self.weight.shape, leaves[1], 1e-6)
+        return [made, *torch.autograd.grad(made, leaves, self.dy.to(dtype))]
+
+    def check(self):
+        labels, dtype = ("out", "dx", "dweight"), self.x.dtype
+        found = self.out, self.dx, self.partials.sum(0).to(dtype)
+        for label, got, exact, eager in zip(labels, found, self.exact(torch.float64), self.exact(dtype), strict=True):
+            assert_within_rule(label, got, exact, eager, 4 if label == "dweight" else 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", (64, 128, 40, 7))
 def test_qk_norm(dim, kind, library):
-    number, dtype = KINDS[kind]
-    packed, dy = torch.randn(2, 9, 3, 3, dim).to(dtype), torch.randn(2, 9, 3, dim).to(dtype)
-    x, weight, blocks = packed[:, :, 1], torch.rand(dim).to(dtype), 3
-    out, dx, partials = torch.full_like(dy, float("nan")), torch.full_like(dy, float("nan")), torch.full((blocks, dim), float("nan"))
-    heads = lambda t: Heads(t.data_ptr(), *t.stride()[:3])  # noqa: E731
-    arguments = QkNorm(heads(x), heads(dy), weight.data_ptr(), out.data_ptr(), dx.data_ptr(), partials.data_ptr(),
-                       2 * 9 * 3, 9, 3, dim, number, 1e-6)  # fmt: skip
+    """Queries and keys of other lengths and heads in one launch."""
+    q, k = Normed(kind, 2, 9, 3, dim, 3), Normed(kind, 2, 5, 2, dim, 3)
     name = dim if dim in (64, 128) else "any"
     for way in ("forward", "backward"):
         for order in (0, 1, 5):
-            races = run(library, f"qk_norm_{way}_{kind}_{name}", arguments, (blocks, 1), order)
+            pair = Pair((QkNorm * 2)(q.arguments(), k.arguments()))
+            races = run(library, f"qk_norm_{way}_{kind}_{name}", pair, (3, 2), order)
             assert not races, races
-
-    def torchs(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
-        made = F.rms_norm(leaves[0], (dim,), leaves[1], 1e-6)
-        return [made, *torch.autograd.grad(made, leaves, dy.to(dtype))]
-
-    for label, got, exact, eager in zip(
-        ("out", "dx", "dweight"), (out, dx, partials.sum(0).to(dtype)), torchs(torch.float64), torchs(dtype), strict=True
-    ):
-        assert_within_rule(label, got, exact, eager, 4 if label == "dweight" else 2)
+    q.check()
+    k.check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,7 +230,8 @@ def test_qk_norm(dim, kind, library):
 def test_gelu(channels, kind, library):
     dtype = KINDS[kind][1]
     h, da = (3 * torch.randn(7, channels)).to(dtype), torch.randn(7, channels).to(dtype)
-    a, dh, partials = torch.full_like(h, float("nan")), torch.full_like(h, float("nan")), torch.full((3, channels), float("nan"))
+    a, dh = (torch.full_like(h, float("nan")) for _ in range(2))
+    partials = torch.full((3, channels), float("nan"))
     arguments = GeluBackward(*(t.data_ptr() for t in (h, da, a, dh, partials)), 7, 3, channels)
     assert not run(library, f"gelu_backward_{kind}_{'exact' if channels == 64 else 'any'}", arguments, (1, 3), 0)
 
@@ -277,6 +298,35 @@ def test_the_launcher_hands_over_the_arguments(op, kind, channels, width, thread
     gated = op == "gated_adaln"
     assert a.shift.way == WAYS["stored" if gated else "summed"] and a.gate.way == (WAYS["summed"] if gated else 0)
     assert bool(a.branch.data) == bool(a.dh.data) == bool(a.dbranch) == gated
+
+
+@pytest.mark.parametrize("dim, name, rows", ((64, "64", 16), (40, "any", 4)))
+@pytest.mark.parametrize("kind", ("bf16", "fp32"))
+def test_the_launcher_hands_over_queries_and_keys(kind, dim, name, rows, launches):
+    found = launches[f"qk_norm-{kind}-{dim}"]
+    ((forward, grid, block, _, given),) = found["forward"]
+    assert forward == f"qk_norm_forward_{kind}_{name}" and (grid, block) == (f"{-(-2 * 70 * 3 // rows)},2,1", "128,1,1")
+    (backward, grid, _, _, given_backward), *sums = found["launches"]
+    assert backward == f"qk_norm_backward_{kind}_{name}" and len(sums) == 2
+    for words in (given, given_backward):
+        q, k = Pair.from_buffer_copy(bytes.fromhex(words)[::-1]).of
+        assert q.x.data == found["x"] and (q.x.batch, q.x.token, q.x.head) == (70 * 6 * dim, 6 * dim, dim)
+        assert k.x.data - q.x.data == 3 * dim * torch.finfo(KINDS[kind][1]).bits // 8
+        assert (q.rows, q.length, q.heads, q.dim, q.weight_kind) == (2 * 70 * 3, 70, 3, dim, KINDS[kind][0])
+    assert Pair.from_buffer_copy(bytes.fromhex(given)[::-1]).of[0].out == found["out"]
+    q, k = Pair.from_buffer_copy(bytes.fromhex(given_backward)[::-1]).of
+    assert q.dx == found["dx"] and k.partials - q.partials == 4 * dim * int(grid.split(",")[0])
+
+
+@pytest.mark.parametrize("channels, name", ((96, "exact"), (100, "any")))
+@pytest.mark.parametrize("kind", ("bf16", "fp32"))
+def test_the_launcher_hands_over_gelu(kind, channels, name, launches):
+    (kernel, grid, block, _, given), _ = launches[f"gelu-{kind}-{channels}"]["launches"]
+    assert kernel == f"gelu_backward_{kind}_{name}" and block == "128,1,1"
+    g = GeluBackward.from_buffer_copy(bytes.fromhex(given)[::-1])
+    splits = int(grid.split(",")[1])
+    assert grid == f"1,{splits},1" and (g.rows, g.channels) == (140, channels) and g.a and g.dh and g.partials
+    assert g.span * splits >= 140 > g.span * (splits - 1)
 
 
 def test_a_misaligned_tensor_is_tritons(launches):

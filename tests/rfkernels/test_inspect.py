@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from rfkernels.inspect.__main__ import defects, regressions
+from rfkernels import build
+from rfkernels.inspect.__main__ import TABLES, defects, read_table, regressions
 from rfkernels.inspect.compile import Compiled
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
@@ -71,3 +72,20 @@ with compile_only("cuda", 90) as launched:
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.split("\n")[:2] == ["adaln_fwd 1", "gated_adaln_fwd 1"], done.stderr      # the variance
+
+
+def test_csrcs_table_is_that_of_the_committed_reports():
+    cuda, triton = (read_table(TABLES / name) for name in ("cuda-13.0.json", "triton-3.8.json"))
+    cells = lambda r: f"{r['registers']}, {100 * r['occupancy']:.0f} %"  # noqa: E731
+    lines = (build.sources() / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if " %" in line and line[0] == "|"]
+    assert len(rows) == 17
+    for label, *found in rows:
+        op, size, *way = label.replace(",", "").split()
+        forward = way == ["forward"]
+        ours = f"cuda {op}_{'forward' if forward else 'backward'}_bf16_{'exact' if op == 'gelu' else size}"
+        kernel = f"{op.removeprefix('gated_')}_{'fwd' if forward else 'bwd'}"
+        theirs = f"{op}_{'fwd' if forward else 'bwd'}/{size} {kernel}"
+        wanted = [cells(t[f"{key} sm_{n}"]) for n in (80, 90, 100) for t, key in ((cuda, ours), (triton, theirs))]
+        assert found == wanted, label
+    assert not any(r["spills"] for r in cuda.values())

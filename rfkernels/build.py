@@ -29,7 +29,7 @@ ISAS: dict[str, tuple[str, ...]] = {
 }
 """Flags of the instruction sets that the kernels are compiled for on x86, besides the compiler's own choice."""
 KERNELS = "cpu/kernels.cpp"                    # once for each of them
-PYTORCH = ("ops", "cpu", "launch")             # folders of what knows PyTorch
+PYTORCH = (("ops",), ("cpu",), ("launch", "lt"))         # folders of what knows PyTorch, those compiled together
 NAME = "rfkernels_native.so"
 CUDA = "cuda/kernels.cu"                       # once for each of
 CUDA_TARGETS = (80, 90, 100)                   # which later minor versions of the same major one run too
@@ -140,11 +140,11 @@ def _run(command: list[str]) -> None:
         raise CannotBuild(f"{' '.join(command)}\n{done.stderr.strip()[-4000:]}")
 
 
-def _together(folder: Path, into: Path) -> Path:
-    """One source of a folder's: PyTorch's headers take longer than what stands in all of them."""
-    made = into / f"{folder.name}.cpp"
-    files = (path for path in sorted(folder.glob("*.cpp")) if path != sources() / KERNELS)
-    made.write_text("".join(f'#include "{path}"\n' for path in files))
+def _together(folders: tuple[str, ...], into: Path) -> Path:
+    """One source of all in these folders: PyTorch's headers take longer than what stands in them."""
+    made = into / f"{folders[0]}.cpp"
+    files = (path for name in folders for path in sorted((sources() / name).glob("*.cpp")))
+    made.write_text("".join(f'#include "{path}"\n' for path in files if path != sources() / KERNELS))
     return made
 
 
@@ -157,7 +157,7 @@ def _cxx_jobs(into: Path) -> list[list[str]]:
              "-ffp-contract=off"]        # g - mean(g) of one channel is 0, as in eager PyTorch
     isas: dict[str, tuple[str, ...]] = {"portable": (), **(ISAS if x86() else {})}
     own = ["-DRFKERNELS_X86"] if x86() else []
-    parts = [[*torch_flags, *own, *include, str(_together(sources() / folder, into))] for folder in PYTORCH]
+    parts = [[*torch_flags, *own, *include, str(_together(folders, into))] for folders in PYTORCH]
     parts += [[*loops, f"-DRFKERNELS_ISA={isa}", *flags, str(sources() / KERNELS)] for isa, flags in isas.items()]
     return [[cxx, *part, "-c", "-o", str(into / f"{i}.o")] for i, part in enumerate(parts)]
 

@@ -70,13 +70,16 @@ def compiled(module: str, name: str, args: tuple[Any, ...], constants: dict[str,
     return kernel.function, 32 * metadata.num_warps, metadata.shared, takes
 
 
-def _cuda(name: str, size: int, device: torch.device, gpu: str | None) -> bool:
-    """Whether a GPU's launch table says that the CUDA kernel is faster than Triton's for this width or head dimension,
-    {"adaln_bwd_cuda": {"1536": {}}}, and it is built. Tells the native code where it lies."""
+def _listed(name: str, size: int, gpu: str | None) -> bool:
+    """Whether a GPU's launch table says that something is faster than what else would run, for this width or head
+    dimension: {"adaln_bwd_cuda": {"1536": {}}, "gelu_bwd_lt": {"6144": {}}}."""
+    return gpu is not None and str(size) in table(gpu).get(name, {})
+
+
+def _find_cuda(device: torch.device) -> bool:
+    """Tells the native code where the CUDA kernels for a GPU lie, if they are built. Returns whether they are."""
     from rfkernels import build, native
 
-    if gpu is None or str(size) not in table(gpu).get(f"{name}_cuda", {}):
-        return False
     path = build.cuda_binary(capability(device))
     if path is not None:
         native.entry.cuda_binary(-1 if device.index is None else device.index, str(path))
@@ -97,8 +100,10 @@ def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
         a = attention_launch(name, size, like.dtype.itemsize, arch, device)
         exact = like.dtype == torch.float32 and bool(arch)                 # three tf32 products for one of fp32
         return a.block_m, a.block_n, a.warps, a.stages, a.registers, int(exact)
+    if name.endswith("_lt"):
+        return (int(_listed(name, size, device)),)
     if name.endswith("_cuda"):
-        return (int(_cuda(name.removesuffix("_cuda"), size, like.device, device)),)
+        return (int(_listed(name, size, device) and _find_cuda(like.device)),)
     if name == "gelu_bwd":
         tile = tile_launch(name, size, device)
         return tile.rows, tile.chunk, tile.warps

@@ -2,6 +2,7 @@
 #include "../ops/entries.h"
 #include "attention.h"
 #include "launch.h"
+#include "../lt/lt.h"
 #include "modules.h"
 
 namespace rfkernels {
@@ -85,6 +86,14 @@ PyObject* py_cuda_binary(PyObject*, Arguments a, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// path of the library; for tests
+PyObject* py_use_cublaslt(PyObject*, Arguments a, Py_ssize_t) {
+  const char* path = PyUnicode_AsUTF8(a[0]);
+  if (!path) return nullptr;
+  lt::use(path);
+  Py_RETURN_NONE;
+}
+
 PyObject* py_forget(PyObject*, Arguments, Py_ssize_t) {
   launch::forget();
   Py_RETURN_NONE;
@@ -122,7 +131,7 @@ PyObject* py_is_packed(PyObject*, Arguments a, Py_ssize_t) {
 }  // namespace
 
 PyMethodDef launch_methods[] = {
-    FAST(on_launch),       FAST(cuda_binary), FAST(forget),
+    FAST(on_launch),       FAST(cuda_binary), FAST(use_cublaslt),           FAST(forget),
     FAST(joint_attention), FAST(is_packed),   {nullptr, nullptr, 0, nullptr},
 };
 

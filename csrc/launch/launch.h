@@ -112,6 +112,8 @@ extern std::function<std::vector<int64_t>(const char* name, int64_t, const at::T
 // Settings of a kernel by the launch tables, for this many channels (or heads of this size) and like's dtype and device.
 const std::vector<int64_t>& settings(const char* name, int64_t size, const at::Tensor& like);
 
+// Gives a thread that has done nothing on a GPU yet its context.
+void make_current(c10::Device device);
 // Launches on the tensors' device and its current stream. arguments: a pointer to each.
 void start(const char* name, void* function, c10::Device device, Grid grid, unsigned threads, unsigned shared,
            void** arguments);

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "cuda.h"
 #include "launch.h"
+#include "../lt/lt.h"
 #include "../ops/chunks.h"
 #include "../ops/implementation.h"
 
@@ -256,6 +257,16 @@ class Launched : public Implementation {
     call.with("num_warps", found[2]).with("enable_fp_fusion", true);
     call.run({columns, splits});
     return made();
+  }
+
+  Both linear_gelu(const Tensor& x, const Tensor& w, const Maybe& b) const override {
+    return b && settings("gelu_fwd_lt", w.size(0), x)[0] ? lt::linear_gelu(x, w, *b) : std::nullopt;
+  }
+  Both product_gelu_backward(const Tensor& dy, const Tensor& w, const Tensor& h) const override {
+    return settings("gelu_bwd_lt", w.size(1), dy)[0] ? lt::product_gelu_backward(dy, w, h) : std::nullopt;
+  }
+  Both weight_gradient(const Tensor& dy, const Tensor& x) const override {
+    return settings("bias_gradient_lt", dy.size(1), dy)[0] ? lt::weight_gradient(dy, x) : std::nullopt;
   }
 
   Attention joint_attention(const std::vector<Stream>& streams, double scale, double eps) const override {

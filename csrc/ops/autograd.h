@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> qk_norm(const Implementation&, const Tensor& q, const
                                    const Tensor& k_weight, double eps);
 // F.linear with the last dimension unflattened to shape, if any is given; takes the sums for bias that come with the
 // gradient of its output.
-Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias, at::IntArrayRef shape);
+Tensor linear(const Implementation&, const Tensor& x, const Tensor& weight, const Maybe& bias, at::IntArrayRef shape);
 Tensor gelu_mlp(const Implementation&, const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2,
                 const Maybe& b2);
 std::vector<Tensor> joint_attention(const Implementation&, const std::vector<Stream>&, double scale, double eps,

@@ -16,7 +16,7 @@ struct Given {
 
 std::mutex mutex;
 
-std::unordered_map<const c10::TensorImpl*, Given>& given() {
+std::unordered_map<const c10::TensorImpl*, Given>& handed_over() {
   static auto* made = new std::unordered_map<const c10::TensorImpl*, Given>;  // outlives what is torn down at exit
   return *made;
 }
@@ -28,7 +28,7 @@ constexpr size_t kMost = 64;  // of gradients on their way; what nobody took is 
 void give_sums(const at::Tensor& gradient, const at::Tensor& sums) {
   std::vector<Given> dropped;                // ends after the lock: a tensor that Python holds takes Python's lock to go
   const std::lock_guard<std::mutex> guard(mutex);
-  auto& all = given();
+  auto& all = handed_over();
   const auto drop = [&](auto it) {
     dropped.push_back(std::move(it->second));
     return all.erase(it);
@@ -45,7 +45,7 @@ at::Tensor take_sums(const at::Tensor& gradient) {
   std::optional<Given> taken;
   {
     const std::lock_guard<std::mutex> guard(mutex);
-    auto& all = given();
+    auto& all = handed_over();
     const auto found = all.find(gradient.unsafeGetTensorImpl());
     if (found == all.end()) return {};
     taken = std::move(found->second);

@@ -16,6 +16,7 @@ namespace rfkernels {
 using at::ScalarType;
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
+using Both = std::optional<std::pair<Tensor, Tensor>>;
 
 // y = norm(x) * (plus_one + scale) + shift
 struct Modulated {
@@ -73,6 +74,13 @@ class Implementation {
   // h, da [N, C] -> gelu(h), da gelu'(h), the sum of the latter over rows.
   virtual std::tuple<Tensor, Tensor, Tensor> gelu_backward(const Tensor& h, const Tensor& da, bool value,
                                                            bool bias) const = 0;
+  // Products of a linear layer together with what follows them; nothing where they are better apart.
+  // x [M, K], w [N, K], b [N] -> gelu(h), h = x w' + b
+  virtual Both linear_gelu(const Tensor&, const Tensor&, const Maybe&) const { return std::nullopt; }
+  // dy [M, K], w [K, N], h [M, N] -> dh = (dy w) gelu'(h), the sum of dh over rows
+  virtual Both product_gelu_backward(const Tensor&, const Tensor&, const Tensor&) const { return std::nullopt; }
+  // dy [M, N], x [M, K] -> dy' x, the sum of dy over rows
+  virtual Both weight_gradient(const Tensor&, const Tensor&) const { return std::nullopt; }
   virtual Attention joint_attention(const std::vector<Stream>&, double scale, double eps) const;
   virtual std::vector<StreamGradients> joint_attention_backward(const std::vector<Tensor>& grads, const Attention&,
                                                                 const std::vector<Stream>&, double scale, double eps,

@@ -97,14 +97,14 @@ PyObject* py_linear(PyObject*, Arguments a, Py_ssize_t) {
   if (!x || !x->dim() || !x->numel() || !PyTuple_Check(a[3]) || watched() || autocasting(*x) ||
       !layer(a[1], a[2], *x, x->size(-1), weight, bias))
     return not_here();
-  const bool sums = bias && at::GradMode::is_enabled() && bias->requires_grad() && chosen(before, *x);
+  const Implementation* sums = bias && at::GradMode::is_enabled() && bias->requires_grad() ? chosen(before, *x) : nullptr;
   if (!sums && !(x->is_cpu() && choices[kGeluMlp].cpu == &cpu())) return not_here();
   c10::SmallVector<int64_t, 4> shape;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[3]); ++i) {
     shape.push_back(whole(PyTuple_GET_ITEM(a[3], i)));
     if (!shape.back()) return not_here();
   }
-  PyObject* out = wrap(unlocked([&] { return linear(*x, *weight, bias, shape); }));
+  PyObject* out = wrap(unlocked([&] { return linear(sums ? *sums : cpu(), *x, *weight, bias, shape); }));
   return sums ? marked(out) : out;
   END_HANDLE_TH_ERRORS
 }

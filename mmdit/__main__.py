@@ -1,4 +1,4 @@
-"""python -m mmdit sample | info | convert | inspect"""
+"""python -m mmdit: sample from models, convert and inspect weights."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from tyro.conf import Positional
-from tyro.extras import SubcommandApp
 
-from mmdit import checkpoint
+try:
+    from tyro.conf import Positional
+except ImportError:
+    sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
+
+from mmdit import checkpoint, commands
 from mmdit.checkpoint.report import report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.pipeline import Pipeline, save_png
 from mmdit.sample import Sampler, grid
 
-app = SubcommandApp()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-@app.command
 def sample(
     source: Positional[Path],
     prompts: Positional[tuple[str, ...]],
@@ -108,7 +109,6 @@ def sample(
     print(f"wrote {out}")
 
 
-@app.command
 def info(run: Positional[Path]) -> None:
     """Say what a run folder or weights file holds.
 
@@ -121,7 +121,6 @@ def info(run: Positional[Path]) -> None:
     print(sampler.model.config)
 
 
-@app.command
 def convert(
     source: Positional[Path],
     destination: Positional[Path],
@@ -148,7 +147,6 @@ def convert(
     print("wrote " + ", ".join(map(str, written)))
 
 
-@app.command
 def inspect(source: Positional[Path], config: bool = False) -> None:
     """Say what a checkpoint holds: layout, configuration, parameters by part, dtypes, and anomalies such as NaN.
 
@@ -166,11 +164,12 @@ def inspect(source: Positional[Path], config: bool = False) -> None:
         sys.exit("\n".join(f"anomaly: {line}" for line in anomalies))
 
 
+PROG = "python -m mmdit"
+COMMANDS = {f.__name__: commands.flags(f, f"{PROG} {f.__name__}") for f in (sample, info, convert, inspect)}
+
+
 def main() -> None:
-    try:
-        app.cli(prog="python -m mmdit", description="Sample from MM-DiTs; convert and inspect their weights.")
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    commands.dispatch(PROG, "Sample from MM-DiTs; convert and inspect their weights.", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +58,41 @@ class PixelSpace:
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "pixels", "factor": self.factor}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Latents scaled to mean 0 and deviation 1: ``(z - mean) / std``."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def encode(self, latents: Tensor) -> Tensor:
+        return latents if self == Unit() else (latents.float() - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents * self.std + self.mean
+
+
+class Scaled:
+    """Another autoencoder, its latents scaled to unit size.
+
+    Args: of: its spec. mean, std: of its latents.
+    """
+
+    def __init__(self, of: dict[str, Any], mean: float, std: float) -> None:
+        self.inner, self.unit = build(of), Unit(mean, std)
+        self.channels, self.factor = self.inner.channels, self.inner.factor
+        self.model = getattr(self.inner, "model", None)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.unit.encode(self.inner.encode(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.inner.decode(self.unit.decode(latents))
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "unit", "of": self.inner.spec(), **asdict(self.unit)}
 
 
 KL_IMAGES = 8           # at a time: one of 1024 pixels takes gigabytes in the first level of the released autoencoder
@@ -143,7 +178,7 @@ class KL:
         return {"kind": "kl", "folder": self.folder, "weights": self._weights} | settings
 
 
-AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace, "kl": KL}
+AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace, "kl": KL, "unit": Scaled}
 
 
 def build(spec: dict[str, Any]) -> Autoencoder:

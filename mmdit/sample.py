@@ -221,7 +221,7 @@ class Sampler:
             vae,
             flow.by_name(extra["formulation"], extra["shift"]),
             (extra["size"][0], extra["size"][1]),
-            extra["shift"],
+            extra.get("sampling_shift", extra["shift"]),
         )
 
     def __call__(

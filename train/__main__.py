@@ -1,4 +1,4 @@
-"""python -m train precompute | verify CACHE | plan RECIPE | run RECIPE | score RUN | evaluate RUN | study KIND"""
+"""python -m train: precompute data, train, plan, evaluate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import tyro
-from tyro.extras import overridable_config_cli
 
+from mmdit import commands
 from train import planning
 from train.config import Config
 from train.data import costs
@@ -21,10 +21,11 @@ from train.data.shards import Index
 from train.loop import train
 from train.recipes import RECIPES
 
-USAGE = "usage: python -m train {precompute,verify,plan,run,score,evaluate,study} ... (each takes --help)"
+PROG = "python -m train"
 
 
 def precompute(arguments: list[str]) -> None:
+    """Encode images and captions into a cache that runs read."""
     config = tyro.cli(Precompute, prog="python -m train precompute", args=arguments)
     main = os.environ.get("RANK", "0") == "0"
     if config.report:
@@ -39,6 +40,7 @@ def precompute(arguments: list[str]) -> None:
 
 
 def verify(arguments: list[str]) -> None:
+    """Read a cache, compare checksums, take out what is damaged."""
     def main(cache: tyro.conf.Positional[Path], repair: bool = False, quarantine: bool = False) -> None:
         """Read all of a cache and compare checksums.
 
@@ -62,24 +64,53 @@ def verify(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train verify", args=arguments)
 
 
-def recipes() -> dict[str, tuple[str, Config]]:
-    return {name: ((recipe.__doc__ or "").strip(), recipe()) for name, recipe in RECIPES.items()}
+def recipes(arguments: list[str]) -> None:
+    """List the recipes: what each is for, its size and its budget."""
+
+    def main() -> None:
+        """List the recipes: what each is for, its size and its budget."""
+        print(f"{'recipe':10s}  {'parameters':>10s}  {'pixels':>6s}  {'batch':>5s}  {'budget':>13s}  what for")
+        for name, recipe in RECIPES.items():
+            config = recipe()
+            parameters = sum(p.numel() for p in planning.model_on_meta(config).parameters())
+            size = f"{parameters / 1e9:.1f}B" if parameters > 5e8 else f"{parameters / 1e6:.1f}M"
+            budget = f"{config.minutes:g} minutes" if config.steps is None else f"{config.steps:,} steps"
+            pixels, what = config.model.resolution, commands.first_line(recipe)
+            print(f"{name:10s}  {size:>10s}  {pixels:6d}  {config.batch:5d}  {budget:>13s}  {what}")
+
+    tyro.cli(main, prog=f"{PROG} recipes", args=arguments)
+
+
+def configured(command: str, arguments: list[str]) -> Config:
+    """A recipe's configuration, with flags."""
+    named, *rest = arguments or ["--help"]
+    if named in ("-h", "--help"):
+        print(f"usage: {PROG} {command} RECIPE [flags]\n\n{run.__doc__ if command == 'run' else plan.__doc__}\n")
+        print(f"`{PROG} recipes` lists the recipes, `{PROG} {command} RECIPE --help` the flags of one.")
+        sys.exit()
+    if named not in RECIPES:
+        meant = commands.nearest(named, RECIPES).removesuffix("?")
+        sys.exit(f"error: there is no recipe {named!r}{meant}; `{PROG} recipes` lists them")
+    recipe, prog = RECIPES[named], f"{PROG} {command} {named}"
+    return tyro.cli(Config, default=recipe(), prog=prog, args=rest, description=recipe.__doc__)
 
 
 def plan(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu", default="h100")
-    parser.add_argument("--pixels", type=int)
+    """Estimate memory, communication and time of a run on GPUs that need not be here."""
+    parser = argparse.ArgumentParser(prog=f"{PROG} plan", add_help=False)
+    parser.add_argument("--gpus", type=int, default=8, help="how many (default: 8)")
+    parser.add_argument("--gpu", default="h100", help="which, or how its name begins (default: h100)")
+    parser.add_argument("--pixels", type=int, help="of an image's side (default: the recipe's)")
     own, rest = parser.parse_known_args(arguments)
     if not rest or {"-h", "--help"} & set(rest):
-        print("usage: python -m train plan RECIPE [--gpus 8] [--gpu h100] [--pixels N] [flags of the recipe]\n")
-    config: Config = overridable_config_cli(recipes(), prog="python -m train plan", args=rest)
+        print("\n".join(line for line in parser.format_help().splitlines() if line) + "\n")
+    config = configured("plan", rest)
     print(planning.report(config, own.gpus, own.gpu, own.pixels))
 
 
 def run(arguments: list[str]) -> None:
-    config: Config = overridable_config_cli(recipes(), prog="python -m train run", args=arguments)
+    """Train by a recipe, or resume: one process, or many under torchrun."""
+    config = configured("run", arguments)
     outcome = train(config)
     main = os.environ.get("RANK", "0") == "0"                # one of the processes that torchrun may have started
     if outcome.stopped_by is not None:
@@ -92,30 +123,37 @@ def run(arguments: list[str]) -> None:
 
 
 def score(arguments: list[str]) -> None:
+    """Draw held-out captions of the shapes and read the pictures back by rule."""
     from train.evaluate.shapes import score_shapes
 
     def main(
-        run: tyro.conf.Positional[Path], images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
+        run: tyro.conf.Positional[Path],
+        images: int = 4,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
     ) -> None:
-        """Draw the held-out shape captions and say how many pictures are right.
+        """Draw held-out captions of the shapes and read the pictures back by rule.
 
         Args:
             run: Run folder.
             images: Pictures per caption.
-            steps: Euler steps.
-            guidance: Classifier-free guidance.
+            steps: Euler steps; as the run draws its samples unless given.
+            guidance: Classifier-free guidance; as the run draws its samples unless given.
             seed: Of the noise.
         """
         result = score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
         print(f"held-out captions, {64 * images} pictures (chance: colour .125, position .2, size .5, shape .17)")
+        units = {"edge": "pixels by which outlines are off", "iou": "of shapes with the rendering that fits best"}
         for name, value in result.items():
-            print(f"  {name:9s} {value:.3f}")
+            print(f"  {name:9s} {value:.3f}  {units.get(name, '')}".rstrip())
         print(f"pictures: {run / 'held-out.png'} (left of each pair: drawn by rule; right: by the model)")
 
     tyro.cli(main, prog="python -m train score", args=arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
+    """Validation loss, CLIP score, FID and folders for GenEval of a trained run."""
     from train.evaluate.run import Evaluation
     from train.evaluate.run import evaluate as measure
 
@@ -125,13 +163,21 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
+    """Compare formulations, backbones or depths as in the paper, in small."""
     from train.study.plan import Study
     from train.study.run import run as run_study
     from train.study.variants import VARIANTS, default
 
     kind = arguments[0] if arguments else ""
     if kind not in VARIANTS:
-        sys.exit(f"usage: python -m train study {{{','.join(VARIANTS)}}} ... (each takes --help)")
+        about = {name: commands.first_line(variant) for name, variant in VARIANTS.items()}
+        lines = [f"  {name:14s}  {line}" for name, line in about.items()]
+        more = f"{PROG} study KIND --help lists the flags of one."
+        usage = "\n".join([f"usage: {PROG} study KIND ...", "", "kinds:", *lines, "", more])
+        if kind in ("", "-h", "--help"):
+            print(usage)
+            return
+        sys.exit(f"error: there is no study of {kind!r}{commands.nearest(kind, VARIANTS)}\n\n{usage}")
     wanted: Study = tyro.cli(
         Study, prog=f"python -m train study {kind}", args=arguments[1:], default=default(kind)
     )
@@ -141,20 +187,11 @@ def study(arguments: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = {"precompute": precompute, "verify": verify, "plan": plan, "run": run, "score": score, "evaluate": evaluate,
-            "study": study}  # fmt: skip
+COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, score, evaluate, study)}
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(USAGE)
-    try:
-        COMMANDS[sys.argv[1]](sys.argv[2:])
-    except (FileNotFoundError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt as interrupt:
-        print(f"stopped{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    commands.dispatch(PROG, "Train MM-DiTs: data, training, planning, evaluation.", COMMANDS)
 
 
 if __name__ == "__main__":

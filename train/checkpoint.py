@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmdit.config import MMDiTConfig
 from mmdit.files import write_atomically
+from train.config import with_defaults
 from train.ema import EmaWeights
 from train.parallel import World
 
@@ -160,7 +161,7 @@ class Checkpoints:
             return Progress()
         path = found[-1]
         about = json.loads((path / ABOUT).read_text())
-        written = about["decides"]
+        written = with_defaults(about["decides"])
         if "model" in written:                                       # fields that have come since are at their defaults
             written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))

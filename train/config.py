@@ -19,8 +19,12 @@ Grid = Literal["paper", "midpoints", "mlperf"]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW as in the paper."""
+    """AdamW as in the paper, or Muon."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices inside blocks, AdamW for the rest."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -73,6 +77,8 @@ class Samples:
     """Euler steps."""
     guidance: float = 3.0
     """Classifier-free guidance."""
+    shift: float | None = None
+    """alpha of the timestep shift in sampling, also of `train score` and `mmdit sample`; None: as in training."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,9 @@ class Config:
     formulation: str = "rf/lognorm(0.00,1.00)"
     """By the paper's name."""
     shift: float = 1.0
-    """alpha of the timestep shift, in training and sampling."""
+    """alpha of the timestep shift, in training, and in sampling unless samples.shift is given."""
+    unit_latents: bool = False
+    """Scale latents to mean 0 and deviation 1, by the cache's own statistics."""
     initial: Path | None = None
     """Weights to start from, in any layout; norms of q and k that they lack start at one."""
     batch: int = 64
@@ -180,6 +188,13 @@ class Config:
         for name in SIDE:
             values.pop(name)
         return values
+
+
+def with_defaults(decides: dict[str, Any]) -> dict[str, Any]:
+    """What an older version's `decides` said, with the defaults of settings that have come since."""
+    defaults = Config(Path(), Path(), steps=1).decides()
+    nested = {name: {**defaults[name], **decides.get(name, {})} for name in ("optimizer", "ema")}
+    return {**defaults, **decides, **nested}
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmdit.sample import Settings, conditioned, denoise
 from mmdit.text import Conditioning, build
 from train import parallel
 from train.config import Config
-from train.data.shards import Cache
+from train.data.shards import Cache, unit_of
 from train.ema import EmaWeights
 from train.log import Log
 from train.objective import Objective
@@ -32,11 +33,22 @@ def sampling_extra(config: Config, cache: Cache) -> dict[str, Any]:
     settings = cache.settings
     return {
         "encoders": settings["encoders"],
-        "autoencoder": settings["autoencoder"],
+        "autoencoder": autoencoder_of(config, cache),
         "formulation": config.formulation,
         "shift": config.shift,
+        "sampling_shift": sampling_shift(config),
         "size": settings["sizes"][0],
     }
+
+
+def sampling_shift(config: Config) -> float:
+    return config.shift if config.samples.shift is None else config.samples.shift
+
+
+def autoencoder_of(config: Config, cache: Cache) -> dict[str, Any]:
+    """The spec of what decodes what the model draws."""
+    spec: dict[str, Any] = cache.settings["autoencoder"]
+    return {"kind": "unit", "of": spec, **asdict(unit_of(cache))} if config.unit_latents else spec
 
 
 class Looks:
@@ -118,14 +130,15 @@ class Looks:
         height, width = settings["sizes"][0]
         shape, count = (c.in_channels, height // factor, width // factor), len(self._text[0].context)
         noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(count)])
-        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=self.config.shift, graph=False)
+        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=sampling_shift(self.config), graph=False)
         parallel.gather_root(self.model)
         conditional, unconditional = self._text
         z = denoise(
             self.model, noise, conditional, unconditional, chosen, formulation=self.objective.formulation, masked=True
         )
         if self.world.main:
-            self.log.picture(step, autoencoder.to_uint8(autoencoder.build(settings["autoencoder"]).decode(z.cpu())))
+            decoder = autoencoder.build(autoencoder_of(self.config, self.cache))
+            self.log.picture(step, autoencoder.to_uint8(decoder.decode(z.cpu())))
 
     def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
         """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from train.interrupts import Interrupts
 from train.log import Log
 from train.looks import Looks, sampling_extra
 from train.meter import Meter, Watchdog
+from train.muon import Muon, MuonAdamW
 from train.nonfinite import Nonfinite
 from train.objective import Batch, Objective
 from train.parallel import World
@@ -73,13 +75,7 @@ def train_in(config: Config, world: World) -> Outcome:
         left = start_from(model, config.initial)
         if world.main:
             print(f"started from {config.initial}" + (f"; left as initialised: {', '.join(left)}" if left else ""))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, config.optimizer)
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
     objective = Objective.of(config, cache, flow.by_name(config.formulation, config.shift))
     training = cache.buckets("train")
@@ -115,7 +111,7 @@ def train_in(config: Config, world: World) -> Outcome:
         """Logs the steps since the last reading: here the host waits for the device."""
         for taken, loss, norm in stepper.read():
             bad.check(progress, taken.step, loss, norm, plan.at(taken.step))
-            values = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": taken.lr}
+            values = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": taken.share * config.optimizer.lr}
             log.write(taken.step + 1, **values)
             shown.advance(loss, taken.fraction)
 
@@ -133,8 +129,8 @@ def train_in(config: Config, world: World) -> Outcome:
                     part = objective.loss(model, batch) * (len(batch.t) / config.batch)
                 part.backward()
                 loss += part.detach()
-            lr = learning_rate(config.optimizer, progress.step, budget.fraction(progress.step))
-            stepper(Taken(progress.step, lr, budget.fraction(progress.step + 1)), loss)
+            share = schedule(config.optimizer, progress.step, budget.fraction(progress.step))
+            stepper(Taken(progress.step, share, budget.fraction(progress.step + 1)), loss)
 
             look.settled = True
             progress.step += 1
@@ -190,14 +186,26 @@ def tokens(batch: Batch, config: Config) -> tuple[int, int]:
     return height * width // config.model.patch_size**2, batch.text_tokens
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Any:
+    """AdamW, or Muon for the matrices inside blocks and AdamW for the rest. Weight decay is for matrices."""
+    named = dict(model.named_parameters())
+    inside = {n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2}
+    matrices = [p for n, p in named.items() if p.ndim >= 2 and n not in inside]
+    vectors = [p for p in named.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if not inside:
+        return adamw
+    pieces = {n: p.shape[0] // p.shape[1] if "qkv" in n else 1 for n, p in named.items() if n in inside}
+    by_pieces = [
+        {"params": [named[n] for n in sorted(inside) if pieces[n] == count], "pieces": count}
+        for count in sorted(set(pieces.values()))
+    ]
+    return MuonAdamW(Muon(by_pieces, config.muon_lr, weight_decay=config.weight_decay), adamw)
 
 
-def learning_rate(config: OptimizerConfig, step: int, spent: float) -> float:
-    """Linear warmup in steps; decay over the share of the budget that is spent."""
+def schedule(config: OptimizerConfig, step: int, spent: float) -> float:
+    """Share of the peak learning rate: linear warmup in steps; decay over the share of the budget that is spent."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     decay = {"none": 1.0, "linear": 1 - spent, "cosine": 0.5 * (1 + math.cos(math.pi * spent))}[config.decay]
-    return config.lr * warm * decay
+    return warm * decay

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import keyed, text
+from mmdit.autoencoder import Unit
 from mmdit.flow import Formulation
 from train.config import Config
-from train.data.shards import Bucket, Cache, Sample
+from train.data.shards import Bucket, Cache, Sample, unit_of
+
+
+AS_STORED = Unit()
 
 
 class Batch(NamedTuple):
@@ -56,13 +60,16 @@ class Objective:
     """Of each encoder, whether its tokens stand beside those of the one before it."""
     split: int = 0
     """With two text streams, where the second begins."""
+    latents: Unit = AS_STORED
+    """How latents are scaled."""
 
     @classmethod
     def of(cls, config: Config, cache: Cache, formulation: Formulation) -> Objective:
         """Of a run."""
         beside = tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"])
         model = config.model
-        return cls(formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split)
+        unit = unit_of(cache) if config.unit_latents else AS_STORED
+        return cls(formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split, unit)
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
         """The batch of a step."""
@@ -82,7 +89,7 @@ class Objective:
     def _batch(
         self, samples: Sequence[Sample], t: Tensor, keep: Tensor | None, purpose: str, keys: list[tuple[int, int]]
     ) -> Batch:
-        x0 = torch.stack([s.latent for s in samples])
+        x0 = self.latents.encode(torch.stack([s.latent for s in samples]))
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
         features = [s.features for s in samples]
         conditioning = text.assemble(features, self.context_dim, keep, self.beside, self.split)

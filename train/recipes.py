@@ -31,7 +31,7 @@ def small_model(depth: int, head_dim: int, text_dim: int) -> MMDiTConfig:
 
 
 def shapes() -> Config:
-    """Captioned shapes on a laptop: a 32 x 32 pixel-space MM-DiT, minutes on two CPU cores (make demo)."""
+    """Captioned shapes, 32 x 32 pixels, on two CPU cores (make demo)."""
     return Config(
         run=Path("runs/shapes"),
         cache=Path("cache/shapes"),
@@ -48,8 +48,7 @@ def shapes() -> Config:
 
 
 def openmoji() -> Config:
-    """OpenMoji with MiniLM text features, 32 x 32 pixels: a real data set, the better part of an hour on two CPU cores
-    (make demo-emoji)."""
+    """OpenMoji with MiniLM text features, 32 x 32 pixels, on two CPU cores (make demo-emoji)."""
     seen = ("red heart", "grinning face", "crescent moon", "red apple", "dog face", "sailboat", "umbrella", "pizza")
     unseen = ("a purple apple", "a green heart", "a blue book", "a face with a hat", "two red circles", "a black cat",
               "an orange boat", "moon and stars")  # fmt: skip
@@ -74,8 +73,11 @@ DEPTHS = (15, 18, 21, 24, 30, 38)
 
 
 def pretraining(depth: int) -> Config:
-    """The paper's scaling study (sections 5.3, 5.4): 256 pixels, batch 4096, 500,000 steps, logit-normal times.
-    Its cache: `precompute --pipeline FOLDER --encoders clip_l clip_g t5 --sizes 256 256`."""
+    """Pretraining of the paper's scaling study (sections 5.3 and 5.4).
+
+    256 pixels, batch 4096, 500,000 steps, logit-normal times. Its cache:
+    `precompute --pipeline FOLDER --encoders clip_l clip_g t5 --sizes 256 256`.
+    """
     return Config(
         run=Path(f"runs/d{depth}-256"),
         cache=Path("cache/256"),
@@ -93,9 +95,12 @@ MIXED = {512: (768, 768), 1024: (1536, 1536)}
 
 
 def finetuning(depth: int, resolution: int) -> Config:
-    """A higher resolution with mixed aspect ratios (section 5.3.2), from the weights of the resolution below: positions
-    centred for the largest bucket, QK-norm added where the start has none, times shifted (3.0 at 1024, as in the paper;
-    2.0 at 512, by equation 23). Batch and steps are not the paper's, which does not give them."""
+    """Fine-tuning at a higher resolution with mixed aspect ratios (section 5.3.2).
+
+    From the weights of the resolution below: positions centred for the largest bucket, QK-norm added where the start
+    has none, times shifted (3.0 at 1024, as in the paper; 2.0 at 512, by equation 23). Batch and steps are not the
+    paper's, which does not give them.
+    """
     below, (tallest, widest) = {512: 256, 1024: 512}[resolution], MIXED[resolution]
     return Config(
         run=Path(f"runs/d{depth}-{resolution}"),

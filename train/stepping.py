@@ -19,7 +19,8 @@ class Taken:
 
     step: int
     """Counted from 0."""
-    lr: float
+    share: float
+    """Of the peak learning rates."""
     fraction: float
     """Of the budget, after it."""
 
@@ -35,6 +36,7 @@ class Stepper:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, world: World) -> None:
         self._model, self._optimizer, self._clip, self._world = model, optimizer, clip, world
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._taken: list[tuple[Taken, Tensor]] = []
 
     def __call__(self, taken: Taken, loss: Tensor) -> None:
@@ -43,8 +45,8 @@ class Stepper:
         Args: loss: this process's part of it, scalar; it is added up over the processes."""
         loss = self._world.added(loss.double())
         norm = gradient_norm(self._model)
-        for group in self._optimizer.param_groups:
-            group["lr"] = taken.lr
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * taken.share
         found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         self._optimizer.grad_scale = (norm / self._clip).clamp(min=1) if self._clip else None        # type: ignore[attr-defined]
         self._optimizer.found_inf = found_inf                                                       # type: ignore[attr-defined]

@@ -13,9 +13,9 @@ from torch import Tensor
 import rfkernels
 from mmdit.flow import solvers
 from mmdit.flow.densities import CosMap, Density, LogitNormal, Mode, Shifted, Uniform, shift_time
-from mmdit.flow.parametrisations import Angular, F, Noise, Parametrisation, Velocity, like, straight_velocity
+from mmdit.flow.parametrisations import Angular, Data, F, Noise, Parametrisation, Velocity, like, straight_velocity
 from mmdit.flow.paths import Cosine, Diffusion, Exploding, LdmLinear, Normal, Path, Preserving, RectifiedFlow, Straight
-from mmdit.flow.weightings import Constant, Weighting
+from mmdit.flow.weightings import Constant, VelocityOfData, Weighting
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ def _flow(density: Density) -> Formulation:
     return Formulation(RectifiedFlow(), Velocity(), density, Constant())
 
 
+def _data(density: Density) -> Formulation:
+    """Rectified flow whose network says x0, under the velocity's loss."""
+    return Formulation(RectifiedFlow(), Data(), density, VelocityOfData())
+
+
 def _edm(schedule: Straight | Cosine | Normal) -> Formulation:
     """F-prediction with unit weight: for a normal schedule w_t is the paper's, equation 16, times 8."""
     return Formulation(Diffusion(schedule, Exploding()), F(), Uniform(), Constant())
@@ -98,6 +103,10 @@ MAKERS: dict[str, tuple[int, Maker]] = {                               # name ->
     "rf/lognorm": (2, lambda mean, std: _flow(LogitNormal(mean, std))),
     "rf/mode": (1, lambda scale: _flow(Mode(scale))),
     "rf/cosmap": (0, lambda: _flow(CosMap())),
+    "x": (0, lambda: _data(Uniform())),
+    "x/lognorm": (2, lambda mean, std: _data(LogitNormal(mean, std))),
+    "x/mode": (1, lambda scale: _data(Mode(scale))),
+    "x/cosmap": (0, lambda: _data(CosMap())),
     "edm": (2, lambda mean, std: _edm(Normal(mean, std))),
     # w_t of rf and of v/cos is e^(-lambda/2) for both: what is matched is the distribution of lambda
     "edm/rf": (0, lambda: _edm(Straight())),
@@ -112,9 +121,9 @@ _NAME = re.compile(r"(?P<kind>[a-z]+(?:/[a-z]+)?)(?:\((?P<arguments>[^()]*)\))?"
 
 def by_name(name: str, shift: float = 1.0) -> Formulation:
     """A formulation by the paper's name: rf, rf/lognorm(m,s), rf/mode(s), rf/cosmap, edm(m,s), edm/rf, edm/cos,
-    eps/linear, eps/cos, v/linear, v/cos.
+    eps/linear, eps/cos, v/linear, v/cos. With x in place of rf the network says x0, under the velocity's loss.
 
-    Args: shift: alpha of the timestep shift applied to the training times of rf (3.0 at 1024 x 1024); 1: none.
+    Args: shift: alpha of the timestep shift applied to the training times of rf and x (3.0 at 1024 x 1024); 1: none.
     Raises: ValueError for an unknown name, wrong number of arguments or values outside their range.
     """
     match = _NAME.fullmatch(name.replace(" ", ""))
@@ -133,7 +142,7 @@ def by_name(name: str, shift: float = 1.0) -> Formulation:
     if shift == 1.0:
         return made
     if not isinstance(made.path, RectifiedFlow):
-        raise ValueError(f"formulation {name!r} with a shift of {shift}: training times are shifted for rf only")
+        raise ValueError(f"formulation {name!r} with a shift of {shift}: training times are shifted for rf and x only")
     return Formulation(made.path, made.parametrisation, Shifted(made.density, shift), made.weighting)
 
 

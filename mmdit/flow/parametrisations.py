@@ -38,6 +38,17 @@ class Velocity:
 
 
 @dataclass(frozen=True)
+class Data:
+    """The data x0."""
+
+    highest_straight_time = 1.0
+
+    def coefficients(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(path.a(t))
+        return one, torch.zeros_like(one)
+
+
+@dataclass(frozen=True)
 class Noise:
     """The noise (Ho et al. 2020). x0 = (z - b noise) / a multiplies what the network gets wrong by b / a, so sampling
     begins at b / a = 80, where EDM's does."""

@@ -24,3 +24,14 @@ class Constant:
 
     def weight(self, path: Path, t: Tensor) -> Tensor:
         return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class VelocityOfData:
+    """The velocity's squared error in that of the data, from which it is (z - x0) / t on the straight path: 1 / t^2, no
+    more than at `least`."""
+
+    least: float = 0.1
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return t.clamp(min=self.least) ** -2

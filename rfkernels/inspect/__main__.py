@@ -7,8 +7,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import tyro
-from tqdm import tqdm
+try:
+    import tyro
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"error: python -m rfkernels.inspect needs {error.name}: pip install 'rfkernels[cli]'")
 
 from rfkernels.build import CannotBuild
 from rfkernels.inspect import cuda

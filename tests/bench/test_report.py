@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from bench import gate, pictures, report, roofline
-from bench.__main__ import RESULTS, arguments
+from bench.__main__ import COMMANDS, RESULTS
+from mmdit import commands
 from tests.bench.results import synthetic
 
 README = Path(__file__).parents[2] / "README.md"
@@ -94,11 +95,9 @@ def test_prediction_stands_beside_measurement(stored):
 
 
 def test_command_lines():
-    parsed = arguments().parse_args(["roofline", "--gpu", "h100", "--pixels", "512"])
-    assert parsed.pixels == 512 and parsed.step == "training"
     for wrong in (["roofline", "--pixels", "500"], ["roofline", "--batch", "0"], ["nothing"]):
         with pytest.raises(SystemExit):
-            arguments().parse_args(wrong)
+            commands.dispatch("python -m bench", "", COMMANDS, wrong)
     command = [sys.executable, "-m", "bench", "roofline", "--gpu", "abacus"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "error: roofline: gpu is 'abacus'; expected one of A100" in done.stderr

@@ -16,7 +16,7 @@ from train import loop
 from train.config import Ema, Optimizer, Samples, Validation
 from train.data.shards import Cache
 from train.ema import EmaWeights
-from train.loop import Budget, learning_rate, train
+from train.loop import Budget, schedule, train
 from train.objective import Objective
 from train.validate import times, validate
 
@@ -254,8 +254,8 @@ def test_ema_follows_its_definition():
 
 
 def test_learning_rate_follows_steps_or_minutes(config):
-    optimizer = Optimizer(lr=1.0, warmup=10, decay="linear")
-    rates = [learning_rate(optimizer, step, step / 100) for step in range(101)]
+    optimizer = Optimizer(warmup=10, decay="linear")
+    rates = [schedule(optimizer, step, step / 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(0.91) and rates[100] == 0
     budget = Budget(changed(config, steps=None, minutes=2.0), seconds=60)
     assert budget.fraction(0) == pytest.approx(0.5, abs=0.01) and not budget.spent(10**9)

@@ -109,6 +109,16 @@ class Found:
     half: float
 
 
+PERIMETERS = {                                  # of a shape, over half the side of its bounding box
+    "circle": 2 * np.pi,
+    "square": 8.0,
+    "triangle": 2 + 2 * 5**0.5,
+    "diamond": 4 * 2**0.5,
+    "cross": 8.0,
+    "ring": 2 * np.pi * 1.55,
+}
+
+
 def seen(image: np.ndarray) -> np.ndarray:
     """Which pixels [SIDE, SIDE] are not background."""
     return np.abs(image.astype(float) - BACKGROUND).max(-1) > 70
@@ -116,14 +126,10 @@ def seen(image: np.ndarray) -> np.ndarray:
 
 def find(image: np.ndarray) -> Found | None:
     """The shape that an image [SIDE, SIDE, 3] shows, by the best-matching rendering; None if it shows nothing."""
-    difference, there = image.astype(float) - BACKGROUND, seen(image)
-    if there.sum() < 8:
+    colour = _colour(image)
+    if colour is None:
         return None
-    mean = np.median(image[there], axis=0)
-    colour = min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - mean).sum()))
-    direction = np.array(COLOURS[colour]) - BACKGROUND
-    alpha = np.clip(difference @ direction / (direction @ direction), 0, 1)
-
+    alpha = _alpha(image, colour)
     rows, columns = (np.flatnonzero((alpha > 0.5).sum(axis) >= 2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return None
@@ -136,22 +142,64 @@ def find(image: np.ndarray) -> Found | None:
     return Found(colour, shape, x + dx, y + dy, half + grow)
 
 
+def _colour(image: np.ndarray) -> str | None:
+    there = seen(image)
+    if there.sum() < 8:
+        return None
+    middle = np.median(image[there], axis=0)
+    return min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - middle).sum()))
+
+
+def _alpha(image: np.ndarray, colour: str) -> np.ndarray:
+    """How much of each pixel has this colour rather than that of the background, in [0, 1]."""
+    direction = np.array(COLOURS[colour]) - BACKGROUND
+    return np.clip((image.astype(float) - BACKGROUND) @ direction / (direction @ direction), 0, 1)
+
+
+def edges(image: np.ndarray, found: Found) -> tuple[float, float]:
+    """(edge error, IoU) of the shape in an image [SIDE, SIDE, 3] against the rendering of it that fits best.
+
+    Edge error: by how many pixels its outline is off, on average: the area between the two over the perimeter.
+    """
+    alpha, at = _alpha(image, found.colour), np.array([found.x, found.y, found.half])
+
+    def difference(at: np.ndarray) -> float:
+        return float(np.abs(coverage(found.shape, *at) - alpha).sum())
+
+    least, step = difference(at), 0.25
+    while step > 0.03:
+        tried = min((at + step * move for move in (*np.eye(3), *-np.eye(3))), key=difference)
+        if (now := difference(tried)) < least:
+            at, least = tried, now
+        else:
+            step /= 2
+    drawn = coverage(found.shape, *at)
+    both, either = np.minimum(drawn, alpha).sum(), max(np.maximum(drawn, alpha).sum(), 1e-9)
+    return least / (PERIMETERS[found.shape] * max(at[2], 0.5)), float(both / either)
+
+
 def read(image: np.ndarray) -> Shape | None:
     """What an image [SIDE, SIDE, 3] shows, in the words of a caption; None if it shows nothing."""
     found = find(image)
-    if found is None:
-        return None
+    return None if found is None else in_words(found)
+
+
+def in_words(found: Found) -> Shape:
     position = min(POSITIONS, key=lambda p: (POSITIONS[p][0] - found.x) ** 2 + (POSITIONS[p][1] - found.y) ** 2)
     size = min(SIZES, key=lambda s: abs(SIZES[s] - found.half))
     return Shape(size, found.colour, found.shape, position)
 
 
 def score(images: np.ndarray, wanted: list[Shape]) -> dict[str, float]:
-    """Share of images [N, SIDE, SIDE, 3] in which each attribute, and all four, are as wanted."""
-    found = [read(image) for image in images]
+    """Share of images [N, SIDE, SIDE, 3] in which each attribute, and all four, are as wanted; of those that show a
+    shape, the mean edge error in pixels and IoU (see `edges`), NaN if none does."""
+    found = [find(image) for image in images]
     right = np.array([
-        [False] * 4 if f is None else [a == b for a, b in zip(astuple(f), astuple(w), strict=True)]
+        [False] * 4 if f is None else [a == b for a, b in zip(astuple(in_words(f)), astuple(w), strict=True)]
         for f, w in zip(found, wanted, strict=True)
     ])
     names = ("size", "colour", "shape", "position")
-    return {**{n: float(right[:, i].mean()) for i, n in enumerate(names)}, "all": float(right.all(1).mean())}
+    outlines = [edges(image, f) for image, f in zip(images, found, strict=True) if f is not None]
+    edge, iou = np.mean(outlines, axis=0).tolist() if outlines else (np.nan, np.nan)
+    attributes = {name: float(right[:, i].mean()) for i, name in enumerate(names)}
+    return {**attributes, "all": float(right.all(1).mean()), "edge": edge, "iou": iou}

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmdit.autoencoder import Unit
 from mmdit.files import write_atomically
 from mmdit.text import TextFeatures, fingerprint
 from train.data.sources import DataError
@@ -152,6 +153,24 @@ class Cache:
             for name, entries in sorted(self.index.shards.items())
             if name.startswith(split + "/")
         }
+
+
+STATISTICS = 4096       # samples that are looked at, at most
+
+
+def unit_of(cache: Cache) -> Unit:
+    """What scales the training latents to mean 0 and deviation 1 over all channels: of samples at equal distances, so
+    that it is the same wherever it is computed."""
+    buckets = cache.buckets("train").values()
+    step = max(1, sum(len(b) for b in buckets) // STATISTICS)
+    total, squares, count = 0.0, 0.0, 0
+    for bucket in buckets:
+        for row in range(0, len(bucket), step):
+            latent = bucket[row].latent.double()
+            total, count = total + float(latent.sum()), count + latent.numel()
+            squares += float(latent.square().sum())
+    mean = total / count
+    return Unit(mean, (squares / count - mean**2) ** 0.5)
 
 
 def damage(path: Path, entry: dict[str, Any]) -> str | None:

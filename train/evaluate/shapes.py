@@ -10,17 +10,22 @@ import numpy as np
 
 from mmdit.files import write_atomically
 from mmdit.sample import Sampler, grid
+from train.config import Config
 from train.data import shapes
 
 
 def score_shapes(
-    run: str | os.PathLike[str], *, images: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
-) -> dict[str, float]:
+    run: str | os.PathLike[str], *, images: int = 4, steps: int | None = None, guidance: float | None = None,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Draws each of the 64 held-out shape captions `images` times and reads the pictures back by rule.
 
-    Returns: share of pictures with the right size, colour, shape, position, and all of them. Also written to
-        RUN/score.json, and one picture per caption to RUN/held-out.png.
+    Args: steps, guidance: as the run draws its samples, unless given.
+    Returns: share of pictures with the right size, colour, shape, position, and all of them; edge error in pixels and
+        IoU. Also written to RUN/score.json, and one picture per caption to RUN/held-out.png.
     """
+    samples = Config.from_json((Path(run) / "config.json").read_text()).samples
+    steps, guidance = steps or samples.steps, samples.guidance if guidance is None else guidance
     _, held_out = shapes.split()
     wanted = held_out * images
     drawn = Sampler.load(run)([w.caption for w in wanted], seed=seed, steps=steps, guidance=guidance, progress=True)

@@ -5,12 +5,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: demo demo-emoji test test-oldest sanitize gpu-pretend lint clean help
+.PHONY: demo demo-emoji test test-all test-slow test-oldest sanitize gpu-pretend lint clean help
 
 help:
-	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 8 minutes on 2 CPU cores)"
-	@echo "make demo-emoji  the same path on OpenMoji with a pretrained text encoder (about 45 minutes on 2 CPU cores)"
-	@echo "make test        run the tests"
+	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 3 minutes on 2 CPU cores)"
+	@echo "make demo-emoji  the same path on OpenMoji with a pretrained text encoder (about 22 minutes on 2 CPU cores)"
+	@echo "make test        run the tests, but for the slow ones"
+	@echo "make test-all    run all tests (tests/README.md lists the slow ones)"
 	@echo "make test-oldest run kernels, compiled blocks and checkpoints with the oldest supported PyTorch and Triton"
 	@echo "make gpu-pretend try the script for a machine with a GPU on this CPU (about 3 minutes)"
 	@echo "make sanitize    run the kernels' tests with every memory access checked"
@@ -37,10 +38,22 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 	$(BUILD)
 	$(BIN)/python -m train precompute --source openmoji --cache cache/openmoji --sizes 32 32 --encoders minilm
 	$(BIN)/python -m train run openmoji --run runs/openmoji-$(SEED) --seed $(SEED)
+	$(BIN)/python -m train score runs/openmoji-$(SEED)
+
+# As many workers as cores, each with one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BUILD)
+	$(PYTEST)
+
+test-slow: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BUILD)
+	$(PYTEST) -m slow
 
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers.
 OLDEST       := .venv-oldest

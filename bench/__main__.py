@@ -27,16 +27,16 @@ def pixels(text: str) -> int:
 
 
 def report_command(given: list[str]) -> None:
-    """Results as tables and pictures, and the README's section from the newest."""
+    """Results as tables and pictures, and the section of docs/benchmarks.md from the newest."""
     parser = argparse.ArgumentParser(prog=f"{PROG} report", description=report_command.__doc__)
     parser.add_argument("files", type=Path, nargs="*", help="of --benchmark-json; none: each device's newest in --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results, and for tables and pictures")
-    parser.add_argument("--readme", type=Path, help="whose section is refreshed; default: the project's, if "
+    parser.add_argument("--readme", type=Path, help="page whose section is refreshed; default: docs/benchmarks.md, if "
                         "--out is its own folder of results and no files are given")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if that section is not up to date")
     args = vars(parser.parse_args(given))
     if args["readme"] is None and args["out"].resolve() == RESULTS and not args["files"]:
-        args["readme"] = RESULTS.parents[1] / "README.md"
+        args["readme"] = RESULTS.parents[1] / "docs/benchmarks.md"
     report.main(**args)
 
 

@@ -13,11 +13,33 @@ from bench.models import Size
 from mmdit.hardware import Ceilings
 
 TITLES = {
+    "overview": "Forward and backward of ops, a block and a step: times as fast as eager PyTorch",
     "speedups": "Times as fast as eager PyTorch, by case",
     "roofline": "FLOP/s against FLOPs per byte, with the ceilings measured in the same run",
     "breakdown": "Where the time of a step goes",
     "memory": "Bytes kept for backward against batch",
 }
+
+
+def overview(results: dict[str, Any], axes: Any) -> None:
+    """Of each op, fp32 beside bf16; small enough for a front page."""
+    found: dict[str, dict[str, float]] = {}
+    for case, c in tables.rows(results).items():
+        name, _, kind = case.rpartition(" ")
+        if kind not in ("both", "step") or "ours" not in c or not tables.baseline(c) or name.endswith("sampling"):
+            continue
+        dtype = "bf16" if name.endswith("-bf16") else "fp32"
+        label = "training step" if kind == "step" else name.split("-")[0]
+        found.setdefault(label, {})[dtype] = (tables.baseline(c) or 0) / c["ours"]["us"]
+    for j, dtype in enumerate(("fp32", "bf16")):
+        at = [i + 0.4 * j for i, speeds in enumerate(found.values()) if dtype in speeds]
+        axes.barh(at, [speeds[dtype] for speeds in found.values() if dtype in speeds], 0.4, label=dtype)
+    axes.set_yticks([i + 0.2 for i in range(len(found))], list(found))
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast as eager PyTorch")
+    axes.set_title("Forward and backward: faster than eager PyTorch to the right of the line")
+    axes.legend(loc="lower right")
 
 
 def speedups(results: dict[str, Any], axes: Any) -> None:
@@ -105,9 +127,10 @@ def draw(results: dict[str, Any], stem: Path) -> None:
     found = tables.rows(results)
     lines = sum(len(c) for c in found.values())
     steps = sum("breakdown" in r for c in found.values() for r in c.values())
-    heights = {"speedups": 1.2 + 0.22 * lines, "roofline": 5.0, "breakdown": 1.4 + 0.42 * steps, "memory": 4.5}
+    heights = {"overview": 4.2, "speedups": 1.2 + 0.22 * lines, "roofline": 5.0, "breakdown": 1.4 + 0.42 * steps,
+               "memory": 4.5}  # fmt: skip
     painters: dict[str, Callable[[dict[str, Any], Any], None]] = {
-        "speedups": speedups, "roofline": roofline, "breakdown": breakdown, "memory": memory,
+        "overview": overview, "speedups": speedups, "roofline": roofline, "breakdown": breakdown, "memory": memory,
     }  # fmt: skip
     for name, paint in painters.items():
         figure, axes = plt.subplots(figsize=(9, heights[name]), layout="constrained")

@@ -1,6 +1,7 @@
-"""Results as tables and pictures, and the README's section from the newest of each device: python -m bench report
+"""Results as tables and pictures, and the section of docs/benchmarks.md: python -m bench report
 
-What --benchmark-json wrote becomes FILE.md and four pictures beside it. Losses stay in.
+What --benchmark-json wrote becomes FILE.md and five pictures beside it. The section is made from the newest of each
+device. Losses stay in.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ def page(results: dict[str, Any], stem: str) -> str:
 
 
 def section(runs: dict[str, dict[str, Any]]) -> str:
-    """The README's: of each run the short table."""
+    """Of docs/benchmarks.md: of each run the short table."""
     parts = [BEGIN]
     for run, results in runs.items():
         said = " ".join(filter(None, (behind(results), ratio_to_diffusers(results))))
-        head = f"**{tables.where(results)}** ([all of it](bench/results/{run}.md))"
+        head = f"**{tables.where(results)}** ([all of it](../bench/results/{run}.md))"
         parts += [head, tables.short(tables.rows(results)), said]
     return "\n\n".join(part.rstrip() for part in [*parts, tables.EXPLAINED, END])
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 if others := [*Path(__file__).parent.parent.glob("mmdit-*.dist-info")]:
     raise ImportError(
-        f"{others[0].stem} is installed beside rfkernels-mmdit: both have the import name mmdit, and their files overwrite "
-        "each other. Keep one: pip uninstall mmdit rfkernels-mmdit, then pip install rfkernels-mmdit"
+        f"{others[0].stem} is installed beside rfkernels-mmdit: both have the import name mmdit, and their files "
+        "overwrite each other. Keep one: pip uninstall mmdit rfkernels-mmdit, then pip install rfkernels-mmdit"
     )
 
 from mmdit import checkpoint, presets

@@ -60,8 +60,8 @@ def sample(
         prompts: One or more prompts.
         out: PNG to write. Several prompts of a run make a grid, of a pipeline numbered files.
         seed: Image i is a function of (seed, i).
-        steps: 50 for a run, 28 for a pipeline.
-        guidance: Classifier-free guidance; 1 is none. 5 for a run, 7 for a pipeline.
+        steps: As a run draws its samples, 28 for a pipeline.
+        guidance: Classifier-free guidance; 1 is none. As a run draws its samples, 7 for a pipeline.
         size: Height and width in pixels; the training size unless given.
         solver: Integrator of the flow.
         schedule: paper for a run, sd3_release for a pipeline.
@@ -101,7 +101,7 @@ def sample(
         print("wrote " + ", ".join(map(str, drawn.save(out))))
         return
     sampler = Sampler.load(source, device)
-    settings |= {"steps": steps or 50, "guidance": 5.0 if guidance is None else guidance}
+    settings |= {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
     images = sampler(prompts, seed=seed, size=size, progress=True, **settings)
     scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
     picture = grid(images, scale=scale, margin=0 if len(images) == 1 else 2)

@@ -191,6 +191,10 @@ class Sampler:
     """Height and width of an image in pixels, unless asked otherwise."""
     shift: float = 1.0
     """alpha of the sampling schedule."""
+    steps: int = 50
+    """Unless asked otherwise."""
+    guidance: float = 5.0
+    """Unless asked otherwise."""
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Sampler:
@@ -222,6 +226,8 @@ class Sampler:
             flow.by_name(extra["formulation"], extra["shift"]),
             (extra["size"][0], extra["size"][1]),
             extra.get("sampling_shift", extra["shift"]),
+            extra.get("steps", 50),
+            extra.get("guidance", 5.0),
         )
 
     def __call__(
@@ -229,8 +235,8 @@ class Sampler:
         prompts: Sequence[str],
         *,
         seed: int = 0,
-        steps: int = 50,
-        guidance: float = 5.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         size: tuple[int, int] | None = None,
         batch: int = 64,
         progress: bool = False,
@@ -241,7 +247,7 @@ class Sampler:
 
         Args:
             seed: image i starts from noise keyed by (seed, first + i), whatever the batch.
-            steps, guidance, settings: as in `Settings`.
+            steps, guidance, settings: as in `Settings`; the first two as the run draws its samples, unless given.
             size: (height, width) in pixels.
         Returns: uint8 [len(prompts), height, width, 3].
         Raises: ValueError if size does not fit the model.
@@ -253,6 +259,7 @@ class Sampler:
         if height % cell or width % cell or height < cell or width < cell:
             raise ValueError(f"size is {height} x {width}; expected multiples of {cell}")
         shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
+        steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         chosen = Settings(**{"steps": steps, "guidance": guidance, "shift": self.shift, **settings})
         images = []
         for start in range(0, len(prompts), batch):

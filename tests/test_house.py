@@ -51,3 +51,14 @@ def test_importing_needs_no_optional_package(package):
         if path.name == "plugin.py":
             allowed = core | {"pytest"}                                                         # of pytest, by pytest
         assert top <= allowed, f"{path.relative_to(ROOT)} imports {top - core} on import"
+
+
+def test_slow_tests_are_there():
+    """Each name in the table of tests/README.md is that of a test, or of a file."""
+    from tests.conftest import SLOW
+
+    assert len(SLOW) > 15
+    for name in SLOW:
+        file, _, test = name.partition("::")
+        text = (ROOT / "tests" / file).read_text()
+        assert not test or f"def {test.split('[')[0]}(" in text, name

@@ -17,7 +17,7 @@ from train.data import costs
 from train.data.blocks import check
 from train.data.precompute import precompute as fill
 from train.data.settings import Precompute
-from train.data.shards import Index
+from train.data.shards import INDEX, Index
 from train.loop import train
 from train.recipes import RECIPES
 
@@ -115,7 +115,7 @@ def run(arguments: list[str]) -> None:
     main = os.environ.get("RANK", "0") == "0"                # one of the processes that torchrun may have started
     if outcome.stopped_by is not None:
         if main:
-            print(f"stopped at step {outcome.step}; the same command goes on from there")
+            print(f"stopped at step {outcome.step}; the same command resumes from there")
         # SIGUSR1 is a scheduler's notice, and saving what it asks for: no failure for torchrun to mend by a restart
         sys.exit(0 if outcome.stopped_by == signal.SIGUSR1 else 128 + outcome.stopped_by)
     if main:
@@ -123,7 +123,8 @@ def run(arguments: list[str]) -> None:
 
 
 def score(arguments: list[str]) -> None:
-    """Draw held-out captions of the shapes and read the pictures back by rule."""
+    """Draw captions of a demo's run and say how many pictures are right."""
+    from train.evaluate.emoji import COUNT, score_emoji
     from train.evaluate.shapes import score_shapes
 
     def main(
@@ -133,15 +134,26 @@ def score(arguments: list[str]) -> None:
         guidance: float | None = None,
         seed: int = 0,
     ) -> None:
-        """Draw held-out captions of the shapes and read the pictures back by rule.
+        """Draw captions of a demo's run and say how many pictures are right.
+
+        Shapes: held-out captions, read back by rule. OpenMoji: names and recolourings, by the nearest of 64 pictures.
 
         Args:
             run: Run folder.
-            images: Pictures per caption.
+            images: Pictures per caption of shapes.
             steps: Euler steps; as the run draws its samples unless given.
             guidance: Classifier-free guidance; as the run draws its samples unless given.
             seed: Of the noise.
         """
+        config = Config.from_json((run / "config.json").read_text())
+        there = (config.cache / INDEX).is_file()                     # shapes are scored without their cache
+        if there and Index.load(config.cache).settings["source"] == "openmoji":
+            found = score_emoji(run, steps=steps, guidance=guidance, seed=seed)
+            print(f"nearest of {COUNT} pictures is the one asked for (chance: {1 / COUNT:.3f})")
+            print(f"  names seen in training       {found['seen']:.3f}")
+            print(f"  recolourings never seen      {found['recoloured']:.3f}")
+            print(f"pictures: {run / 'retrieval.png'} (left of each pair: asked for; right: by the model)")
+            return
         result = score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
         print(f"held-out captions, {64 * images} pictures (chance: colour .125, position .2, size .5, shape .17)")
         units = {"edge": "pixels by which outlines are off", "iou": "of shapes with the rendering that fits best"}

@@ -161,7 +161,7 @@ class Checkpoints:
             return Progress()
         path = found[-1]
         about = json.loads((path / ABOUT).read_text())
-        written = with_defaults(about["decides"])
+        written = {k: v for k, v in with_defaults(about["decides"]).items() if k in decides or k in about["decides"]}
         if "model" in written:                                       # fields that have come since are at their defaults
             written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
@@ -180,7 +180,7 @@ class Checkpoints:
             dcp.load(state, checkpoint_id=path, process_group=self.world.side, no_dist=self.world.mesh is None)
         except (Exception, CheckpointException) as error:                # a bad file is any of many errors to DCP
             raise ValueError(
-                f"{path} is damaged ({_reason(error)}); remove it to go on from the checkpoint before it"
+                f"{path} is damaged ({_reason(error)}); remove it to resume from the checkpoint before it"
             ) from error
         model.load_state_dict(state["model"])
         fused = any(group.get("fused") for group in optimizer.param_groups)      # it wants its step there too

@@ -37,6 +37,8 @@ def sampling_extra(config: Config, cache: Cache) -> dict[str, Any]:
         "formulation": config.formulation,
         "shift": config.shift,
         "sampling_shift": sampling_shift(config),
+        "steps": config.samples.steps,
+        "guidance": config.samples.guidance,
         "size": settings["sizes"][0],
     }
 

@@ -50,7 +50,7 @@ def train(config: Config) -> Outcome:
     """Trains until the budget is spent, or until SIGINT, SIGTERM or SIGUSR1, after which the state is saved.
 
     Started with torchrun, the run is spread over its processes; losses and weights do not depend on their number. A run
-    found in config.run goes on from its newest checkpoint, on any number of processes.
+    found in config.run resumes from its newest checkpoint, on any number of processes.
     Raises: DataError for a bad cache; ValueError if the cache does not fit the model, the run folder holds another run,
         or too many losses in a row are not finite; OSError if a checkpoint cannot be written.
     """
@@ -89,7 +89,7 @@ def train_in(config: Config, world: World) -> Outcome:
         write_atomically(config.run / "config.json", config.to_json().encode())
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
-        print(f"going on from step {progress.step} of {config.run}")
+        print(f"resuming {config.run} from step {progress.step}")
     best = Best(config, world, extra, progress.step)
     look = Looks(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a matrix is replaced by the
 nearest matrix with orthonormal rows or columns, so that every direction in it moves by as much. q, k and v, which lie
-in one matrix, are orthogonalised apart. Matrices are gathered whole on each process, so the weights do not depend on how many
-there are; what that costs at scale has not been measured.
+in one matrix, are orthogonalised apart. Matrices are gathered whole on each process, so the weights do not depend on
+how many there are; what that costs at scale has not been measured.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from mmdit.flow import Formulation
 from train.config import Config
 from train.data.shards import Bucket, Cache, Sample, unit_of
 
-
 AS_STORED = Unit()
 
 

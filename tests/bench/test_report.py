@@ -13,7 +13,7 @@ from bench.__main__ import COMMANDS, RESULTS
 from mmdit import commands
 from tests.bench.results import synthetic
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "docs/benchmarks.md"
 
 
 @pytest.fixture

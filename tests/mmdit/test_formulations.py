@@ -213,5 +213,22 @@ def test_names_say_what_is_wrong():
     for bad in ("rf/lognorm", "rf/lognorm(1)", "rf/normal(0,1)", "edm", "edm(0,0)", "eps", "v/rf", "edm/linear"):
         with pytest.raises(ValueError, match=r"formulation|std"):
             by_name(bad)
-    with pytest.raises(ValueError, match="training times are shifted for rf only"):
+    assert by_name("x/lognorm(1,1)", shift=3.0).density == flow.Shifted(flow.LogitNormal(1, 1), 3.0)
+
+
+def test_data_is_predicted_under_the_velocitys_loss():
+    x0, noise = torch.randn(2, 8, 3, 4, 4).double()
+    t = torch.linspace(0.1, 1, 8).double()
+    data, plain = by_name("x/mode(1.29)"), by_name("rf/mode(1.29)")
+    z, target = data.training_pair(x0, noise, t)
+    assert torch.equal(target, x0) and torch.allclose(z, plain.training_pair(x0, noise, t)[0])
+    said = x0 + torch.randn_like(x0)
+    velocity = data.velocity(said, z, t)
+    want = (velocity - (noise - x0)).square().mean()
+    assert data.loss(said.float(), target.float(), t.float()) == pytest.approx(float(want), rel=1e-4)
+    assert data.weighting.weight(data.path, torch.tensor([0.01, 0.1])).tolist() == pytest.approx([100, 100])
+
+
+def test_shifts_are_for_rectified_flow():
+    with pytest.raises(ValueError, match="training times are shifted for rf and x only"):
         by_name("v/cos", shift=3.0)

@@ -14,7 +14,7 @@ from train.data.settings import Precompute
 from train.data.shapes import Found
 from train.data.shards import Cache
 from train.data.sources import open_source
-from train.evaluate import held_out
+from train.evaluate import emoji, held_out
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.prompts import compbench, fill, geneval
 from train.evaluate.run import Evaluation, evaluate, score_scenes
@@ -74,6 +74,27 @@ def test_prompts_that_are_asked_are_new_where_there_are_many():
     records = open_source("scenes", copies=1)
     assert len(records) == 6 * (64 + 32) and len({record.key for record in records}) == len(records)
     assert {r.caption for r in records if r.split == "val"} == {prompt["prompt"] for prompt in scenes.asked()}
+
+
+def test_retrieval_finds_what_was_asked_for_and_nothing_by_chance():
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    noisy = np.clip(wanted.astype(int) + rng.integers(-60, 60, wanted.shape), 0, 255).astype(np.uint8)
+    assert emoji.retrieval(noisy, wanted) == 1
+    assert emoji.retrieval(np.roll(noisy, 1, axis=0), wanted) == 0
+
+
+def test_recolourings_are_of_other_hues_and_keep_what_is_grey():
+    red = np.full((8, 8, 3), 255, np.uint8)
+    red[:4] = (234, 90, 71)
+    known = {"red heart": red, "heart": red, "page": np.full((8, 8, 3), 200, np.uint8)}
+    asked = emoji.never_seen(known, 5)                              # no colour in the name, and a picture with a hue
+    ((prompt, image),) = asked.items()
+    colour = prompt.split()[1]
+    assert prompt == f"a {colour} heart" and colour in ("green", "blue", "purple")
+    hue, saturation = emoji.hue_and_saturation(image)
+    assert np.abs(hue[:4] - emoji.HUES[colour]).max() < 3 and saturation[:4].min() > 0.5
+    assert (image[4:] == 255).all()
 
 
 def test_score_of_scenes_that_are_all_right_and_all_wrong(tmp_path):

@@ -70,7 +70,7 @@ def test_torchrun_restarts_a_run_by_itself(alone, tmp_path, launch):
         assert kill(launch, random.Random(kills))
     output = ended(process)
     assert output.count("failed (exitcode: -9)") == 3, "three were killed, and all were started again each time"
-    assert "going on from step" in output
+    assert "resuming " in output
     agree(alone.run, config.run)
 
 

@@ -90,8 +90,8 @@ from mmdit import presets
 if __name__ == "__main__":
     base = RECIPES["shapes"]()
     train(dataclasses.replace(base, run=Path(sys.argv[1]) / "run", cache=Path({cache!r}), minutes=None, steps=4,
-          batch=8, optimizer=Optimizer(kind="muon", muon_lr=0.02, lr=1e-3, eps=1e-6, warmup=0), checkpoint_every=2, threads=1,
-          validation=dataclasses.replace(base.validation, samples=1), unit_latents=True,
+          batch=8, optimizer=Optimizer(kind="muon", muon_lr=0.02, lr=1e-3, eps=1e-6, warmup=0), checkpoint_every=2,
+          validation=dataclasses.replace(base.validation, samples=1), unit_latents=True, threads=1,
           samples=dataclasses.replace(base.samples, count=1, steps=1)))
 """
 

@@ -78,7 +78,7 @@ def _precompute(config: Precompute, world: World) -> Index:
         for number in mine:
             work.make(Block.load(cache, number), bar.update, interrupts)
             if interrupts.received:
-                raise KeyboardInterrupt(f"{interrupts.received.name}: the same command goes on from here")
+                raise KeyboardInterrupt(f"{interrupts.received.name}: the same command resumes from here")
     world.largest(0)                                                                  # everybody has written its blocks
     return world.shared(_finish(config, index, len(records)) if world.main else None)
 

@@ -122,7 +122,7 @@ class Cache:
         self.path = Path(path)
         self.index = Index.load(self.path)
         if not self.index.complete:
-            raise DataError(f"{self.path}: precompute did not finish; run the same command again to go on")
+            raise DataError(f"{self.path}: precompute did not finish; run the same command again to resume")
         for entry in self._entries():
             file = self.path / entry["file"]
             size = file.stat().st_size if file.is_file() else None

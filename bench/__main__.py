@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import environment, report, roofline
 from bench.models import STEPS
 from mmdit import commands
-from mmdit.hardware import GPUS
+from mmdit.cost.hardware import GPUS
 
 PROG = "python -m bench"
 RESULTS = Path(__file__).resolve().with_name("results")

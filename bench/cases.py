@@ -17,8 +17,8 @@ from bench import eager
 from bench.environment import excluded, importable
 from mmdit import presets
 from mmdit.blocks import JointBlock
-from mmdit.counting import made_in
-from mmdit.flops import TEXT_TOKENS
+from mmdit.cost.counting import made_in
+from mmdit.cost.flops import TEXT_TOKENS
 from rfkernels import Stream
 from rfkernels.triton_support import INTERPRETED
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmdit.hardware import Ceilings
+from mmdit.cost.hardware import Ceilings
 
 
 def pretending() -> bool:

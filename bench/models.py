@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import rfkernels
 from bench import eager
 from bench.environment import excluded, importable, pretending
-from mmdit import MMDiT, blocks, counting, presets
-from mmdit.counting import Trace, made_in
-from mmdit.flops import TEXT_TOKENS, training_flops
+from mmdit import MMDiT, blocks, presets
+from mmdit.cost import counting
+from mmdit.cost.counting import Trace, made_in
+from mmdit.cost.flops import TEXT_TOKENS, training_flops
 
 PIXELS_PER_TOKEN = 16
 STEPS = ("training", "sampling")

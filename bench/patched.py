@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import eager, tables
-from mmdit import counting
-from mmdit.counting import made_in
+from mmdit.cost import counting
+from mmdit.cost.counting import made_in
 from rfkernels import patch
 
 IMAGE, SD3_TEXT, FLUX_TEXT = 4096, 333, 512                   # tokens; SD3's text with T5 at 256

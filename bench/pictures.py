@@ -10,7 +10,7 @@ import torch
 
 from bench import models, tables
 from bench.models import Size
-from mmdit.hardware import Ceilings
+from mmdit.cost.hardware import Ceilings
 
 TITLES = {
     "overview": "Forward and backward of ops, a block and a step: times as fast as eager PyTorch",

@@ -18,14 +18,14 @@ import tyro
 from tqdm import tqdm
 
 from mmdit import flow, presets
-from mmdit.flops import TEXT_TOKENS, training_flops
-from mmdit.hardware import GPUS
+from mmdit.cost.flops import TEXT_TOKENS, training_flops
+from mmdit.cost.hardware import GPUS
 from mmdit.text import TextFeatures
 from train.data.plan import Plan
 from train.data.shards import Cache, Index, Sample, write_shard
-from train.objective import Objective
-from train.parallel import World
-from train.reader import Reader
+from train.engine.parallel import World
+from train.engine.reader import Reader
+from train.objectives.flow import Objective
 
 LATENT, ENCODERS = (16, 32, 32), ((77, 768, 768), (77, 1280, 1280), (77, 4096, 0))
 SHARE = 0.4

@@ -26,9 +26,9 @@ import torch
 
 from bench import gate, models, tables
 from bench.models import Size
-from mmdit import counting
-from mmdit.counting import Trace
-from mmdit.hardware import GPUS, Ceilings, Gpu, assumed, by_prefix, gpu, seconds
+from mmdit.cost import counting
+from mmdit.cost.counting import Trace
+from mmdit.cost.hardware import GPUS, Ceilings, Gpu, assumed, by_prefix, gpu, seconds
 
 WAYS = ("eager", "compiled", "fused", "ideal")
 STATE_BYTES = 18

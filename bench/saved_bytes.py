@@ -15,7 +15,7 @@ from torch import Tensor
 import rfkernels
 from mmdit import presets
 from mmdit.blocks import JointBlock
-from mmdit.counting import keeping
+from mmdit.cost.counting import keeping
 from rfkernels import dispatch
 from rfkernels.triton_support import INSTALLED, INTERPRETED
 

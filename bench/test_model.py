@@ -15,7 +15,7 @@ from bench import environment, models
 from bench.breakdown import breakdown
 from bench.measure import Call, Samples, interleaved
 from bench.models import STEPS
-from mmdit.hardware import gpu
+from mmdit.cost.hardware import gpu
 
 DEVICE = environment.device()
 CASES = [(size, step) for size in (models.GPU if DEVICE.type == "cuda" else models.CPU) for step in STEPS]

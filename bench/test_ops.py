@@ -15,8 +15,8 @@ from bench import environment
 from bench.breakdown import breakdown
 from bench.cases import HEAD_DIM, BlockOp, Case, Op, cases
 from bench.measure import Samples, copies_beyond_cache, interleaved
-from mmdit.counting import Made, Trace, trace
-from mmdit.hardware import gpu
+from mmdit.cost.counting import Made, Trace, trace
+from mmdit.cost.hardware import gpu
 
 DEVICE = environment.device()
 CASES = {case.name: case for case in cases(DEVICE)}

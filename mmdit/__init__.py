@@ -11,7 +11,7 @@ if others := [*Path(__file__).parent.parent.glob("mmdit-*.dist-info")]:
 from mmdit import checkpoint, presets
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
-from mmdit.pipeline import Pipeline
-from mmdit.sample import Sampler
+from mmdit.sampling.pipeline import Pipeline
+from mmdit.sampling.sample import Sampler
 
 __all__ = ["MMDiT", "MMDiTConfig", "Pipeline", "Sampler", "checkpoint", "presets"]

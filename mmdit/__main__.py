@@ -18,8 +18,8 @@ except ImportError:
 from mmdit import checkpoint, commands
 from mmdit.checkpoint.report import report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
-from mmdit.pipeline import Pipeline, save_png
-from mmdit.sample import Sampler, grid
+from mmdit.sampling.pipeline import Pipeline, save_png
+from mmdit.sampling.sample import Sampler, grid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -18,7 +18,7 @@ from train.data.blocks import check
 from train.data.precompute import precompute as fill
 from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
-from train.loop import train
+from train.engine.loop import train
 from train.recipes import RECIPES
 
 PROG = "python -m train"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from mmdit import MMDiT, backbones
-from mmdit.counting import Kernel, Made, Trace, made_in, trace
-from mmdit.flops import TEXT_TOKENS, training_flops
-from mmdit.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
-from train import parallel
+from mmdit.cost.counting import Kernel, Made, Trace, made_in, trace
+from mmdit.cost.flops import TEXT_TOKENS, training_flops
+from mmdit.cost.hardware import GPUS, Gpu, assumed, by_prefix, gpu, seconds
 from train.config import Config, Parallel
+from train.engine import parallel
 
 NETWORK = {"within a node": 450e9, "between nodes": 50e9}
 """Bytes per second and GPU, each way: NVLink 4, and a 400 Gb/s adapter for each GPU; by their data sheets."""
@@ -288,7 +288,7 @@ def report(config: Config, gpus: int, name: str, pixels: int | None) -> str:
     ]
     if config.steps:
         lines.append(f"{config.steps:,} steps: {config.steps * per_step / 86400:.1f} days")
-    lines.append("no GPU has confirmed this: the shares are assumptions, see mmdit/hardware.py")
+    lines.append("no GPU has confirmed this: the shares are assumptions, see mmdit/cost/hardware.py")
     return "\n".join(lines)
 
 

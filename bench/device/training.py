@@ -23,12 +23,13 @@ import torch
 
 from bench.device.runner import VERDICT
 from bench.environment import pretending
-from mmdit import graphs, presets
-from mmdit.sample import Sampler
+from mmdit import presets
+from mmdit.sampling import graphs
+from mmdit.sampling.sample import Sampler
 from train.config import Config, Ema, Optimizer, Parallel, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute
-from train.loop import train
+from train.engine.loop import train
 
 WORK = Path(os.environ.get("WORK", "."))
 STEPS = 12 if pretending() else 40

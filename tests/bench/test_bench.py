@@ -14,7 +14,7 @@ from bench import environment, gate
 from bench.cases import cases
 from bench.measure import Samples, copies_beyond_cache, interleaved
 from bench.test_ops import agrees
-from mmdit.hardware import gpu
+from mmdit.cost.hardware import gpu
 
 CPU = torch.device("cpu")
 

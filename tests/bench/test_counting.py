@@ -13,8 +13,8 @@ from bench import models, roofline
 from bench.cases import cases
 from bench.models import Size
 from bench.saved_bytes import saved
-from mmdit.counting import Kernel, stretches, trace
-from mmdit.hardware import GPUS, Ceilings
+from mmdit.cost.counting import Kernel, stretches, trace
+from mmdit.cost.hardware import GPUS, Ceilings
 from rfkernels import dispatch
 
 CPU = torch.device("cpu")

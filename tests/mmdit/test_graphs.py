@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmdit import MMDiT, flow, graphs, presets
-from mmdit.sample import Settings, denoise
+from mmdit import MMDiT, flow, presets
+from mmdit.sampling import graphs
+from mmdit.sampling.sample import Settings, denoise
 from mmdit.text import Conditioning
 
 B = 3

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmdit.counting  # noqa: F401 - lets older versions of torch count attention on a CPU
+import mmdit.cost.counting  # noqa: F401 - lets older versions of torch count attention on a CPU
 from mmdit import MMDiT, MMDiTConfig, presets
 from mmdit.blocks import settled
+from mmdit.cost.flops import training_flops
 from mmdit.embeddings import timestep_features
-from mmdit.flops import training_flops
 
 
 def randomised(config):

@@ -13,7 +13,7 @@ from PIL import Image
 from mmdit import Pipeline, checkpoint
 from mmdit.autoencoder import to_float, to_uint8
 from mmdit.encoders import T5, Clip, Sd3Text
-from mmdit.sample import Settings
+from mmdit.sampling.sample import Settings
 from tests.mmdit.conftest import VARIANTS
 
 PROMPTS = ["a red circle", "two blue squares at the top and a very long tail of words " * 3]
@@ -152,7 +152,7 @@ def test_what_a_mask_keeps_is_noised_to_the_time_of_the_step(pipe):
 
 
 def test_modulations_of_all_steps_are_made_at_once(pipe, monkeypatch):
-    from mmdit import sample
+    from mmdit.sampling import sample
 
     calls, condition = [], pipe.model.condition
     monkeypatch.setattr(pipe.model, "condition", lambda *a: calls.append(len(a[0])) or condition(*a))

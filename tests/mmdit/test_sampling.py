@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, Sampler, autoencoder, checkpoint, presets, text
-from mmdit.sample import WEIGHTS, grid
+from mmdit.sampling.sample import WEIGHTS, grid
 
 EXTRA = {
     "encoders": [{"kind": "words", "dim": 16}],

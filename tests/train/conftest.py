@@ -8,7 +8,7 @@ from mmdit import presets
 from train.config import Config, Ema, Optimizer, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute
-from train.loop import train
+from train.engine.loop import train
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from .conftest import changed
 
 TRAIN = """
 import pickle, sys
-from train.loop import train
+from train.engine.loop import train
 {before}
 if __name__ == "__main__":
     outcome = train(pickle.load(open(sys.argv[1], "rb")))

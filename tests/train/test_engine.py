@@ -17,20 +17,20 @@ import torch
 from bench import reading
 from mmdit import MMDiT, autoencoder, checkpoint, flow, presets
 from mmdit.text import TextFeatures
-from train import looks
-from train.budget import ProgressBar
 from train.config import Validation
 from train.data.blocks import check
 from train.data.plan import Plan
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache, DataError, Index, Sample, unit_of, write_shard
-from train.initial import start_from
-from train.loop import train
-from train.meter import Meter, Watchdog
-from train.objective import Objective
-from train.parallel import World
-from train.reader import Reader
+from train.engine import previews as looks
+from train.engine.budget import ProgressBar
+from train.engine.initial import start_from
+from train.engine.loop import train
+from train.engine.parallel import World
+from train.engine.reader import Reader
+from train.engine.throughput import Meter, Watchdog
+from train.objectives.flow import Objective
 from train.recipes import RECIPES
 
 from .conftest import changed

@@ -14,12 +14,12 @@ from train.data.settings import Precompute
 from train.data.shapes import Found
 from train.data.shards import Cache
 from train.data.sources import open_source
+from train.engine.loop import train
+from train.engine.metrics import frechet
 from train.evaluate import emoji, held_out
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.prompts import compbench, fill, geneval
 from train.evaluate.run import Evaluation, evaluate, score_scenes
-from train.loop import train
-from train.metrics import frechet
 
 from .conftest import changed
 
@@ -174,7 +174,7 @@ def test_a_run_is_evaluated_with_what_is_at_hand(config, clip_folder, tmp_path):
     assert len(list((config.run / "compbench" / "color_val" / "samples").glob("a red circle_00000*.png"))) == 10
 
     # the distance, from the pictures that are there: drawn again, and the validation split's first thirty
-    from mmdit.sample import Sampler
+    from mmdit.sampling.sample import Sampler
 
     asked = held_out.captions(Cache(config.cache), 20)
     drawn = Sampler.load(config.run, "cpu")(asked, steps=2, guidance=5.0)

@@ -13,7 +13,7 @@ from train.config import Parallel, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.sources import DataError
-from train.loop import train
+from train.engine.loop import train
 
 from .conftest import changed
 from .launching import agree, ended, logged, until
@@ -87,7 +87,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path, launch):
 
 LATE_TEXT = """
 import os
-from train.looks import Looks
+from train.engine.previews import Looks
 encoded = Looks._encoded
 Looks._encoded = lambda self: time.sleep(2) or encoded(self)
 """
@@ -105,7 +105,7 @@ def test_drawing_while_a_checkpoint_is_written_does_not_hang(alone, tmp_path, la
 
 NAN_IN_ONE = """
 import os
-from train.objective import Objective
+from train.objectives.flow import Objective
 loss, calls = Objective.loss, []
 def bad(self, model, batch):
     calls.append(batch)
@@ -162,7 +162,7 @@ def test_a_cache_without_its_index_or_of_another_encoder_is_refused(alone, tmp_p
 def test_what_fails_later_does_not_take_a_checkpoint_along(alone, tmp_path, monkeypatch):
     import torch.distributed.checkpoint.filesystem as filesystem
 
-    from train import looks
+    from train.engine import previews as looks
 
     write = filesystem.FileSystemWriter.write_data
     monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", lambda *a: time.sleep(1) or write(*a))

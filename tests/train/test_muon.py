@@ -5,10 +5,10 @@ import torch
 
 from mmdit import MMDiT, presets
 from train.config import Optimizer
-from train.loop import make_optimizer
-from train.muon import Muon, MuonAdamW, orthogonalised
-from train.parallel import World
-from train.stepping import Stepper, Taken
+from train.engine.loop import make_optimizer
+from train.engine.muon import Muon, MuonAdamW, orthogonalised
+from train.engine.parallel import World
+from train.engine.stepping import Stepper, Taken
 
 from .launching import ended
 
@@ -83,7 +83,7 @@ TRAINED = """
 import dataclasses, sys, torch
 from pathlib import Path
 from train.config import Optimizer
-from train.loop import train
+from train.engine.loop import train
 from train.recipes import RECIPES
 from mmdit import presets
 

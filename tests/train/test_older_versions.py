@@ -9,7 +9,7 @@ import pytest
 from mmdit import Sampler
 from train.config import Config
 from train.data.shards import Cache
-from train.loop import train
+from train.engine.loop import train
 
 WRITTEN = Path(__file__).with_name("written_by_159f3e4")
 

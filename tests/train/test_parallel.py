@@ -15,15 +15,15 @@ from PIL import Image
 
 import rfkernels
 from mmdit import presets
-from mmdit.sample import Sampler
+from mmdit.sampling.sample import Sampler
 from train.config import Parallel, Validation
 from train.data.plan import Plan
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache
-from train.loop import train
-from train.parallel import World, build
-from train.rendezvous import agreed
+from train.engine.loop import train
+from train.engine.parallel import World, build
+from train.engine.rendezvous import agreed
 
 from .conftest import changed
 from .launching import agree, losses

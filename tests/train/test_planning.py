@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from bench.saved_bytes import saved
 from mmdit import MMDiT, presets
-from mmdit.flops import training_flops
-from mmdit.hardware import GPUS
-from train import parallel, planning
+from mmdit.cost.flops import training_flops
+from mmdit.cost.hardware import GPUS
+from train import planning
 from train.config import Parallel
-from train.parallel import World
+from train.engine import parallel
+from train.engine.parallel import World
 from train.planning import Layout, activations, plan, units
 from train.recipes import RECIPES
 

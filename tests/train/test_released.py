@@ -10,7 +10,7 @@ from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.data.sources import DataError
-from train.loop import train
+from train.engine.loop import train
 
 
 def test_precompute_train_and_sample_with_clip_t5_and_an_autoencoder(config, folder, tmp_path):

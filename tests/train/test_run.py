@@ -12,13 +12,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from mmdit import MMDiT
-from train import loop
 from train.config import Ema, Optimizer, Samples, Validation
 from train.data.shards import Cache
-from train.ema import EmaWeights
-from train.loop import Budget, schedule, train
-from train.objective import Objective
-from train.validate import times, validate
+from train.engine import loop
+from train.engine.ema import EmaWeights
+from train.engine.loop import Budget, schedule, train
+from train.engine.validation import times, validate
+from train.objectives.flow import Objective
 
 from .conftest import changed
 
@@ -82,7 +82,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, number):
     script = (
-        "import sys, pickle; from train.loop import train\n"
+        "import sys, pickle; from train.engine.loop import train\n"
         "outcome = train(pickle.load(open(sys.argv[1], 'rb'))); sys.exit(outcome.stopped_by or 0)"
     )
     long = changed(config, steps=3000, checkpoint_every=3000)
@@ -107,7 +107,7 @@ def test_a_run_that_ended_before_its_last_look_is_looked_at(config, monkeypatch)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("train.log.Log.picture", full)
+        patch.setattr("train.engine.log.Log.picture", full)
         train(changed(config, validation=Validation(every=0, samples=4)))
     assert (config.run / "checkpoints" / "step-00000012").is_dir(), "saved before anything that may fail"
     train(config)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmdit.hardware import GPUS
+from mmdit.cost.hardware import GPUS
 from train import planning
-from train.checkpoint import Checkpoints
 from train.config import Parallel
-from train.ema import EmaWeights
-from train.parallel import World
+from train.engine.checkpoint import Checkpoints
+from train.engine.ema import EmaWeights
+from train.engine.parallel import World
 from train.planning import Layout, plan
 from train.recipes import RECIPES
 
@@ -25,9 +25,9 @@ import json, sys
 import torch
 from torch.distributed.tensor import DTensor
 from mmdit import presets
-from train import parallel
+from train.engine import parallel
 from train.config import Parallel
-from train.ema import EmaWeights
+from train.engine.ema import EmaWeights
 
 def local(tensors):
     return sum(4 * (t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
@@ -106,7 +106,7 @@ ADAPTED = """
 import sys
 from pathlib import Path
 import torch
-from train import parallel
+from train.engine import parallel
 from train.config import Parallel
 from tests.train.test_spread import partly_trained
 
@@ -155,7 +155,7 @@ def partly_trained(folder, world):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model, step)
-    from train.checkpoint import Progress
+    from train.engine.checkpoint import Progress
 
     checkpoints.save(model, ema, optimizer, Progress(4), {})
     checkpoints.wait()

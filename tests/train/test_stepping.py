@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from train.parallel import World
-from train.stepping import Stepper, Taken
+from train.engine.parallel import World
+from train.engine.stepping import Stepper, Taken
 
 ALONE = World(torch.device("cpu"))
 

@@ -18,7 +18,7 @@ from train.data import shapes
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache
-from train.metrics import frechet
+from train.engine.metrics import frechet
 from train.study import figures, judge, ranking
 from train.study.plan import SETTINGS, changed, small_base
 from train.study.report import report

@@ -10,7 +10,7 @@ from mmdit import autoencoder, encoders, keyed, text
 from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
 from train.data.sources import DataError, Record
-from train.parallel import World
+from train.engine.parallel import World
 
 RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from mmdit import autoencoder, text
 from mmdit.files import write_atomically
-from train import parallel
 from train.config import Parallel
 from train.data.blocks import Block, gathered
 from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
 from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
 from train.data.sources import DataError, Record, fit_into, open_source
-from train.interrupts import Interrupts
-from train.parallel import World
+from train.engine import parallel
+from train.engine.interrupts import Interrupts
+from train.engine.parallel import World
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")

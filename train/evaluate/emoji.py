@@ -14,7 +14,7 @@ import numpy as np
 
 from mmdit import autoencoder, keyed
 from mmdit.files import write_atomically
-from mmdit.sample import Sampler, grid
+from mmdit.sampling.sample import Sampler, grid
 from train.config import Config
 from train.data.shards import Cache
 

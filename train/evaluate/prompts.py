@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmdit.files import replacing, write_atomically
-from mmdit.sample import grid
+from mmdit.sampling.sample import grid
 
 Draw = Callable[[list[str], int], np.ndarray]
 """(prompts, number of the first picture) -> uint8 [N, H, W, 3]."""

@@ -16,19 +16,19 @@ import torch
 import tyro
 
 from mmdit.files import write_atomically
-from mmdit.sample import Sampler, grid
+from mmdit.sampling.sample import Sampler, grid
 from train.config import Config
 from train.data import scenes, shapes
 from train.data.shapes import SIDE
 from train.data.shards import Cache
+from train.engine.compatibility import check_fit
+from train.engine.loop import autocast
+from train.engine.metrics import frechet
+from train.engine.validation import validate
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.held_out import captions, pictures
 from train.evaluate.prompts import Task, compbench, fill, geneval
-from train.fit import check_fit
-from train.loop import autocast
-from train.metrics import frechet
-from train.objective import Objective
-from train.validate import validate
+from train.objectives.flow import Objective
 
 FILE = "evaluation.json"
 Network = Callable[[np.ndarray], np.ndarray]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmdit.files import write_atomically
-from mmdit.sample import Sampler
+from mmdit.sampling.sample import Sampler
 from train.config import Config
 from train.data import shapes
 

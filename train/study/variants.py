@@ -11,7 +11,7 @@ import torch
 
 from mmdit import MMDiT
 from mmdit.config import MMDiTConfig
-from mmdit.flops import training_flops
+from mmdit.cost.flops import training_flops
 from mmdit.flow import FORMULATIONS
 from train.config import Config
 from train.data.shards import Cache

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from mmdit import autoencoder, keyed
 from mmdit.files import write_atomically
 from mmdit.flow import PathLength
-from mmdit.sample import Sampler, Settings, conditioned, denoise
-from train.best import ABOUT, AVERAGED, RAW
+from mmdit.sampling.sample import Sampler, Settings, conditioned, denoise
 from train.data.shards import Cache
+from train.engine.best import ABOUT, AVERAGED, RAW
+from train.engine.loop import train
+from train.engine.metrics import frechet
 from train.evaluate.critics import Clip, Critic
 from train.evaluate.held_out import captions, pictures
-from train.loop import train
-from train.metrics import frechet
 from train.study.judge import trained
 from train.study.plan import FEWER, SETTINGS, Job, Study, Variants, config_of, row_path
 from train.study.variants import step_flops

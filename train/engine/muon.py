@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train.parallel import like
+from train.engine.parallel import like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial that takes singular values from (0, 1] to about 1; the post's."""

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from mmdit.config import MMDiTConfig
 from mmdit.files import write_atomically
 from train.config import with_defaults
-from train.ema import EmaWeights
-from train.parallel import World
+from train.engine.ema import EmaWeights
+from train.engine.parallel import World
 
 ABOUT = "run.json"
 

@@ -9,7 +9,7 @@ import torch
 from mmdit import checkpoint
 from mmdit.checkpoint.layouts import POSITIONS
 from mmdit.model import MMDiT
-from train.parallel import like
+from train.engine.parallel import like
 
 
 @torch.no_grad()

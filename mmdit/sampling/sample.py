@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import autoencoder, checkpoint, flow, graphs, keyed, text
+from mmdit import autoencoder, checkpoint, flow, keyed, text
 from mmdit.config import MMDiTConfig
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
+from mmdit.sampling import graphs
 from mmdit.text import Conditioning
 
 if TYPE_CHECKING:

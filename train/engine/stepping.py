@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train.parallel import World
+from train.engine.parallel import World
 
 
 @dataclass(frozen=True)

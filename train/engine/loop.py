@@ -13,28 +13,28 @@ from torch import nn
 from mmdit import checkpoint as weights
 from mmdit import flow
 from mmdit.files import write_atomically
-from mmdit.sample import WEIGHTS
-from train import parallel
-from train.best import Best
-from train.budget import Budget, ProgressBar
-from train.checkpoint import Checkpoints
+from mmdit.sampling.sample import WEIGHTS
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
 from train.data.shards import Cache
-from train.ema import EmaWeights
-from train.fit import check_fit
-from train.initial import start_from
-from train.interrupts import Interrupts
-from train.log import Log
-from train.looks import Looks, sampling_extra
-from train.meter import Meter, Watchdog
-from train.muon import Muon, MuonAdamW
-from train.nonfinite import Nonfinite
-from train.objective import Batch, Objective
-from train.parallel import World
-from train.reader import Reader
-from train.stepping import Stepper, Taken
+from train.engine import parallel
+from train.engine.best import Best
+from train.engine.budget import Budget, ProgressBar
+from train.engine.checkpoint import Checkpoints
+from train.engine.compatibility import check_fit
+from train.engine.ema import EmaWeights
+from train.engine.initial import start_from
+from train.engine.interrupts import Interrupts
+from train.engine.log import Log
+from train.engine.muon import Muon, MuonAdamW
+from train.engine.nonfinite import Nonfinite
+from train.engine.parallel import World
+from train.engine.previews import Looks, sampling_extra
+from train.engine.reader import Reader
+from train.engine.stepping import Stepper, Taken
+from train.engine.throughput import Meter, Watchdog
+from train.objectives.flow import Batch, Objective
 
 
 @dataclass

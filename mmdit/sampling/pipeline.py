@@ -24,7 +24,7 @@ from mmdit.encoders import T5, Clip, Sd3Text, from_folder
 from mmdit.files import replacing, write_atomically
 from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
-from mmdit.sample import Settings, bar, denoise
+from mmdit.sampling.sample import Settings, bar, denoise
 from mmdit.text import Conditioning
 
 if TYPE_CHECKING:

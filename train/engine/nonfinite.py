@@ -8,9 +8,9 @@ import math
 import numpy as np
 
 from mmdit.files import write_atomically
-from train.checkpoint import Progress
 from train.config import Config
-from train.parallel import World
+from train.engine.checkpoint import Progress
+from train.engine.parallel import World
 
 
 class Nonfinite:

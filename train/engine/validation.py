@@ -7,8 +7,8 @@ from torch import nn
 
 from train.config import Grid
 from train.data.shards import Bucket, Sample
-from train.objective import Objective
-from train.parallel import World
+from train.engine.parallel import World
+from train.objectives.flow import Objective
 
 LEVELS = 8
 

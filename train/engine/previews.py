@@ -13,16 +13,16 @@ import torch
 import rfkernels
 from mmdit import autoencoder, keyed
 from mmdit.model import MMDiT
-from mmdit.sample import Settings, conditioned, denoise
+from mmdit.sampling.sample import Settings, conditioned, denoise
 from mmdit.text import Conditioning, build
-from train import parallel
 from train.config import Config
 from train.data.shards import Cache, unit_of
-from train.ema import EmaWeights
-from train.log import Log
-from train.objective import Objective
-from train.parallel import World
-from train.validate import validate
+from train.engine import parallel
+from train.engine.ema import EmaWeights
+from train.engine.log import Log
+from train.engine.parallel import World
+from train.engine.validation import validate
+from train.objectives.flow import Objective
 
 OBSERVED = 8
 """Held-out samples whose attention is looked at."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmdit.files import write_atomically
-from mmdit.sample import grid
+from mmdit.sampling.sample import grid
 from train.config import Config
 
 

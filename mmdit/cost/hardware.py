@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mmdit.counting import Kernel
+from mmdit.cost.counting import Kernel
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT, fill
 from train.config import Parallel
-from train.rendezvous import fresh_store
+from train.engine.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)

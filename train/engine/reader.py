@@ -10,8 +10,8 @@ import numpy as np
 
 from train.data.plan import Plan
 from train.data.shards import Bucket
-from train.objective import Batch, Objective
-from train.parallel import World
+from train.engine.parallel import World
+from train.objectives.flow import Batch, Objective
 
 
 class Reader:

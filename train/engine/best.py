@@ -9,10 +9,10 @@ from torch import nn
 
 from mmdit import checkpoint as weights
 from mmdit.files import write_atomically
-from train import parallel
 from train.config import Config
-from train.ema import EmaWeights
-from train.parallel import World
+from train.engine import parallel
+from train.engine.ema import EmaWeights
+from train.engine.parallel import World
 
 AVERAGED, RAW, ABOUT = "best.safetensors", "best-raw.safetensors", "best.json"
 

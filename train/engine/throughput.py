@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from mmdit.config import MMDiTConfig
-from mmdit.flops import training_flops
-from mmdit.hardware import gpu
-from train.parallel import World
+from mmdit.cost.flops import training_flops
+from mmdit.cost.hardware import gpu
+from train.engine.parallel import World
 
 EVERY = 20
 """Steps between two readings."""

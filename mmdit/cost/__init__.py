@@ -1,0 +1,1 @@
+"""FLOPs, bytes and hardware: what a model costs to run."""

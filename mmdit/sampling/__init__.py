@@ -1,0 +1,1 @@
+"""From conditioning to latents, and from prompts to images."""

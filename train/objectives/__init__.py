@@ -1,0 +1,1 @@
+"""What is trained for: batches drawn and their loss."""

@@ -23,13 +23,13 @@ from train.data.plan import Plan
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.data.shards import Cache, DataError, Index, Sample, unit_of, write_shard
-from train.engine import previews as looks
+from train.engine import previews
 from train.engine.budget import ProgressBar
 from train.engine.initial import start_from
 from train.engine.loop import train
 from train.engine.parallel import World
 from train.engine.reader import Reader
-from train.engine.throughput import Meter, Watchdog
+from train.engine.throughput import Throughput, Watchdog
 from train.objectives.flow import Objective
 from train.recipes import RECIPES
 
@@ -81,7 +81,7 @@ def test_latents_of_unit_size(cache, config):
     bucket = opened.buckets("train")["32x32"]
     a, b = (o.draw(bucket, np.arange(4), 0).x0.float() for o in (plain, scaled))
     torch.testing.assert_close(b, (a - unit.mean) / unit.std)
-    decoder = autoencoder.build(looks.autoencoder_of(changed(config, unit_latents=True), opened))
+    decoder = autoencoder.build(previews.autoencoder_of(changed(config, unit_latents=True), opened))
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     torch.testing.assert_close(decoder.decode(decoder.encode(images)), images)
     assert autoencoder.build(decoder.spec()).spec() == decoder.spec() and decoder.spec()["kind"] == "unit"
@@ -103,7 +103,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(config, capsys):
 
 
 def test_readings_of_speed(config):
-    meter = Meter(config.model, ALONE)
+    meter = Throughput(config.model, ALONE)
     readings = []
     for _ in range(20):
         with meter.waiting():
@@ -224,10 +224,10 @@ def test_what_is_looked_at(config):
     """Losses by level of the average and of the weights, and how sharp attention is."""
     train(changed(config, steps=4, validation=Validation(every=2, samples=8)))
     lines = [json.loads(line) for line in (config.run / "metrics.jsonl").read_text().splitlines()]
-    looks = [line for line in lines if "validation/loss" in line]
-    assert [line["step"] for line in looks] == [2, 4]
+    previews = [line for line in lines if "validation/loss" in line]
+    assert [line["step"] for line in previews] == [2, 4]
     levels = [f"t={i / 8:g}" for i in range(1, 9)]
-    for look in looks:
+    for look in previews:
         assert {f"{kind}/{level}" for kind in ("validation", "validation_raw") for level in levels} <= look.keys()
         assert look["validation/loss"] != look["validation_raw/loss"], "the average is not the weights"
         # 64 image tokens and up to 7 of text: no more than uniform attention to all of them

@@ -87,9 +87,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path, launch):
 
 LATE_TEXT = """
 import os
-from train.engine.previews import Looks
-encoded = Looks._encoded
-Looks._encoded = lambda self: time.sleep(2) or encoded(self)
+from train.engine.previews import Previews
+encoded = Previews._encoded
+Previews._encoded = lambda self: time.sleep(2) or encoded(self)
 """
 
 
@@ -162,7 +162,7 @@ def test_a_cache_without_its_index_or_of_another_encoder_is_refused(alone, tmp_p
 def test_what_fails_later_does_not_take_a_checkpoint_along(alone, tmp_path, monkeypatch):
     import torch.distributed.checkpoint.filesystem as filesystem
 
-    from train.engine import previews as looks
+    from train.engine import previews
 
     write = filesystem.FileSystemWriter.write_data
     monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", lambda *a: time.sleep(1) or write(*a))
@@ -170,7 +170,7 @@ def test_what_fails_later_does_not_take_a_checkpoint_along(alone, tmp_path, monk
     def failing(*args):
         raise RuntimeError("validation failed")
 
-    monkeypatch.setattr(looks, "validate", failing)
+    monkeypatch.setattr(previews, "validate", failing)
     config = changed(alone, run=tmp_path / "run", validation=Validation(every=5, samples=6))
     with pytest.raises(RuntimeError, match="validation failed"):
         train(config)

@@ -8,7 +8,7 @@ from train.data.shards import Cache
 from train.data.sources import DataError
 
 
-def check_fit(config: Config, cache: Cache) -> None:
+def check_compatible(config: Config, cache: Cache) -> None:
     """The model must read what the cache holds."""
     settings, model = cache.settings, config.model
     vae = autoencoder.build(settings["autoencoder"])

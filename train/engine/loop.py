@@ -22,7 +22,7 @@ from train.engine import parallel
 from train.engine.best import Best
 from train.engine.budget import Budget, ProgressBar
 from train.engine.checkpoint import Checkpoints
-from train.engine.compatibility import check_fit
+from train.engine.compatibility import check_compatible
 from train.engine.ema import EmaWeights
 from train.engine.initial import start_from
 from train.engine.interrupts import Interrupts
@@ -30,10 +30,10 @@ from train.engine.log import Log
 from train.engine.muon import Muon, MuonAdamW
 from train.engine.nonfinite import Nonfinite
 from train.engine.parallel import World
-from train.engine.previews import Looks, sampling_extra
+from train.engine.previews import Previews, sampling_extra
 from train.engine.reader import Reader
 from train.engine.stepping import Stepper, Taken
-from train.engine.throughput import Meter, Watchdog
+from train.engine.throughput import Throughput, Watchdog
 from train.objectives.flow import Batch, Objective
 
 
@@ -64,7 +64,7 @@ def train_in(config: Config, world: World) -> Outcome:
     if config.threads:
         torch.set_num_threads(config.threads)
     cache = Cache(config.cache)
-    check_fit(config, cache)
+    check_compatible(config, cache)
     parts = config.parallel.accumulate
     if config.batch < world.size * parts:
         wanted = f"a sample for each of {world.size} x {parts} parts"
@@ -91,7 +91,7 @@ def train_in(config: Config, world: World) -> Outcome:
     if progress.step and world.main:
         print(f"resuming {config.run} from step {progress.step}")
     best = Best(config, world, extra, progress.step)
-    look = Looks(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
+    preview = Previews(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 
     def save() -> None:
         checkpoints.save(model, ema, optimizer, progress, decides)
@@ -101,7 +101,7 @@ def train_in(config: Config, world: World) -> Outcome:
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     stepper = Stepper(model, optimizer, config.optimizer.clip, world)
-    meter = Meter(config.model, world)
+    throughput = Throughput(config.model, world)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main)
@@ -123,7 +123,7 @@ def train_in(config: Config, world: World) -> Outcome:
             loss, batches = torch.zeros((), device=device), reader.parts(progress.step)
             for i in range(parts):
                 parallel.reduce_gradients(model, i == parts - 1)
-                with meter.waiting():
+                with throughput.waiting():
                     batch = next(batches)
                 with autocast(config, device):
                     part = objective.loss(model, batch) * (len(batch.t) / config.batch)
@@ -132,7 +132,7 @@ def train_in(config: Config, world: World) -> Outcome:
             share = schedule(config.optimizer, progress.step, budget.fraction(progress.step))
             stepper(Taken(progress.step, share, budget.fraction(progress.step + 1)), loss)
 
-            look.settled = True
+            preview.settled = True
             progress.step += 1
             progress.seconds = budget.seconds()
             ema.update(model, progress.step)
@@ -140,12 +140,12 @@ def train_in(config: Config, world: World) -> Outcome:
             draw, check = due(config.samples.every, progress.step), due(config.validation.every, progress.step)
             if due(config.log_every, progress.step) or saves or draw or check:
                 read()
-            log.speed(progress.step, **meter.step(config.batch, *tokens(batch, config)))
+            log.speed(progress.step, **throughput.step(config.batch, *tokens(batch, config)))
             watchdog.beat(progress.step)
             if saves:
                 save()                                              # before anything that may fail
             if draw or check:
-                best.offer(progress.step, look(progress.step, draw=draw, check=check), model, ema)
+                best.offer(progress.step, preview(progress.step, draw=draw, check=check), model, ema)
             # one clock and any process's signal decide for all
             spent, received = world.largest(budget.spent(progress.step) and world.main, interrupts.received or 0)
             over, stopped = bool(spent), int(received)
@@ -153,7 +153,7 @@ def train_in(config: Config, world: World) -> Outcome:
         save()
     if not stopped:                         # also if a former process ended before its last look
         drawn, validated = world.largest(*(seen(progress.step) for seen in (log.drawn, log.validated)))
-        best.offer(progress.step, look(progress.step, draw=not drawn, check=not validated), model, ema)
+        best.offer(progress.step, preview(progress.step, draw=not drawn, check=not validated), model, ema)
     log.close()
     log.plot()
     return Outcome(progress.step, signal.Signals(stopped) if stopped else None)

@@ -53,8 +53,8 @@ def autoencoder_of(config: Config, cache: Cache) -> dict[str, Any]:
     return {"kind": "unit", "of": spec, **asdict(unit_of(cache))} if config.unit_latents else spec
 
 
-class Looks:
-    """Looks at a model on all processes, and logs what is seen.
+class Previews:
+    """Validation losses, attention and pictures of a model on all processes, logged.
 
     Args: computing: the autocast under which the model runs.
     """

@@ -20,7 +20,7 @@ EVERY = 20
 """Steps between two readings."""
 
 
-class Meter:
+class Throughput:
     """Images and tokens per second over all processes, share of the time spent waiting for data, model FLOPs over the
     GPUs' peak where their kind is known, and the most memory held."""
 

@@ -21,7 +21,7 @@ from train.config import Config
 from train.data import scenes, shapes
 from train.data.shapes import SIDE
 from train.data.shards import Cache
-from train.engine.compatibility import check_fit
+from train.engine.compatibility import check_compatible
 from train.engine.loop import autocast
 from train.engine.metrics import frechet
 from train.engine.validation import validate
@@ -93,7 +93,7 @@ def evaluate(wanted: Evaluation) -> dict[str, float]:
     config = Config.from_json((wanted.run / "config.json").read_text())
     config = dataclasses.replace(config, cache=wanted.cache or config.cache)
     cache = Cache(config.cache)
-    check_fit(config, cache)
+    check_compatible(config, cache)
     how: dict[str, Any] = {name: getattr(wanted, name) for name in ("seed", "steps", "guidance")}
     how["size"] = wanted.size or sampler.size
     about = {**how, "weights": digest(sampler), "torch": str(torch.__version__), "device": str(device)}

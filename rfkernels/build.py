@@ -102,7 +102,7 @@ def nvcc() -> str:
     raise CannotBuild(f"{asked} is not on the path")
 
 
-def _cuda_jobs(into: Path) -> list[list[str]]:
+def _cuda_jobs(into: Path, targets: tuple[int, ...] = CUDA_TARGETS) -> list[list[str]]:
     """What compiles csrc/cuda, for each kind of GPU.
 
     Raises: CannotBuild, where PyTorch is not for CUDA or there is no nvcc.
@@ -111,7 +111,7 @@ def _cuda_jobs(into: Path) -> list[list[str]]:
         raise CannotBuild("this PyTorch is not for CUDA")
     return [
         [nvcc(), "-std=c++17", f"-arch=sm_{target}", "-cubin", str(sources() / CUDA), "-o", str(into / binary(target))]
-        for target in CUDA_TARGETS
+        for target in targets
     ]
 
 
@@ -162,10 +162,10 @@ def _cxx_jobs(into: Path) -> list[list[str]]:
     return [[cxx, *part, "-c", "-o", str(into / f"{i}.o")] for i, part in enumerate(parts)]
 
 
-def compile_cuda(into: Path) -> None:
+def compile_cuda(into: Path, targets: tuple[int, ...]) -> None:
     """Binaries of the CUDA kernels alone. Raises: CannotBuild."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, _cuda_jobs(into)))
+        list(pool.map(_run, _cuda_jobs(into, targets)))
 
 
 def _compile(into: Path) -> str | None:

@@ -21,11 +21,11 @@ def compiled(targets: tuple[str, ...]) -> dict[str, Compiled]:
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        build.compile_cuda(Path(folder))
-        for target in build.CUDA_TARGETS:
-            if f"sm_{target}" in targets:
-                for kernel in read(Path(folder) / build.binary(target), target):
-                    found[f"cuda {kernel.kernel} {kernel.target}"] = kernel
+        wanted = tuple(target for target in build.CUDA_TARGETS if f"sm_{target}" in targets)
+        build.compile_cuda(Path(folder), wanted)
+        for target in wanted:
+            for kernel in read(Path(folder) / build.binary(target), target):
+                found[f"cuda {kernel.kernel} {kernel.target}"] = kernel
     return found
 
 

@@ -13,8 +13,7 @@ UNCONDITIONAL = 0.1          # with one encoder, the share that 0.464 leaves unc
 
 
 def small_model(depth: int, head_dim: int, text_dim: int) -> MMDiTConfig:
-    """Four heads on 32 x 32 pixels: pixel space of factor 2, so 12 channels and 64 tokens. Positions of base 96 tell
-    these 8 x 8 tokens apart better than the paper's 256, most of whose frequencies are constant there."""
+    """Four heads on 32 x 32 pixels: pixel space of factor 2, so 12 channels and 64 tokens."""
     return MMDiTConfig(
         depth=depth,
         heads=4,

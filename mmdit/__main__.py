@@ -16,7 +16,7 @@ except ImportError:
     sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
 
 from mmdit import checkpoint, commands
-from mmdit.checkpoint.report import report
+from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.sampling.pipeline import Pipeline, save_png
 from mmdit.sampling.sample import Sampler, grid
@@ -65,7 +65,7 @@ def sample(
         size: Height and width in pixels; the training size unless given.
         solver: Integrator of the flow.
         schedule: paper for a run, sd3_release for a pipeline.
-        shift: alpha of the schedule; that of the training, or of the scheduler's configuration, unless given.
+        shift: alpha of the schedule; as a run draws its samples, or of the scheduler's configuration, unless given.
         interval: Times at which guidance acts.
         skip_blocks: Skip-layer guidance: 7 8 9 for SD3.5 medium.
         graph: On a GPU, replay the model as a CUDA graph; --no-graph saves the memory that it keeps.
@@ -139,6 +139,8 @@ def convert(
         max_shard_bytes: Beyond, shards and an index are written.
         heads: Attention heads, where the tensors do not tell (no QK-norm, not the released models' one per block).
     """
+    for line in left_behind(checkpoint.open_checkpoint(source).extra) if layout != "native" else ():
+        print(f"warning: {line}, which layout {layout} cannot say", file=sys.stderr)
     known = {} if heads is None else {"heads": heads}
     kind = DTYPES[dtype] if dtype else None
     written = checkpoint.convert(

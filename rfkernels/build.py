@@ -209,15 +209,28 @@ def build() -> tuple[Path, bool]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                               # the system lets go of it, whatever happens
         if found := built():
+            if cuda_missing() and torch.version.cuda and shutil.which(os.environ.get("NVCC") or "nvcc"):
+                with tempfile.TemporaryDirectory(dir=where) as made:           # nvcc may have come since
+                    try:
+                        compile_cuda(Path(made), CUDA_TARGETS)
+                        reason = None
+                    except CannotBuild as error:
+                        reason = str(error)
+                    _keep_cuda(Path(made), where, reason)
             return found, False
         with tempfile.TemporaryDirectory(dir=where) as made:
             reason = _compile(Path(made))
-            (where / "cuda").write_text(reason or "")
-            for path in () if reason else Path(made).glob("*.cubin"):
-                os.replace(path, where / path.name)
+            _keep_cuda(Path(made), where, reason)
             (where / NAME).with_suffix(".size").write_text(str((Path(made) / NAME).stat().st_size))
             os.replace(Path(made) / NAME, where / NAME)
     return where / NAME, True
+
+
+def _keep_cuda(made: Path, where: Path, reason: str | None) -> None:
+    """What was compiled of the CUDA kernels, and why the rest was not, in a line."""
+    for path in made.glob("*.cubin"):
+        os.replace(path, where / path.name)
+    (where / "cuda").write_text((reason or "").strip().split("\n")[-1][:200])
 
 
 def main() -> int:

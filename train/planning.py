@@ -286,6 +286,8 @@ def report(config: Config, gpus: int, name: str, pixels: int | None) -> str:
         f"a step takes at least {per_step:.2f} s ({'network' if found.network > found.compute else 'kernels'}), "
         f"{config.batch / per_step:.0f} images/s, MFU {found.mfu_bound:.0%}: if communication hides behind kernels",
     ]
+    if config.optimizer.kind == "muon":
+        lines.append("Muon gathers matrices whole on each GPU: neither the memory nor the time of that is counted")
     if config.steps:
         lines.append(f"{config.steps:,} steps: {config.steps * per_step / 86400:.1f} days")
     lines.append("no GPU has confirmed this: the shares are assumptions, see mmdit/cost/hardware.py")

@@ -38,6 +38,7 @@ void binary_for(int device, const std::string& path) {
 void run_by_name(const std::string& name, const at::Tensor& like, Grid grid, unsigned threads, void* arguments) {
   const auto device = like.device();
   const c10::OptionalDeviceGuard guard(device.is_cuda() ? std::optional<c10::Device>(device) : std::nullopt);
+  make_current(device);
   start(name.c_str(), function_of(name, device.index()), device, grid, threads, 0, &arguments);
 }
 

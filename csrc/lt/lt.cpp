@@ -65,13 +65,13 @@ bool looked = false;
 std::map<int, Handle> handles;
 std::map<Key, std::optional<Heuristic>> found;
 
-// Of PyTorch's own; without one nothing here runs.
+// The one that PyTorch has loaded; without it nothing here runs.
 const Library* loaded() {
   if (looked) return library ? &*library : nullptr;
   looked = true;
   void* from = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW);
   for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
-    if (!from && path.empty()) from = dlopen(name, RTLD_NOW);
+    if (!from && path.empty()) from = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
   if (!from) return nullptr;
   Library made{};
   bool all = true;
@@ -148,7 +148,9 @@ bool multiply(const Tensor& a, const Tensor& b, bool transposed_a, bool transpos
   launch::make_current(device);
   Handle& handle = handles[device.index()];
   if (!handle && lt->create(&handle)) return false;
-  const int type = type_of(d), compute = type == kReal32 && at::globalContext().allowTF32CuBLAS() ? kComputeTf32 : kCompute32;
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  const bool tf32 = d.scalar_type() == at::kFloat && precision == at::Float32Precision::TF32;
+  const int type = type_of(d), compute = tf32 ? kComputeTf32 : kCompute32;
   Owned operation(lt->matmul_destroy), as(lt->layout_destroy), bs(lt->layout_destroy), ds(lt->layout_destroy);
   const auto layout = [&](Owned& of, const Tensor& t) {
     const Matrix m{t};

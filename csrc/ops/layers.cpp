@@ -87,7 +87,8 @@ struct GeluMlpFunction : Function<GeluMlpFunction> {
     variable_list made(6);
     const Tensor rows = rows_of(dy);
     Tensor a, dh, sums;
-    if (auto both = call.implementation->product_gelu_backward(rows, w2, rows_of(h)))
+    const Both both = dx || dw1 || db1 ? call.implementation->product_gelu_backward(rows, w2, rows_of(h)) : std::nullopt;
+    if (both)
       std::tie(dh, sums) = *both;
     else if (dx || dw1 || db1 || dw2)
       std::tie(a, dh, sums) = call.implementation->gelu_backward(rows_of(h), product(rows, w2), dw2, db1);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -50,3 +51,13 @@ def report(opened: Checkpoint) -> tuple[list[str], list[str]]:
         *(f"{name:58s} {count:8d} {numbers:15,d}" for name, (count, numbers) in parts.items()),
     ]
     return lines, anomalies
+
+
+def left_behind(extra: dict[str, Any]) -> list[str]:
+    """What a trained run's metadata say that who reads other layouts will not know."""
+    found, formulation = [], str(extra.get("formulation", "rf"))
+    if not formulation.startswith("rf"):
+        found.append(f"this model was trained as {formulation} and does not give a velocity")
+    if extra.get("autoencoder", {}).get("kind") == "unit":
+        found.append("this model draws latents of unit size, to be scaled before they are decoded")
+    return found

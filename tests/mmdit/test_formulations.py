@@ -229,6 +229,14 @@ def test_data_is_predicted_under_the_velocitys_loss():
     assert data.weighting.weight(data.path, torch.tensor([0.01, 0.1])).tolist() == pytest.approx([100, 100])
 
 
+def test_converting_says_what_other_layouts_do_not_know():
+    from mmdit.checkpoint.report import left_behind
+
+    assert not left_behind({}) and not left_behind({"formulation": "rf/mode(1.29)", "autoencoder": {"kind": "pixels"}})
+    data, scaled = left_behind({"formulation": "x/lognorm(1,1)", "autoencoder": {"kind": "unit"}})
+    assert "trained as x/lognorm(1,1)" in data and "unit size" in scaled
+
+
 def test_shifts_are_for_rectified_flow():
     with pytest.raises(ValueError, match="training times are shifted for rf and x only"):
         by_name("v/cos", shift=3.0)

@@ -90,14 +90,14 @@ def test_latents_of_unit_size(cache, config):
 def test_progress_in_a_log_is_a_line_now_and_then(config, capsys):
     """Without a terminal: step, share, loss, pictures a second, time left; half a minute apart."""
     now = [100.0]
-    bar = ProgressBar(changed(config, steps=100), step=20, shown=True, clock=lambda: now[0])
+    bar = ProgressBar(changed(config, steps=100), step=20, shown=True, before=0.2, clock=lambda: now[0])
     for step in range(20, 100):
         now[0] += 1
         bar.advance(0.5, (step + 1) / 100)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "run  50%  step 50, loss 0.5000, 4 pictures/s, 0:50 left" and len(lines) == 3
     assert lines[-1] == "run 100%  step 100, loss 0.5000, 4 pictures/s, 0:00 left"
-    hidden = ProgressBar(config, step=0, shown=False)
+    hidden = ProgressBar(config, step=0, shown=False, before=0.0)
     hidden.advance(0.5, 1.0)
     assert not capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmdit import Sampler
 from train.config import Config
 from train.data import scenes
 from train.data.precompute import precompute
@@ -19,7 +20,7 @@ from train.engine.metrics import frechet
 from train.evaluate import emoji, held_out
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.prompts import compbench, fill, geneval
-from train.evaluate.run import Evaluation, evaluate, score_scenes
+from train.evaluate.run import Evaluation, compared, evaluate, score_scenes
 
 from .conftest import changed
 
@@ -95,6 +96,18 @@ def test_recolourings_are_of_other_hues_and_keep_what_is_grey():
     hue, saturation = emoji.hue_and_saturation(image)
     assert np.abs(hue[:4] - emoji.HUES[colour]).max() < 3 and saturation[:4].min() > 0.5
     assert (image[4:] == 255).all()
+
+
+def test_real_pictures_are_the_caches_whatever_the_model_draws(config):
+    """A model of scaled latents is compared with the pictures themselves: drawn again, their distance is 0."""
+    config = changed(config, unit_latents=True, steps=1)
+    train(config)
+    cache, sampler = Cache(config.cache), Sampler.load(config.run, "cpu")
+    real = np.concatenate(list(held_out.pictures(cache)))
+    colours = lambda images: images.reshape(len(images), -1, 3).mean(1).astype(np.float64)  # noqa: E731
+    wanted = Evaluation(config.run, images=len(real))
+    found = compared(wanted, sampler, cache, lambda asked: real, {"colours": colours}, None)
+    assert found["colours"] == pytest.approx(0, abs=1e-6)
 
 
 def test_score_of_scenes_that_are_all_right_and_all_wrong(tmp_path):

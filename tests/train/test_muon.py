@@ -50,6 +50,10 @@ def test_matrices_inside_blocks_are_muons_and_the_rest_is_adamws():
     muons = {names[p]: group for group in optimizer.muon.param_groups for p in group["params"]}
     assert muons.keys() == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
     assert all(group["pieces"] == (3 if "qkv" in name else 1) for name, group in muons.items())
+    crossing = MMDiT(presets.tiny(backbone="uvit"))
+    kinds = {n: p for n, p in crossing.named_parameters() if n.endswith(".kv.weight")}
+    groups = make_optimizer(crossing, Optimizer(kind="muon")).muon.param_groups
+    assert kinds and all(any(p is q for g in groups if g["pieces"] == 2 for q in g["params"]) for p in kinds.values())
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(names)
 

@@ -170,7 +170,10 @@ def unit_of(cache: Cache) -> Unit:
             total, count = total + float(latent.sum()), count + latent.numel()
             squares += float(latent.square().sum())
     mean = total / count
-    return Unit(mean, (squares / count - mean**2) ** 0.5)
+    variance = squares / count - mean**2
+    if variance < 1e-12:
+        raise DataError(f"{cache.path}: all latents are {mean:g}; there is nothing to scale to unit size")
+    return Unit(mean, variance**0.5)
 
 
 def damage(path: Path, entry: dict[str, Any]) -> str | None:

@@ -35,12 +35,15 @@ class Budget:
 class ProgressBar:
     """How far a run is: a bar in a terminal; in a log a line every now and then, on stderr too.
 
-    Args: step: finished before. shown: False for a process that only computes along.
+    Args: step: finished before. shown: False for a process that only computes along. before: share of the budget that
+        was spent before.
     """
 
     LINE_SECONDS = 30.0
 
-    def __init__(self, config: Config, step: int, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, step: int, shown: bool, before: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config, self._step, self._average, self._clock = config, step, math.nan, clock
         self._shown, terminal = shown, sys.stderr.isatty()
         self._bar = tqdm(
@@ -48,7 +51,7 @@ class ProgressBar:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
         )  # fmt: skip
         self._lines = shown and not terminal
-        self._first = (clock(), step, 0.0 if config.steps is None else step / config.steps)
+        self._first = (clock(), step, before)
         self._told = clock()
 
     def __enter__(self) -> ProgressBar:

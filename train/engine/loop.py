@@ -104,7 +104,7 @@ def train_in(config: Config, world: World) -> Outcome:
     throughput = Throughput(config.model, world)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
-    shown = ProgressBar(config, progress.step, world.main)
+    shown = ProgressBar(config, progress.step, world.main, budget.fraction(progress.step))
     interrupts = Interrupts("saving after this step")
 
     def read() -> None:
@@ -196,7 +196,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Any:
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if not inside:
         return adamw
-    pieces = {n: p.shape[0] // p.shape[1] if "qkv" in n else 1 for n, p in named.items() if n in inside}
+    packed = ("qkv.weight", ".kv.weight")
+    pieces = {n: named[n].shape[0] // named[n].shape[1] if n.endswith(packed) else 1 for n in inside}
     by_pieces = [
         {"params": [named[n] for n in sorted(inside) if pieces[n] == count], "pieces": count}
         for count in sorted(set(pieces.values()))

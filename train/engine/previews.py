@@ -139,8 +139,8 @@ class Previews:
             self.model, noise, conditional, unconditional, chosen, formulation=self.objective.formulation, masked=True
         )
         if self.world.main:
-            decoder = autoencoder.build(autoencoder_of(self.config, self.cache))
-            self.log.picture(step, autoencoder.to_uint8(decoder.decode(z.cpu())))
+            decoder = autoencoder.build(settings["autoencoder"])
+            self.log.picture(step, autoencoder.to_uint8(decoder.decode(self.objective.latents.decode(z.cpu()))))
 
     def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
         """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""

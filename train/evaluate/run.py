@@ -152,7 +152,8 @@ def compared(
     asked = captions(cache, wanted.images)
     drawn = draw(asked)
     real: dict[str, list[np.ndarray]] = {name: [] for name in networks}
-    for images in pictures(cache, wanted.reference, sampler.autoencoder):
+    stored = getattr(sampler.autoencoder, "inner", sampler.autoencoder)           # the cache's latents are not scaled
+    for images in pictures(cache, wanted.reference, stored):
         for name, network in networks.items():
             real[name].append(network(images))
     found = {name: frechet(network(drawn), np.concatenate(real[name])) for name, network in networks.items()}

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from rfkernels import dispatch, native
+from rfkernels import build, dispatch, native
 from tests.rfkernels import paths
 
 
@@ -13,6 +13,15 @@ def on_device():
     """Where there is a GPU, tensors are made there: kernels run on CPU tensors only in the interpreter."""
     with torch.device("cuda") if torch.cuda.is_available() else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture
+def cxx():
+    """For what inductor compiles for a CPU."""
+    try:
+        return build.compiler()
+    except build.CannotBuild as error:
+        pytest.skip(f"inductor needs a C++ compiler: {error}")
 
 
 def pytest_generate_tests(metafunc):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rfkernels
-from rfkernels import build, launch_tables, native
+from rfkernels import launch_tables, native
 from rfkernels.adaln import launch, reference
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from tests.rfkernels.paths import kernels, operator, path
@@ -311,12 +311,8 @@ def test_compiles_whole_and_its_gradients_are_eagers(op, batch):
         torch.testing.assert_close(a, b)
 
 
-def test_inductor_gives_eagers_gradients_at_batch_1():
+def test_inductor_gives_eagers_gradients_at_batch_1(cxx):
     """Chained modulated norms at local batch 1: the pattern of pytorch issue 193061."""
-    try:
-        build.compiler()
-    except build.CannotBuild as error:
-        pytest.skip(f"inductor compiles C++ for a CPU: {error}")
     inputs = [t.requires_grad_() for t in tensors("gated_adaln", 1, 5, 32, torch.float32)]
 
     def chained(x, branch, *rest):

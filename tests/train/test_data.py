@@ -237,6 +237,7 @@ def test_scorer_reads_ground_truth():
     rng = np.random.default_rng(0)
     result = shapes.score(np.stack([shapes.draw(w, rng) for w in wanted]), wanted)
     assert min(result["size"], result["colour"], result["position"]) >= 0.995 and result["shape"] >= 0.97, result
+    assert result["edge"] < 0.03 and result["iou"] > 0.98, result                            # README says 0.02
 
 
 def test_scorer_is_at_chance_on_the_wrong_captions():

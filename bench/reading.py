@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from mmdit import flow, presets
@@ -48,19 +47,22 @@ class Arguments:
     """Where the cache is written for as long as it takes."""
 
 
-def random_cache(path: Path, samples: int, shard_size: int) -> Cache:
-    """Of the paper's sizes, whole."""
+def random_cache(
+    path: Path, samples: int, shard_size: int, latent: tuple[int, ...] = LATENT, factor: int = 0
+) -> Cache:
+    """Of the paper's sizes, whole. With `factor` latents are pixels, so many a side, and a model can be trained on it."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     entries = []
     for first in tqdm(range(0, samples, shard_size), desc="filling a cache"):
         shard = [
-            Sample(i, str(i), "", normal(*LATENT), [TextFeatures(normal(n, d), normal(p)) for n, d, p in ENCODERS])
+            Sample(i, str(i), "", normal(*latent), [TextFeatures(normal(n, d), normal(p)) for n, d, p in ENCODERS])
             for i in range(first, min(first + shard_size, samples))
         ]
         entries.append(write_shard(path, f"train/256x256/{first // shard_size:05d}.safetensors", shard))
     specs = [{"kind": "random", "dim": d, "pooled_dim": p, "beside": i == 1} for i, (_, d, p) in enumerate(ENCODERS)]
-    settings = {"source": "random", "sizes": [[256, 256]], "autoencoder": {"kind": "none"}, "encoders": specs}
+    autoencoder = {"kind": "pixels", "factor": factor} if factor else {"kind": "none"}
+    settings = {"source": "random", "sizes": [[256, 256]], "autoencoder": autoencoder, "encoders": specs}
     Index(settings, True, {"train/256x256": entries}).save(path)
     return Cache(path)
 
@@ -79,6 +81,8 @@ def samples_per_second(cache: Cache, batch: int, batches: int, ahead: int) -> fl
 
 
 def main() -> None:
+    import tyro
+
     arguments = tyro.cli(Arguments, prog="python -m bench.reading", description=__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

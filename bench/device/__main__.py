@@ -25,10 +25,12 @@ from bench.device.runner import Outcome, Part, Queue, pack, unpack
 SECONDS = 285.0              # of a call; its machine is given ten minutes at most, and each start costs one or two
 KERNEL_TESTS = ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "joint_attention_kernels",
                 "joint_attention_operator", "patch_kernels", "qk_norm")  # fmt: skip
+ENTERED = ("adaln_kernels", "bias", "gelu_mlp", "joint_attention_kernels", "qk_norm")
+"""Of those, the tests of ops that the native launcher starts."""
 PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
 STEP = "d24-256px-B32"
-OPS = {                      # at 256 and at 1024 pixels
-    "attention": "joint_attention-H24-B64-S154+256;joint_attention-H24-B4-S154+4096",
+OPS = {                      # at 256 and at 1024 pixels, attention at 512 too
+    "attention": "joint_attention-H24-B64-S154+256;joint_attention-H24-B16-S154+1024;joint_attention-H24-B4-S154+4096",
     "adaln": "gated_adaln-1536-B64-S256;gated_adaln-1536-B4-S4096",
     "block": "block-1536-B64-S154+256;block-1536-B4-S154+4096",
 }
@@ -63,22 +65,34 @@ def first(work: Path, pretend: bool) -> list[Part]:
     one_attention = ("-m", "bench.device.attention")
     lengths = ("tests/rfkernels/test_joint_attention_kernels.py", "-k", "lengths_per_sample and True-True")
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}               # else a stray access hits a neighbour's block
+    table = f"{work}.csrc"                                           # asks for all CUDA kernels and epilogues
+    native = {"RFKERNELS_LAUNCH": "native"}
+    csrc = {**native, "RFKERNELS_LAUNCH_TABLES": table}
+    entered = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else ENTERED)]
+
+    def device_tests(name: str, files: list[str]) -> list[str]:
+        return python("-m", "pytest", "-m", "device", "-n", processes, "--dist", "load", "--timeout", 150,
+                      "--tb", "line", "--junit-xml", work / f"{name}.xml", *files)  # fmt: skip
+
     return [
+        Part("build", python("-m", "rfkernels.build"), 120, beside=True),
+        Part("tests", device_tests("tests", tests), 200, beside=True),
         Part("ptxas", python(*one_attention), 60),
-        Part("ptxas-other", python(*one_attention), 60,
-             environment={"TRITON_PTXAS_PATH": ptxas or "", "TRITON_CACHE_DIR": f"{work}.ptxas-other"}),
-        Part("tests", python("-m", "pytest", "-m", "device", "-n", processes, "--dist", "load", "--timeout", 100,
-                             "--tb", "line", "--junit-xml", work / "tests.xml", *tests), 150, beside=True),
         Part("train", python("-m", training, "plain"), 70),
-        Part("resume", python("-m", training, "resumed"), 60),
         Part("sample", python("-m", training, "sampled"), 40),
         Part("spread", python(*spread), 60),
-        Part("compiled", python("-m", training, "compiled"), 90),
+        Part("resume", python("-m", training, "resumed"), 60),
+        Part("table", python("-m", "bench.device.ways", "--table", table), 20, after="build"),
+        Part("tests-native", device_tests("tests-native", entered), 60, environment=native, after="tests"),
+        Part("tests-csrc", device_tests("tests-csrc", entered), 60, environment=csrc, after="tests"),
         Part("profile", python("-m", "bench.profile"), 70),
-        Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 60,
-             environment=uncached, needs="compute-sanitizer"),
+        Part("compiled", python("-m", training, "compiled"), 90),
         Part("racecheck", [*sanitized, "racecheck", "--kernel-regex", "kns=attention", *python(*one_attention)], 45,
              environment=uncached, needs="compute-sanitizer"),
+        Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 60,
+             environment=uncached, needs="compute-sanitizer"),
+        Part("ptxas-other", python(*one_attention), 60,
+             environment={"TRITON_PTXAS_PATH": ptxas or "", "TRITON_CACHE_DIR": f"{work}.ptxas-other"}),
     ]  # fmt: skip
 
 
@@ -89,15 +103,20 @@ def second(work: Path, pretend: bool) -> list[Part]:
     compile_ = ("-m", "bench.device.precompile", "--processes", processes, "--most", most, "--seconds", 120)
     sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 0.8, "--candidates", work / "candidates.json")
     uncompiled = {"BENCH_WITHOUT": "max-autotune;compile;ours, compiled"}
+    generated = "adaln-1536-B64-S256;gelu_mlp-1536-B64-S256"
     timed = {name: bench_part(name, "ops", case, 40, work) for name, case in ops.items()}
     return [
         bench_part("step", "model", step, 45, work, **uncompiled),
+        Part("build", python("-m", "rfkernels.build"), 120, beside=True),
         Part("precompile", python(*compile_), 130, beside=True),
         bench_part("step-compile", "model", step, 90, work),
         *(timed.pop(name) for name in ("attention", "adaln") if name in timed),
+        Part("paper", python("-m", "bench.device.paper"), 60),
+        Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
         Part("sweep", python(*sweep), 60),
         bench_part("step-again", "model", step, 40, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),
         *timed.values(),
+        Part("generated", python("-m", "bench.profile", "--ops", "qk_norm" if pretend else generated), 40),
         Part("error", python("-m", "bench.attention_error"), 30),
     ]
 

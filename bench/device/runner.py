@@ -36,6 +36,8 @@ class Part:
     beside: bool = False
     """Others start while it runs: it spends its time compiling, not on the GPU."""
     environment: dict[str, str] = field(default_factory=dict)
+    after: str = ""
+    """A part beside that has to have ended."""
     needs: str | None = None
     """A program without which the part is left out."""
 
@@ -74,6 +76,7 @@ class Queue:
         """All of them. One that fails does not keep the others from running."""
         try:
             for part in parts:
+                self._wait(lambda part=part: all(p.name != part.after for p, *_ in self._running))   # type: ignore[misc]
                 if part.beside:
                     self._start(part)
                 elif self._start(part):

@@ -54,6 +54,17 @@ def test_a_part_beside_others_runs_with_them_and_the_clock_ends_all(tmp_path):
     assert status == {"beside": "passed", "main": "passed", "late": "no time left"}
 
 
+def test_a_part_waits_for_what_it_needs(tmp_path):
+    there = tmp_path / "there"
+    made = f"import pathlib, time; time.sleep(0.5); pathlib.Path('{there}').touch()"
+    queue = Queue(tmp_path, 20, {})
+    queue.run([
+        Part("build", python(made), 10, beside=True),
+        Part("uses", python(f"import pathlib; assert pathlib.Path('{there}').exists()"), 10, after="build"),
+    ])  # fmt: skip
+    assert [o.status for o in queue.outcomes] == ["passed", "passed"]
+
+
 def test_a_call_goes_on_from_the_archive_of_one_before(tmp_path, monkeypatch):
     work, again = tmp_path / "work", tmp_path / "again"
     work.mkdir(), again.mkdir()
@@ -82,7 +93,7 @@ def test_deadlines_leave_room(call, tmp_path):
     """No part may take all the time, and what is compiled beside does not count."""
     parts = CALLS[call](tmp_path, False)
     assert len({part.name for part in parts}) == len(parts)
-    assert all(part.seconds <= 150 for part in parts)
+    assert all(part.seconds <= 200 for part in parts)
 
 
 def test_nothing_needs_diffusers_or_tyro():
@@ -108,7 +119,7 @@ def test_what_is_measured_exists_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = {case.name for case in cases(torch.device("cuda"))}
     for ops in OPS.values():
-        assert len(ops.split(";")) == 2
+        assert len(ops.split(";")) >= 2
         assert all(sum(environment.asked_for(name, part) for name in names) == 1 for part in ops.split(";")), ops
     sizes = {size.name(step) for size in models.GPU for step in models.STEPS}
     assert {name for name in sizes if environment.asked_for(name, STEP)} == {f"{STEP} {s} step" for s in models.STEPS}

@@ -138,6 +138,12 @@ def ours_attention(text: Tensor, image: Tensor, *weights: Tensor) -> tuple[Tenso
     return tuple(out for out in rfkernels.joint_attention(streams) if out is not None)
 
 
+def by_library(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """A joint copy by our kernels, then the attention that PyTorch takes."""
+    with rfkernels.backend("library"):
+        return ours_attention(*inputs)
+
+
 def around(core: Callable[[Tensor, Tensor, Tensor], Tensor], norm: eager.Norm = F.rms_norm) -> Op:
     def attention(text: Tensor, image: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(eager.joint(core, [text, image], [weights[:2], weights[2:]], norm))    # type: ignore[list-item]
@@ -169,11 +175,12 @@ LIBRARIES = {"flash-attn": "flash_attn", "flash3": "flash_attn_interface", "flas
 def attention_contenders() -> dict[str, Op]:
     found: dict[str, Op] = {"ours": ours_attention, "eager": around(eager.sdpa)}
     if torch.cuda.is_available():
+        found["ours, library"] = by_library
         found |= {"flash2": around(sdpa_by("FLASH_ATTENTION")), "cudnn": around(sdpa_by("CUDNN_ATTENTION"))}
         found |= {name: around(flash(module)) for name, module in LIBRARIES.items() if importable(module)}
         found |= {f"{name}+cudnn": op for name, op in compiled(found["cudnn"]).items() if name == "compile"}
         found |= compiled(found["eager"])
-    return found
+    return {name: op for name, op in found.items() if name not in excluded()}
 
 
 def attention_case(batch: int, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Case:

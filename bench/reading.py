@@ -50,7 +50,7 @@ class Arguments:
 def random_cache(
     path: Path, samples: int, shard_size: int, latent: tuple[int, ...] = LATENT, factor: int = 0
 ) -> Cache:
-    """Of the paper's sizes, whole. With `factor` latents are pixels, so many a side, and a model can be trained on it."""
+    """Of the paper's sizes, whole. With `factor` latents are pixels, so many a side, and a model can train on it."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     entries = []

@@ -98,7 +98,8 @@ def attention_tasks(device: torch.device) -> Iterator[Task]:
         }
         calls["attention_bwd_kv"] = calls["attention_bwd_q"]
         tiles = [(64, 64, 4), (128, 64, 8), (64, 128, 4), (64, 32, 4), (32, 64, 4), (128, 128, 8), (64, 64, 8),
-                 (64, 32, 8), (32, 64, 8), (128, 32, 8), (32, 32, 4)]  # fmt: skip
+                 (64, 32, 8), (32, 64, 8), (128, 32, 8), (32, 32, 4), (128, 64, 4), (128, 32, 4),
+                 (128, 128, 4)]  # fmt: skip
         tried = [AttentionLaunch(m, n, w, s, r) for s in (2, 3, 4) for r in (0, 168, 128) for m, n, w in tiles]
         for kernel, call in calls.items():
             yield Task(kernel, f"{dim}/2", attention_launch(kernel, dim, 2, arch), tuple(tried), call)

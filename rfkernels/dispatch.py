@@ -53,15 +53,6 @@ def _from_environment() -> str | None:
     return name
 
 
-_native_launcher = os.environ.get("RFKERNELS_LAUNCH") == "native"      # it has to be there before the first launch
-
-
-def _load_native() -> None:
-    from rfkernels import native
-
-    native.missing()
-
-
 _forced: dict[str | None, str] = {None: name} if (name := _from_environment()) else {}      # by op; None: every op
 
 
@@ -178,8 +169,6 @@ def choose(op: str, *args: Any) -> Implementation:
 
 
 def run(op: str, *args: Any) -> Any:
-    if _native_launcher:
-        _load_native()
     return choose(op, *args).run(*args)
 
 

@@ -54,9 +54,23 @@ def _load() -> str | None:
     return None
 
 
+@lru_cache
+def _load_first() -> None:
+    """Where it is to start Triton's kernels it is there before the first of them: its CUDA kernels and Triton's round
+    differently, and a run's first step must not differ from the others."""
+    from rfkernels import launcher
+
+    if launcher.native():
+        missing()
+
+
 def direct(op: str, *args: Any) -> Any:
     """An op by its entry point; None if it does not take it."""
-    return None if torch.compiler.is_compiling() or entry is None else getattr(entry, op)(*args)
+    if torch.compiler.is_compiling():
+        return None
+    if entry is None:
+        _load_first()
+    return None if entry is None else getattr(entry, op)(*args)
 
 
 def or_else(op: str, definition: Callable[..., Any]) -> Callable[..., Any]:

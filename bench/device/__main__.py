@@ -29,10 +29,11 @@ ENTERED = ("adaln_kernels", "bias", "gelu_mlp", "joint_attention_kernels", "qk_n
 """Of those, the tests of ops that the native launcher starts."""
 PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
 STEP = "d24-256px-B32"
+OWN = {"BENCH_WITHOUT": "max-autotune;flash-attn;flash3;flash4"}         # a library that crashes has a part of its own
 OPS = {                      # at 256 and at 1024 pixels, attention at 512 too
     "attention": "joint_attention-H24-B64-S154+256;joint_attention-H24-B16-S154+1024;joint_attention-H24-B4-S154+4096",
-    "adaln": "gated_adaln-1536-B64-S256;gated_adaln-1536-B4-S4096",
     "block": "block-1536-B64-S154+256;block-1536-B4-S154+4096",
+    "rows": "adaln-1536-B64-S256;qk_norm-1536-B64-S256;gelu_mlp-1536-B64-S256",
 }
 
 
@@ -71,8 +72,8 @@ def first(work: Path, pretend: bool) -> list[Part]:
     entered = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else ENTERED)]
 
     def device_tests(name: str, files: list[str]) -> list[str]:
-        return python("-m", "pytest", "-m", "device", "-n", processes, "--dist", "load", "--timeout", 150,
-                      "--tb", "line", "--junit-xml", work / f"{name}.xml", *files)  # fmt: skip
+        return python("-m", "pytest", "-p", "no:benchmark", "-m", "device", "-n", processes, "--dist", "load",
+                      "--timeout", 150, "--tb", "line", "--junit-xml", work / f"{name}.xml", *files)  # fmt: skip
 
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
@@ -97,25 +98,28 @@ def first(work: Path, pretend: bool) -> list[Part]:
 
 
 def second(work: Path, pretend: bool) -> list[Part]:
-    """Numbers, most telling first: deadlines together are more than the time there is."""
+    """Numbers, most telling first: deadlines together are more than the time there is. What a sweep tries was compiled
+    and chosen elsewhere if `candidates.json` is there already."""
     processes, most = ("2", "2") if pretend else ("14", "40")
     step, ops = ("d2", {"qk_norm": "qk_norm"}) if pretend else (STEP, OPS)
     compile_ = ("-m", "bench.device.precompile", "--processes", processes, "--most", most, "--seconds", 120)
-    sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 0.8, "--candidates", work / "candidates.json")
-    uncompiled = {"BENCH_WITHOUT": "max-autotune;compile;ours, compiled"}
+    sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 0.7, "--candidates", work / "candidates.json")
+    uncompiled = {"BENCH_WITHOUT": "max-autotune;compile;ours, compiled;diffusers"}
+    libraries = {"BENCH_WITHOUT": "max-autotune;compile;compile+cudnn"}
     generated = "adaln-1536-B64-S256;gelu_mlp-1536-B64-S256"
-    timed = {name: bench_part(name, "ops", case, 40, work) for name, case in ops.items()}
+    timed = {name: bench_part(name, "ops", case, 60, work, **OWN) for name, case in ops.items()}
+    known = (work / "candidates.json").is_file()
     return [
-        bench_part("step", "model", step, 45, work, **uncompiled),
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
-        Part("precompile", python(*compile_), 130, beside=True),
-        bench_part("step-compile", "model", step, 90, work),
-        *(timed.pop(name) for name in ("attention", "adaln") if name in timed),
-        Part("paper", python("-m", "bench.device.paper"), 60),
+        *([] if known else [Part("precompile", python(*compile_), 130, beside=True)]),
+        bench_part("step", "model", step, 85, work),
+        Part("sweep", python(*sweep), 60, after="precompile"),
+        *(timed.pop(name) for name in ("attention",) if name in timed),
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
-        Part("sweep", python(*sweep), 60),
-        bench_part("step-again", "model", step, 40, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),
+        Part("paper", python("-m", "bench.device.paper"), 50),
+        bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),
         *timed.values(),
+        bench_part("libraries", "ops", "qk_norm" if pretend else OPS["attention"], 50, work, **libraries),
         Part("generated", python("-m", "bench.profile", "--ops", "qk_norm" if pretend else generated), 40),
         Part("error", python("-m", "bench.attention_error"), 30),
     ]
@@ -133,7 +137,8 @@ def prepared(pretend: bool) -> None:
         os.environ.update(BENCH_PRETEND="1", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
-def main(call: str, out: Path, pretend: bool, earlier: Path | None, seconds: float, hang: str) -> int:
+def main(call: str, out: Path, pretend: bool, earlier: Path | None, candidates: Path | None, seconds: float,
+         hang: str) -> int:  # fmt: skip
     prepared(pretend)
     import torch
 
@@ -147,6 +152,8 @@ def main(call: str, out: Path, pretend: bool, earlier: Path | None, seconds: flo
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
         known: dict[str, Outcome] = unpack(earlier, work) if earlier is not None else {}
+        if candidates is not None:
+            (work / "candidates.json").write_bytes(candidates.read_bytes())
         if (work / f"{slug}.json").is_file():                             # of an earlier sweep
             os.environ["RFKERNELS_LAUNCH_TABLES"] = str(work)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rfkernels-triton"))
@@ -179,6 +186,8 @@ if __name__ == "__main__":
                         help="folder of the archive ($OUT, else bench/results)")  # fmt: skip
     parser.add_argument("--pretend", action="store_true", help="on a CPU: kernels interpreted, tiny shapes")
     parser.add_argument("--earlier", type=Path, help="archive of a call before, to go on from")
+    parser.add_argument("--candidates", type=Path,
+                        help="settings to sweep, of bench.device.precompile on another machine")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all parts together ({SECONDS:.0f})")
     parser.add_argument("--hang", default="", help="a part that is made to hang, to try the deadlines")
     sys.exit(main(**vars(parser.parse_args())))

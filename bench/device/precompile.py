@@ -20,7 +20,6 @@ from typing import Any
 
 from mmdit.files import write_atomically
 
-KEPT = 6                     # settings of a kernel that are measured, with the one in use
 TASKS = ("attention_tasks", "row_tasks", "patch_tasks")
 
 
@@ -66,19 +65,19 @@ Tried = list[tuple[dict[str, Any], dict[str, Any]]]
 """(a setting, what the compiler says of it)"""
 
 
-def chosen(results: dict[str, Tried], now: dict[str, Any]) -> dict[str, list[str]]:
-    """The settings of each task that are worth measuring, as the sweep names them."""
-    kept = {}
+def chosen(results: dict[str, Tried], now: dict[str, Any], kept: int = 6) -> dict[str, list[str]]:
+    """The settings of each task that are worth measuring, as the sweep names them: so many, the one in use first."""
+    found = {}
     for name, tried in results.items():
         fit = [(s, f) for s, f in tried if not f["spills"] and f["occupancy"]]
         best = sorted(fit, key=lambda pair: cost(*pair))
-        kept[name] = [json.dumps(s) for s in [now[name], *(s for s, _ in best if s != now[name])][:KEPT]]
-    return kept
+        found[name] = [json.dumps(s) for s in [now[name], *(s for s, _ in best if s != now[name])][:kept]]
+    return found
 
 
-def main(processes: int, seconds: float, arch: int, most: int, out: Path) -> int:
+def main(processes: int, seconds: float, arch: int, most: int, kept: int, only: str, out: Path) -> int:
     began = time.monotonic()
-    every = tasks_and_settings(most)
+    every = {name: found for name, found in tasks_and_settings(most).items() if any(o in name for o in only.split(";"))}
     now = {name: settings[0] for name, settings in every.items()}
     longest = max(map(len, every.values()))
     jobs = [(name, settings[i]) for i in range(longest) for name, settings in every.items() if i < len(settings)]
@@ -94,7 +93,7 @@ def main(processes: int, seconds: float, arch: int, most: int, out: Path) -> int
             except Exception as error:                                   # does not compile: the next one
                 failed += 1
                 print(f"{name} {setting}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
-            write_atomically(out, json.dumps(chosen(results, now), indent=1).encode())
+            write_atomically(out, json.dumps(chosen(results, now, kept), indent=1).encode())
     except TimeoutError:
         print("stopped by the clock", flush=True)
     finally:
@@ -102,9 +101,10 @@ def main(processes: int, seconds: float, arch: int, most: int, out: Path) -> int
         for process in list((pool._processes or {}).values()):
             process.kill()
     done = sum(map(len, results.values()))
-    kept = sum(map(len, chosen(results, now).values()))
+    measured = sum(map(len, chosen(results, now, kept).values()))
     took = time.monotonic() - began
-    print(f"verdict: {done} of {len(jobs)} settings compiled in {took:.0f} s, {failed} did not, {kept} are measured")
+    told = f"{done} of {len(jobs)} settings compiled in {took:.0f} s, {failed} did not, {measured} are measured"
+    print(f"verdict: {told}")
     return int(not done)
 
 
@@ -129,5 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=100.0, help="stop after this long, with what there is (100)")
     parser.add_argument("--arch", type=int, default=90, help="compute capability: 90 for Hopper (90)")
     parser.add_argument("--most", type=int, default=100, help="settings of a kernel that are compiled at most (100)")
+    parser.add_argument("--kept", type=int, default=6, help="settings of a kernel that are measured (6)")
+    parser.add_argument("--only", default="", help="kernels whose names hold one of these, one;another")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("WORK", ".")) / "candidates.json")
     sys.exit(main(**vars(parser.parse_args())))

@@ -34,24 +34,29 @@ from rfkernels import launch_tables, launcher, native
 CUDA = ("adaln_bwd_cuda", "gated_adaln_bwd_cuda", "qk_norm_fwd_cuda", "qk_norm_bwd_cuda", "gelu_bwd_cuda")
 EPILOGUES = ("gelu_fwd_lt", "gelu_bwd_lt", "bias_gradient_lt")
 CALLS = 3                    # in a round
+LIBRARY = ("joint_attention",)
+"""A joint copy, then the attention that PyTorch takes."""
 Listed = tuple[str, ...]
 Way = tuple[Listed, str]
 """What a launch table asks for, and the launcher."""
 
 
 class EverySize(dict[str, Any]):
-    """An entry of a launch table that holds for every width."""
+    """An entry of a launch table that holds for every width or head dimension."""
 
     def __contains__(self, size: object) -> bool:
         return True
+
+    def get(self, size: str, default: Any = None) -> Any:
+        return dict(self)
 
 
 @contextmanager
 def listed(names: Listed, by: str = "native") -> Iterator[None]:
     """Inside, a launch table asks for these, and this launcher starts kernels. Not thread-safe."""
     table = launch_tables.table(environment.device_name())
-    before = {name: table.pop(name) for name in (*CUDA, *EPILOGUES) if name in table}
-    table.update({name: EverySize() for name in names})
+    before = {name: table.pop(name) for name in (*CUDA, *EPILOGUES, *LIBRARY) if name in table}
+    table.update({name: EverySize(library_from=0) if name in LIBRARY else EverySize() for name in names})
     try:
         with launcher.chosen(by):
             native.entry.forget()
@@ -157,7 +162,8 @@ def main(only: str) -> int:
             ways |= {one: ((one,), "native") for one in EPILOGUES} | {"all epilogues": (EPILOGUES, "native")}
         compared(name, both(op, given), ways, True, log)
     launchers: dict[str, Way] = {"Triton's launcher": ((), "triton"), "native launcher": ((), "native")}
-    kernels: dict[str, Way] = {"CUDA kernels": (CUDA, "native"), "epilogues": (EPILOGUES, "native")}
+    kernels: dict[str, Way] = {"CUDA kernels": (CUDA, "native"), "epilogues": (EPILOGUES, "native"),
+                               "library attention": (LIBRARY, "native")}  # fmt: skip
     depth, pixels, batch = (2, 64, 1) if pretending() else (24, 256, 32)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     for size, run, ways in (

@@ -123,7 +123,7 @@ def mlp(name):
 
 
 def qkv(p, name, y):
-    q, k, v = linear(p, f"{name}.qkv", y).unflatten(-1, (3, H, D)).unbind(2)
+    q, k, v = linear(p, f"{name}.qkv", y).view(*y.shape[:2], 3, H, D).unbind(2)
     return q, k, v, p.get(f"{name}.q_norm"), p.get(f"{name}.k_norm")
 
 
@@ -183,7 +183,7 @@ def flux_single(kit, p, x, c, cos, sin):
     shift, scale, gate = (v.unsqueeze(1) for v in vectors(p, c, 3))
     y = kit.modulate(x, shift, scale)
     fused = linear(p, "linear1", y)
-    q, k, v = fused[..., : 3 * C].unflatten(-1, (3, H, D)).unbind(2)
+    q, k, v = fused[..., : 3 * C].reshape(*fused.shape[:2], 3, H, D).unbind(2)
     (out,) = kit.attend((q, k, v, p["q_norm"], p["k_norm"]), rope=(cos, sin))
     hidden = F.gelu(fused[..., 3 * C :], approximate="tanh")
     return kit.add(x, linear(p, "linear2", torch.cat([out, hidden], -1)), gate)
@@ -191,7 +191,7 @@ def flux_single(kit, p, x, c, cos, sin):
 
 def shared(kit, p, x, c):
     """Wan 2.1, PixArt: one table for all samples plus a vector per sample, [B, 6, C]; a norm with weight and bias."""
-    m = (p["table"] + linear(p, "mod", F.silu(c)).unflatten(-1, (6, C))).chunk(6, 1)
+    m = (p["table"] + linear(p, "mod", F.silu(c)).view(-1, 6, C)).chunk(6, 1)
     (out,) = kit.attend(qkv(p, "attn", kit.modulate(x, m[0], m[1])))
     x = kit.add(x, linear(p, "attn.proj", out), m[2])
     y = kit.modulate(x, None, None, p["norm.weight"], p["norm.bias"])

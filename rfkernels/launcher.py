@@ -1,8 +1,9 @@
-"""Which launcher starts Triton's kernels on a GPU: Triton's own, or the native one (csrc/launch).
+"""Which launcher starts Triton's kernels on a GPU: the native one (csrc/launch) where it is built, or Triton's own.
 
-RFKERNELS_LAUNCH=native takes the native one, for the ops that have an entry point; it has to be built
-(`python -m rfkernels.build`). Triton compiles in both cases. The native launcher asks here once for each specialisation
-of a kernel and once for each setting. Triton's own is the default until a GPU has confirmed the other.
+The native one serves the ops that have an entry point (`python -m rfkernels.build` makes it); RFKERNELS_LAUNCH=triton
+takes Triton's everywhere. Triton compiles in both cases. The native launcher asks here once for each specialisation of
+a kernel and once for each setting. On an H100 a d = 24 sampling step of one picture takes 12.8 ms with it and 35.3 ms
+without, a training step of 32 pictures 124 and 143 ms (bench.device.ways, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LETTERS = {"fp32": "f", "fp64": "d", "i64": "l", "u64": "l"}
 
 
 def _from_environment() -> str:
-    name = os.environ.get("RFKERNELS_LAUNCH") or "triton"
+    name = os.environ.get("RFKERNELS_LAUNCH") or "native"
     if name not in LAUNCHERS:
         raise ValueError(f"RFKERNELS_LAUNCH is {name!r}; expected one of {', '.join(LAUNCHERS)}")
     return name
@@ -35,11 +36,12 @@ _chosen = _from_environment()
 
 
 def native() -> bool:
-    """Whether the native launcher is to start Triton's kernels."""
+    """Whether the native launcher is to start Triton's kernels, where it is built."""
     return _chosen == "native" and not INTERPRETED and torch.version.hip is None
 
 
 def described() -> str:
+    """Of where the native code is built."""
     return "the native launcher" if native() else "Triton's own launcher"
 
 

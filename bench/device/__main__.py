@@ -51,7 +51,8 @@ def other_ptxas() -> str | None:
 def bench_part(name: str, file: str, ops: str, seconds: float, work: Path, **environment: str) -> Part:
     """A suite, its results in WORK/NAME.json."""
     results = ("--benchmark-json", work / f"{name}.json")
-    command = python("-m", "pytest", f"bench/test_{file}.py", "--ops", ops, *results)
+    quiet = ("-rs", "-W", "default::pytest_benchmark.logger.PytestBenchmarkWarning")       # why a contender is left out
+    command = python("-m", "pytest", *quiet, f"bench/test_{file}.py", "--ops", ops, *results)
     return Part(name, command, seconds, environment={"BENCH_WITHOUT": "max-autotune", **environment})
 
 
@@ -77,7 +78,7 @@ def first(work: Path, pretend: bool) -> list[Part]:
 
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
-        Part("tests", device_tests("tests", tests), 200, beside=True),
+        Part("tests", device_tests("tests", tests), 200, beside=True, environment={"RFKERNELS_LAUNCH": "triton"}),
         Part("ptxas", python(*one_attention), 60),
         Part("train", python("-m", training, "plain"), 70),
         Part("sample", python("-m", training, "sampled"), 40),

@@ -170,3 +170,13 @@ def test_shapes_without_storage_go_through():
 def test_more_samples_than_a_launch_takes_go_elsewhere():
     many = torch.empty(1, 1, 3, 1, 8, device=DEVICE).expand(70_000, 1, 3, 1, 8)
     assert "at most 65535" in rfkernels.explain(rfkernels.joint_attention, [Stream.packed(many)])
+
+
+def test_a_launch_table_says_from_how_many_tokens_a_library_is_faster(monkeypatch):
+    """Not for padded samples: their mask was never measured."""
+    monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("sdpa", 10))
+    lengths = torch.full((1,), 4)
+    streams = [Stream.packed(torch.zeros(1, n, 3, 1, 8)) for n in (5, 6)]
+    padded = [Stream.packed(torch.zeros(1, n, 3, 1, 8), lengths=lengths) for n in (5, 6)]
+    assert library.faster(streams) == "measured on this GPU: a library is faster from 10 tokens"
+    assert library.faster(streams[:1]) is None and library.faster(padded) is None

@@ -211,6 +211,7 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -
 
 
 NEVER = 1 << 62
+HALF = (torch.bfloat16, torch.float16)
 CORES: dict[str, Core] = {"sdpa": sdpa, "cudnn": cudnn, "flash3": flash3, "flash4": flash4}
 
 
@@ -229,15 +230,15 @@ measured._dynamo_marked_constant = True                                         
 def core(q: Tensor, seen: Tensor | None) -> Core:
     """The fastest measured on this GPU; SDPA as PyTorch chooses where nothing was measured, and where others cannot:
     with lengths, which they do not take as a mask, and in more than 16 bits."""
-    if seen is not None or q.dtype not in (torch.bfloat16, torch.float16):
+    if seen is not None or q.dtype not in HALF:
         return sdpa
     return CORES[measured(q.device.type, q.device.index, q.shape[-1])[0]]
 
 
 def faster(streams: tuple[Stream, ...]) -> str | None:
     """Why this path is faster than the kernels on this GPU, or None."""
-    if any(s.lengths is not None for s in streams):
-        return None                                       # as a mask, which nobody measured
+    if any(s.lengths is not None for s in streams) or streams[0].like.dtype not in HALF:
+        return None                                       # lengths would be a mask; neither was measured
     device, tokens = streams[0].like.device, sum(s.shape[1] for s in streams)
     _, first = measured(device.type, device.index, streams[0].shape[3])
     return None if tokens < first else f"measured on this GPU: a library is faster from {first} tokens"

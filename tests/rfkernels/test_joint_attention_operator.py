@@ -140,11 +140,13 @@ def test_dispatch_takes_the_kernels_on_a_gpu_and_says_why_not_elsewhere():
 def test_a_gpus_table_says_where_a_library_is_faster_and_forcing_overrules_it(monkeypatch):
     monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("cudnn", 10))
     monkeypatch.setattr(sys.modules["rfkernels.joint_attention.op"], "interpreted", lambda *args: None)
-    short, long = (Case(sizes).streams(torch.float32)[0] for sizes in ((3, 6), (3, 7)))
+    short, long = (Case(sizes).streams(torch.bfloat16)[0] for sizes in ((3, 6), (3, 7)))
     assert rfkernels.explain(rfkernels.joint_attention, short).startswith("joint_attention: triton")
     told = rfkernels.explain(rfkernels.joint_attention, long)
     assert told.startswith("joint_attention: library") and "faster from 10 tokens" in told
-    k = long[0].k.bfloat16()
+    unmeasured = Case((3, 7)).streams(torch.float32)[0], Case((3, 7), lengths=((2,), (7,))).streams(torch.bfloat16)[0]
+    assert all(library.faster(tuple(streams)) is None for streams in unmeasured), "fp32, lengths"
+    k = long[0].k
     assert [library.core(*a) for a in ((k, None), (k, torch.ones(1)), (k.float(), None))] == [
         library.cudnn, library.sdpa, library.sdpa
     ]  # fmt: skip
@@ -170,14 +172,3 @@ def test_shapes_without_storage_go_through():
 def test_more_samples_than_a_launch_takes_go_elsewhere():
     many = torch.empty(1, 1, 3, 1, 8, device=DEVICE).expand(70_000, 1, 3, 1, 8)
     assert "at most 65535" in rfkernels.explain(rfkernels.joint_attention, [Stream.packed(many)])
-
-
-def test_a_launch_table_says_from_how_many_tokens_a_library_is_faster(monkeypatch):
-    """Not for padded samples, whose mask was never measured, nor in fp32."""
-    monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("sdpa", 10))
-    lengths = torch.full((1,), 4)
-    wide = [Stream.packed(torch.zeros(1, n, 3, 1, 8)) for n in (5, 6)]
-    streams = [Stream.packed(s.packed_tensor.bfloat16()) for s in wide]
-    padded = [Stream.packed(s.packed_tensor.bfloat16(), lengths=lengths) for s in wide]
-    assert library.faster(streams) == "measured on this GPU: a library is faster from 10 tokens"
-    assert library.faster(streams[:1]) is library.faster(padded) is library.faster(wide) is None

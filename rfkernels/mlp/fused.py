@@ -92,7 +92,7 @@ def gelu_mlp(
 
 def without_gradient(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """On CUDA bias and GELU are an epilogue of the first product (cuBLASLt), which then never writes its result."""
-    if x.is_cuda and b1 is not None and 0 not in x.shape and x.dtype == w1.dtype == b1.dtype != torch.float32:
+    if x.is_cuda and b1 is not None and x.numel() and x.dtype == w1.dtype == b1.dtype != torch.float32:
         a = torch._addmm_activation(b1, x.reshape(-1, x.shape[-1]), w1.t(), use_gelu=True)
         return F.linear(a.view(*x.shape[:-1], -1), w2, b2)
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)

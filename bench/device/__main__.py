@@ -117,7 +117,7 @@ def second(work: Path, pretend: bool) -> list[Part]:
         Part("sweep", python(*sweep), 60, after="precompile"),
         *(timed.pop(name) for name in ("attention",) if name in timed),
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
-        Part("paper", python("-m", "bench.device.paper"), 50),
+        Part("paper", python("-m", "bench.device.paper"), 90),
         bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),
         *timed.values(),
         bench_part("libraries", "ops", "qk_norm" if pretend else OPS["attention"], 50, work, **libraries),

@@ -51,8 +51,8 @@ def other_ptxas() -> str | None:
 def bench_part(name: str, file: str, ops: str, seconds: float, work: Path, **environment: str) -> Part:
     """A suite, its results in WORK/NAME.json."""
     results = ("--benchmark-json", work / f"{name}.json")
-    quiet = ("-rs", "-W", "default::pytest_benchmark.logger.PytestBenchmarkWarning")       # why a contender is left out
-    command = python("-m", "pytest", *quiet, f"bench/test_{file}.py", "--ops", ops, *results)
+    told = ("-rs", "-W", "default::pytest_benchmark.logger.PytestBenchmarkWarning")       # why a contender is left out
+    command = python("-m", "pytest", *told, f"bench/test_{file}.py", "--ops", ops, *results)
     return Part(name, command, seconds, environment={"BENCH_WITHOUT": "max-autotune", **environment})
 
 

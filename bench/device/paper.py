@@ -29,7 +29,7 @@ CHANNELS = 3 * FACTOR**2
 def config() -> Config:
     model = presets.by_depth(2 if pretending() else 24, in_channels=CHANNELS)
     return Config(
-        run=WORK / "runs" / "paper", cache=WORK / "cache-paper", model=model, steps=10_000, log_every=20,
+        run=WORK / "runs" / "paper", cache=WORK / "paper" / "cache", model=model, steps=10_000, log_every=20,
         batch=2 if pretending() else 32, ema=Ema(every=100), checkpoint_every=10_000,
         validation=Validation(every=0), samples=Samples(every=0), precision="bf16",
     )  # fmt: skip

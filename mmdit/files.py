@@ -1,4 +1,5 @@
-"""Writing files so that a reader, after a crash at any moment, sees the whole new file or the whole old one."""
+"""Writing files so that a reader, after a crash at any moment, sees the whole new file or the whole old one; reading
+lines."""
 
 from __future__ import annotations
 
@@ -22,3 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a text in UTF-8, with or without a byte order mark. Only a newline ends one: captions hold U+2028, U+2029,
+    U+0085 and form feeds, where str.splitlines cuts too."""
+    found = path.read_text(encoding="utf-8-sig").split("\n")
+    return found if found[-1] else found[:-1]

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmdit.autoencoder import Unit
-from mmdit.files import write_atomically
+from mmdit.files import read_lines, write_atomically
 from mmdit.text import TextFeatures, fingerprint
 from train.data.sources import DataError
 
@@ -99,8 +99,8 @@ def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, 
         tensors[f"{e}.tokens"] = torch.cat([f.tokens for f in features]).to(torch.bfloat16)
         tensors[f"{e}.offsets"] = lengths.cumsum(0)
         tensors[f"{e}.pooled"] = torch.stack([f.pooled for f in features]).to(torch.bfloat16)
-    lines = [json.dumps({"id": s.id, "key": s.key, "caption": s.caption}, ensure_ascii=False) for s in samples]
-    write_atomically((cache / file).with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
+    captions = "".join(json.dumps({"id": s.id, "key": s.key, "caption": s.caption}) + "\n" for s in samples)
+    write_atomically((cache / file).with_suffix(".jsonl"), captions.encode())
     content = save(tensors)
     write_atomically(cache / file, content)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -109,7 +109,7 @@ def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, 
 
 def captions_of(shard: Path) -> list[dict[str, Any]]:
     """{"id", "key", "caption"} of each sample."""
-    return [json.loads(line) for line in shard.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in read_lines(shard.with_suffix(".jsonl"))]
 
 
 class Cache:
@@ -185,7 +185,7 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         return "its checksum differs from the index"
     captions = path.with_suffix(".jsonl")
-    if not captions.is_file() or len(captions.read_text(encoding="utf-8").splitlines()) != entry["samples"]:
+    if not captions.is_file() or len(read_lines(captions)) != entry["samples"]:
         return f"its captions in {captions.name} are missing or cut off"
     return None
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mmdit import keyed
+from mmdit.files import read_lines
 from train.data import scenes, shapes
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -120,7 +121,7 @@ def _sidecars(folder: Path) -> Iterator[Record]:
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES):
         files = (path.with_suffix(".txt"), path.with_suffix(".synthetic.txt"))
         try:
-            texts = [file.read_text(encoding="utf-8").strip() or None if file.is_file() else None for file in files]
+            texts = [file.read_text(encoding="utf-8-sig").strip() or None if file.is_file() else None for file in files]
             problem = None
         except (OSError, UnicodeDecodeError) as error:
             texts, problem = [None, None], f"its caption cannot be read ({error})"
@@ -128,7 +129,7 @@ def _sidecars(folder: Path) -> Iterator[Record]:
 
 
 def _jsonl(folder: Path) -> Iterator[Record]:
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(folder / "metadata.jsonl"), 1):
         if not line.strip():
             continue
         try:

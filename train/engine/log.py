@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdit.files import write_atomically
+from mmdit.files import read_lines, write_atomically
 from mmdit.sampling.sample import grid
 from train.config import Config
 
@@ -57,8 +57,8 @@ class Log:
     def _lines(self) -> list[str]:
         if not self.path.is_file():
             return []
-        lines = self.path.read_text().splitlines()
-        return [line for line in lines if line.startswith("{") and line.endswith("}")]     # a kill may cut the last one
+        whole = (line for line in read_lines(self.path) if line.startswith("{") and line.endswith("}"))
+        return list(whole)                                                              # a kill may cut the last one
 
     def write(self, step: int, **values: float) -> None:
         """Names as "train/loss" become tags in tensorboard."""

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mmdit.files import replacing, write_atomically
+from mmdit.files import read_lines, replacing, write_atomically
 from mmdit.sampling.sample import grid
 
 Draw = Callable[[list[str], int], np.ndarray]
@@ -60,10 +60,10 @@ def compbench(prompts: Path, out: Path, images: int = 10) -> Iterator[Task]:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    found = [line.strip() for line in read_lines(path) if line.strip()]
+    if not found:
         raise ValueError(f"{path} holds no prompts")
-    return lines
+    return found
 
 
 def fill(tasks: list[Task], draw: Draw, out: Path, about: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdit.files import read_lines
 from train.study import figures, paper
 from train.study.plan import FEWER
 from train.study.ranking import Point, mean_ranks
@@ -125,7 +126,7 @@ def report(found: list[Row]) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in read_lines(path)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmdit import autoencoder, keyed
-from mmdit.files import write_atomically
+from mmdit.files import read_lines, write_atomically
 from mmdit.flow import PathLength
 from mmdit.sampling.sample import Sampler, Settings, conditioned, denoise
 from train.data.shards import Cache
@@ -76,7 +76,7 @@ def critic_of(study: Study) -> Critic:
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    lines = (json.loads(line) for line in read_lines(run / "metrics.jsonl"))
     return [(line["step"], line["validation/loss"]) for line in lines if "validation/loss" in line]
 
 

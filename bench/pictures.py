@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,25 +23,37 @@ TITLES = {
 }
 
 
+def variant(name: str, device: str) -> str:
+    """What a case's bar stands for: on a CPU its dtype, on a GPU, where all is bf16, the side of its pictures."""
+    if device.startswith("cpu"):
+        return "bf16" if name.endswith("-bf16") else "fp32"
+    if pixels := re.search(r"-(\d+)px", name):
+        return f"{pixels[1]} pixels"
+    tokens = re.search(r"(\d+)$", name)
+    return f"{16 * math.isqrt(int(tokens[1]))} pixels" if tokens else ""
+
+
 def overview(results: dict[str, Any], axes: Any) -> None:
-    """Of each op, fp32 beside bf16; small enough for a front page."""
+    """Of each op, a bar for each variant; small enough for a front page."""
+    device = results["machine_info"]["rfkernels"].get("device", "cpu")
     found: dict[str, dict[str, float]] = {}
     for case, c in tables.rows(results).items():
         name, _, kind = case.rpartition(" ")
         if kind not in ("both", "step") or "ours" not in c or not tables.baseline(c) or name.endswith("sampling"):
             continue
-        dtype = "bf16" if name.endswith("-bf16") else "fp32"
         label = "training step" if kind == "step" else name.split("-")[0]
-        found.setdefault(label, {})[dtype] = (tables.baseline(c) or 0) / c["ours"]["us"]
-    for j, dtype in enumerate(("fp32", "bf16")):
-        at = [i + 0.4 * j for i, speeds in enumerate(found.values()) if dtype in speeds]
-        axes.barh(at, [speeds[dtype] for speeds in found.values() if dtype in speeds], 0.4, label=dtype)
-    axes.set_yticks([i + 0.2 for i in range(len(found))], list(found))
+        found.setdefault(label, {})[variant(name, device)] = (tables.baseline(c) or 0) / c["ours"]["us"]
+    variants = list(dict.fromkeys(v for speeds in found.values() for v in speeds))
+    height = 0.8 / max(1, len(variants))
+    for j, one in enumerate(variants):
+        at = [i + height * (j + 0.5) for i, speeds in enumerate(found.values()) if one in speeds]
+        axes.barh(at, [speeds[one] for speeds in found.values() if one in speeds], height, label=one)
+    axes.set_yticks([i + 0.4 for i in range(len(found))], list(found))
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as eager PyTorch")
     axes.set_title("Forward and backward: faster than eager PyTorch to the right of the line")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def speedups(results: dict[str, Any], axes: Any) -> None:

@@ -41,7 +41,7 @@ def native() -> bool:
 
 
 def described() -> str:
-    """Of where the native code is built."""
+    """The launcher that is chosen, for `explain` where the native code is built."""
     return "the native launcher" if native() else "Triton's own launcher"
 
 

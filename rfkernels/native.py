@@ -55,9 +55,9 @@ def _load() -> str | None:
 
 
 @lru_cache
-def _load_first() -> None:
-    """Where it is to start Triton's kernels it is there before the first of them: its CUDA kernels and Triton's round
-    differently, and a run's first step must not differ from the others."""
+def _load_before_the_first_launch() -> None:
+    """Where the native launcher is chosen, it starts the first kernel too: CUDA kernels that it takes by a launch table
+    round differently from Triton's, and a run's first step must not differ from the others."""
     from rfkernels import launcher
 
     if launcher.native():
@@ -69,7 +69,7 @@ def direct(op: str, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
     if entry is None:
-        _load_first()
+        _load_before_the_first_launch()
     return None if entry is None else getattr(entry, op)(*args)
 
 

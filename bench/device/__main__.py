@@ -78,7 +78,7 @@ def first(work: Path, pretend: bool) -> list[Part]:
 
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
-        Part("tests", device_tests("tests", tests), 200, beside=True, environment={"RFKERNELS_LAUNCH": "triton"}),
+        Part("tests", device_tests("tests", tests), 150, beside=True, environment={"RFKERNELS_LAUNCH": "triton"}),
         Part("ptxas", python(*one_attention), 60),
         Part("train", python("-m", training, "plain"), 70),
         Part("sample", python("-m", training, "sampled"), 40),
@@ -115,7 +115,7 @@ def second(work: Path, pretend: bool) -> list[Part]:
         *([] if known else [Part("precompile", python(*compile_), 130, beside=True)]),
         bench_part("step", "model", step, 85, work),
         Part("sweep", python(*sweep), 60, after="precompile"),
-        *(timed.pop(name) for name in ("attention",) if name in timed),
+        *([timed.pop("attention")] if "attention" in timed else []),
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
         Part("paper", python("-m", "bench.device.paper"), 90),
         bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),

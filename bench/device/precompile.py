@@ -20,6 +20,7 @@ from typing import Any
 
 from mmdit.files import write_atomically
 
+KEPT = 6                     # settings of a kernel that are measured, with the one in use
 TASKS = ("attention_tasks", "row_tasks", "patch_tasks")
 
 
@@ -65,7 +66,7 @@ Tried = list[tuple[dict[str, Any], dict[str, Any]]]
 """(a setting, what the compiler says of it)"""
 
 
-def chosen(results: dict[str, Tried], now: dict[str, Any], kept: int = 6) -> dict[str, list[str]]:
+def chosen(results: dict[str, Tried], now: dict[str, Any], kept: int = KEPT) -> dict[str, list[str]]:
     """The settings of each task that are worth measuring, as the sweep names them: so many, the one in use first."""
     found = {}
     for name, tried in results.items():
@@ -129,7 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=100.0, help="stop after this long, with what there is (100)")
     parser.add_argument("--arch", type=int, default=90, help="compute capability: 90 for Hopper (90)")
     parser.add_argument("--most", type=int, default=100, help="settings of a kernel that are compiled at most (100)")
-    parser.add_argument("--kept", type=int, default=6, help="settings of a kernel that are measured (6)")
+    parser.add_argument("--kept", type=int, default=KEPT, help=f"settings of a kernel that are measured ({KEPT})")
     parser.add_argument("--only", default="", help="kernels whose names hold one of these, one;another")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("WORK", ".")) / "candidates.json")
     sys.exit(main(**vars(parser.parse_args())))

@@ -203,19 +203,19 @@ bool multiply(const Tensor& a, const Tensor& b, bool transposed_a, bool transpos
 
 // GELU and its gradient as epilogues are approximations: on an H100 off by 1e-5 of the largest element, which is within
 // a rounding of bf16 and fp16, and five to ten times eager PyTorch's error in fp32.
-bool rounds(const Tensor& t) { return t.scalar_type() != at::kFloat; }
+bool sixteen_bits(const Tensor& t) { return t.scalar_type() != at::kFloat; }
 
 }  // namespace
 
 Pair linear_gelu(const Tensor& x, const Tensor& w, const Tensor& b) {
-  if (!rounds(x) || !b.defined() || !of_one_type({&x, &w, &b}) || w.size(0) % 8) return std::nullopt;
+  if (!sixteen_bits(x) || !b.defined() || !of_one_type({&x, &w, &b}) || w.size(0) % 8) return std::nullopt;
   Tensor a = at::empty({x.size(0), w.size(0)}, x.options()), h = at::empty_like(a);
   if (!multiply(w, x, true, false, a, kGeluAuxBias, b, h)) return std::nullopt;
   return std::pair(a, h);
 }
 
 Pair product_gelu_backward(const Tensor& dy, const Tensor& w, const Tensor& h) {
-  if (!rounds(dy) || !of_one_type({&dy, &w, &h}) || Matrix{h}.leading() % 8) return std::nullopt;
+  if (!sixteen_bits(dy) || !of_one_type({&dy, &w, &h}) || Matrix{h}.leading() % 8) return std::nullopt;
   Tensor dh = at::empty(h.sizes(), h.options()), sums = at::empty({h.size(1)}, h.options());
   if (!multiply(w, dy, false, false, dh, kGeluBackwardBias, sums, h)) return std::nullopt;
   return std::pair(dh, sums);

@@ -101,3 +101,13 @@ def test_command_lines():
     command = [sys.executable, "-m", "bench", "roofline", "--gpu", "abacus"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "error: roofline: gpu is 'abacus'; expected one of A100" in done.stderr
+
+
+@pytest.mark.parametrize("name, device, said", [
+    ("joint_attention-H24-B4-S154+4096", "NVIDIA H100", "1024 pixels"),
+    ("adaln-1536-B64-S256", "NVIDIA H100", "256 pixels"),
+    ("d24-512px-B8 training", "NVIDIA H100", "512 pixels"), ("adaln-384-B2-S256", "cpu-x86_64", "fp32"),
+    ("adaln-384-B2-S256-bf16", "cpu-x86_64", "bf16"),
+])  # fmt: skip
+def test_bars_of_the_overview_say_what_they_stand_for(name, device, said):
+    assert pictures.variant(name, device) == said

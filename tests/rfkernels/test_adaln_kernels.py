@@ -43,7 +43,7 @@ def run(function, inputs, grads, backend):
 
 
 def check(op, inputs, norm="layer", grads=None, zero=0.0):
-    """Outputs and all gradients under the error rule or within `zero`, and bitwise the same when repeated."""
+    """Outputs and all gradients under the error rule, gradients or off by `zero`; bitwise the same when repeated."""
     names, function = FUNCTIONS[op][0], FUNCTIONS[op][1](norm)
     grads = grads or [torch.randn_like(inputs[0]) for _ in range(2 if op == "gated_adaln" else 1)]
     got = run(function, inputs, grads, path())
@@ -53,7 +53,7 @@ def check(op, inputs, norm="layer", grads=None, zero=0.0):
     labels = ["h", "y"][-len(grads):] + [f"d{n}" for n in names]
     for label, a, b, c, d in zip(labels, got, again, exact, eager, strict=True):
         assert torch.equal(a, b), f"{label} differs when repeated"
-        if not (zero and (a.double() - c).abs().max() <= zero):
+        if not (zero and label.startswith("d") and (a.double() - c).abs().max() <= zero):
             assert_within_rule(f"{op} {label}", a, c, d)
 
 

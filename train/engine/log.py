@@ -57,8 +57,8 @@ class Log:
     def _lines(self) -> list[str]:
         if not self.path.is_file():
             return []
-        whole = (line for line in read_lines(self.path) if line.startswith("{") and line.endswith("}"))
-        return list(whole)                                                              # a kill may cut the last one
+        # A kill may have cut the last one.
+        return [line for line in read_lines(self.path) if line.startswith("{") and line.endswith("}")]
 
     def write(self, step: int, **values: float) -> None:
         """Names as "train/loss" become tags in tensorboard."""

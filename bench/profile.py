@@ -8,8 +8,12 @@ op between cudaProfilerStart and Stop, and nothing printed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import torch
+from torch.autograd import DeviceType
 
 from bench import environment, models
 from bench.cases import cases
@@ -17,20 +21,49 @@ from bench.test_model import DTYPE, sampling, training
 from bench.test_ops import gradients, leaves
 
 
+STEPS_IN_A_ROW = 3
+
+
+def busy(call: Callable[[], object]) -> str:
+    """Milliseconds of a step in which the GPU computes, of those that it lasts: of several in a row, while nobody watches
+    the host, which that slows."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(STEPS_IN_A_ROW):
+            call()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type is DeviceType.CUDA
+    )
+    computing, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        computing += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    per_step = 1e3 * STEPS_IN_A_ROW                                      # of microseconds
+    lasted = (reached - spans[0][0]) / per_step
+    return f"the GPU computes in {computing / per_step:.1f} of {lasted:.1f} ms, {len(spans) // STEPS_IN_A_ROW} launches"
+
+
 def steps() -> None:
     device = environment.device()
     size = (models.GPU if device.type == "cuda" else models.CPU)[0]
-    ways = models.contenders(size, device, DTYPE, only=("ours", "eager"))
-    inputs = models.inputs(size, device, DTYPE)
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(environment.environment())
-    for step, run in (("training", training), ("sampling", sampling)):
-        for way, model in ways.items():
-            run(model, inputs)
+    for dtype, wanted in ((DTYPE, ("ours", "eager")), (torch.float32, ("ours",))):
+        ways = models.contenders(size, device, dtype, only=wanted)
+        inputs = models.inputs(size, device, dtype)
+        for (step, run), way in product((("training", training), ("sampling", sampling)), wanted):
+            # fp32 on a GPU: as training has it
+            autocasting = dtype != DTYPE
+            call = partial(run, models.Autocast(ways[way]) if autocasting else ways[way], inputs)
+            call()
+            print(f"\n{size.name(step)}, {way}{', autocast over fp32 weights' * autocasting}", flush=True)
+            if device.type == "cuda":
+                print(busy(call), flush=True)
             with torch.profiler.profile() as profiled:
-                run(model, inputs)
-            print(f"\n{size.name(step)}, {way}")
-            print(profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
+                call()
+            print(profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60), flush=True)
+        if DTYPE == torch.float32:
+            return
 
 
 def ops(names: str) -> None:

@@ -59,6 +59,8 @@ class Task:
 def row_tasks(device: torch.device) -> Iterator[Task]:
     """The adaLN family at the widths of d = 24 and 38, then the others, at 16k rows."""
     lanes_and_warps = [RowLaunch(lanes, warps) for lanes in (16, 32, 64, 128) for warps in (2, 4, 8, 16)]
+    walks = [RowLaunch(lanes, warps, programs, stages) for stages in (2, 3, 1) for programs in (2, 3, 4, 6)
+             for lanes in (32, 64, 128, 256) for warps in (2, 4, 8) if 8 <= programs * warps <= 24]  # fmt: skip
     norm, kept = (True, "layer", 1e-6), torch.bfloat16
     for width in WIDTHS:
         batch, tokens = BATCH, TOKENS
@@ -72,12 +74,16 @@ def row_tasks(device: torch.device) -> Iterator[Task]:
             "gated_adaln_bwd": lambda x=x, y=y, z=z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
                 z, h, x, y, v, v, v, s, *norm, kept, True
             ),
+            "gated_adaln_bwd_mixed": lambda x=x.float(), y=y, z=z.float(), h=h, v=v, s=statistics: (
+                adaln.gated_adaln_backward(z, h, x, y, v, v, v, s, *norm, torch.float32, True)
+            ),
             "gated_residual_fwd": lambda x=x, y=y, v=v: [adaln.gated_residual(x, y, v)],
             "gated_residual_bwd": lambda x=x, y=y, v=v: adaln.gated_residual_backward(x, y, v),
         }
         for kernel, call in calls.items():
             most = launch_tables.CHANNELS_PER_THREAD[kernel]
-            fits = tuple(c for c in lanes_and_warps if c.lanes <= 32 * c.warps and width <= 2 * most * c.lanes)
+            tried = walks if "bwd" in kernel else lanes_and_warps
+            fits = tuple(c for c in tried if c.lanes <= 32 * c.warps and width <= 2 * most * c.lanes)
             yield Task(kernel, str(width), row_launch(kernel, width), fits, lambda call=call: list(call()))
 
 

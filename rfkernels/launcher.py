@@ -110,7 +110,7 @@ def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
         tile = tile_launch(name, size, device)
         return tile.rows, tile.chunk, tile.warps
     row = row_launch(name, size, device)
-    return row.rows, row.chunk, row.chunks(size), row.warps
+    return row.rows, row.chunk, row.chunks(size), row.warps, row.programs, row.stages
 
 
 @contextmanager

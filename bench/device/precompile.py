@@ -49,7 +49,7 @@ def compile_setting(name: str, setting: dict[str, Any], arch: int) -> dict[str, 
         sweep.using(task, kind(**setting), table)
         launched.clear()
         task.call()
-    wanted = task.kernel.removeprefix("gated_") if task.kernel == "gated_adaln_bwd" else task.kernel
+    wanted = "adaln_bwd" if task.kernel.startswith("gated_adaln_bwd") else task.kernel
     of_it = [kernel for kernel_name, kernel, _ in launched if kernel_name == wanted]
     found = read_cuda(wanted, of_it[0], arch)
     return {"spills": found.spills, "occupancy": found.occupancy, "registers": found.registers, "loops": found.loops}

@@ -3,6 +3,7 @@
     ops         Triton's kernels and those of csrc/cuda; the MLP's products with epilogues in cuBLASLt and without
     sampling    Triton's launcher and the native one: a step for one picture, which waits for the host
     training    the d = 24 step with each of them
+    autocast    the same under autocast over fp32 weights, as training has it, with each launcher
 
 What is faster here belongs in the GPU's launch table. Needs the native code (python -m rfkernels.build).
 """
@@ -165,15 +166,18 @@ def main(only: str) -> int:
     kernels: dict[str, Way] = {"CUDA kernels": (CUDA, "native"), "epilogues": (EPILOGUES, "native"),
                                "library attention": (LIBRARY, "native")}  # fmt: skip
     depth, pixels, batch = (2, 64, 1) if pretending() else (24, 256, 32)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    for size, run, ways in (
-        (models.Size(depth, pixels, 1), sampling, launchers),
-        (models.Size(depth, pixels, batch), training, launchers | kernels),
+    half = torch.float32 if device.type == "cpu" else torch.bfloat16
+    one, many = models.Size(depth, pixels, 1), models.Size(depth, pixels, batch)
+    for part, size, run, dtype, ways in (
+        ("sampling", one, sampling, half, launchers),
+        ("training", many, training, half, launchers | kernels),
+        ("autocast", many, training, torch.float32, launchers),
     ):
-        if run.__name__ in parts:
-            model = models.contenders(size, device, dtype, only=("ours",))["ours"]
+        if part in parts:
+            model: Any = models.contenders(size, device, dtype, only=("ours",))["ours"]
+            model = models.Autocast(model) if part == "autocast" else model
             call = partial(run, model, models.inputs(size, device, dtype))
-            compared(size.name(run.__name__), call, ways, False, log)
+            compared(f"{size.name(run.__name__)}{', autocast' * (part == 'autocast')}", call, ways, False, log)
     found = {"environment": environment.environment(), "measured": log}
     if "WORK" in os.environ:
         (Path(os.environ["WORK"]) / "ways.json").write_text(json.dumps(found, indent=1))
@@ -182,7 +186,7 @@ def main(only: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.device.ways", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="ops;sampling;training", help="some of ops;sampling;training")
+    parser.add_argument("--only", default="ops;sampling;training;autocast", help="some of these (all)")
     parser.add_argument("--table", type=Path, help="instead: writes a launch table that asks for all of csrc, here")
     given = parser.parse_args()
     if given.table:

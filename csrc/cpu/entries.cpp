@@ -84,15 +84,17 @@ PyObject* py_joint_layout(PyObject*, Arguments a, Py_ssize_t) {
 // x, weight, bias, height, width, patch_size
 PyObject* py_patch_unembed(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  const Tensor *x = samples(a[0], kUnembed), *weight;
+  const Tensor* x = samples(a[0], kUnembed);
+  Tensor weight;
   Maybe bias;
   const int64_t height = whole(a[3]), width = whole(a[4]), p = whole(a[5]);
-  if (!x || x->dim() != 3 || !height || !width || !p || p > 32768 || watched() || autocasting(*x) || !layer(a[1], a[2], *x, x->size(2), weight, bias))
+  if (!x || x->dim() != 3 || !height || !width || !p || p > 32768 || watched() || autocasting(*x) ||
+      !layer(a[1], a[2], *x, x->size(2), weight, bias))
     return not_here();
-  if (height % p || width % p || weight->size(0) % (p * p) || !weight->size(0) ||
+  if (height % p || width % p || weight.size(0) % (p * p) || !weight.size(0) ||
       x->size(1) != height / p * (width / p))
     return not_here();
-  return wrap(unlocked([&] { return on_cpu::patch_unembed(*x, *weight, bias, height, width, p); }));
+  return wrap(unlocked([&] { return on_cpu::patch_unembed(*x, weight, bias, height, width, p); }));
   END_HANDLE_TH_ERRORS
 }
 

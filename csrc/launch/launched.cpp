@@ -21,7 +21,7 @@ constexpr Kernel kAdaln{kFamily, "adaln_fwd"}, kGatedAdaln{kFamily, "gated_adaln
 constexpr Kernel kQkNorm{"rfkernels.qk_norm.kernels", "qk_norm_fwd"},
     kQkNormBackward{"rfkernels.qk_norm.kernels", "qk_norm_bwd"}, kGelu{"rfkernels.mlp.kernels", "gelu_bwd"};
 
-constexpr int64_t kFamilyPrograms = 2, kOtherPrograms = 4;  // of a backward, for each multiprocessor; see launch.py
+constexpr int64_t kPrograms = 4, kQkNormStages = 1;         // of a backward, see launch.py; programs of a multiprocessor
 
 enum Way : int64_t { kNone, kSummed, kStored };             // what becomes of a vector's gradient
 
@@ -36,9 +36,10 @@ void vector(Call& call, const Maybe& v) {
 }
 
 // A row-wise kernel's compile-time arguments, with those settings.
-int64_t covered(Call& call, const char* name, const Tensor& x) {
-  const auto& found = settings(name, x.size(2), x);         // rows, chunk, chunks, warps
+int64_t covered(Call& call, const char* name, const Tensor& x, bool backward = false) {
+  const auto& found = settings(name, x.size(2), x);         // rows, chunk, chunks, warps, programs, stages
   call.with("C", x.size(2)).with("ROWS", found[0]).with("CHUNK", found[1]).with("CHUNKS", found[2]);
+  if (backward) call.with("STAGES", found[5]);
   call.with("num_warps", found[3]).with("enable_fp_fusion", true);
   return found[0];
 }
@@ -50,8 +51,10 @@ struct Sums {
   std::vector<Tensor> gradients, targets;
   int64_t span, splits;
 
-  Sums(const Tensor& x, int64_t rows, const std::vector<Maybe>& vectors, bool in_chunks) {
-    const int64_t batch = x.size(0), length = x.size(1), wanted = kFamilyPrograms * multiprocessors(x) / batch;
+  // name: of the kernel.
+  Sums(const Tensor& x, const char* name, const std::vector<Maybe>& vectors, bool in_chunks) {
+    const auto& found = settings(name, x.size(2), x);
+    const int64_t batch = x.size(0), length = x.size(1), rows = found[0], wanted = found[4] * multiprocessors(x) / batch;
     splits = std::max<int64_t>(1, std::min(wanted, ceil_div(length, rows)));
     span = ceil_div(ceil_div(length, splits), rows) * rows;
     splits = ceil_div(length, span);
@@ -174,14 +177,13 @@ class Launched : public Implementation {
                                                      bool in_chunks) const override {
     const Tensor dh = unit(given), dbranch = fresh(branch);
     Call call(kResidualBackward, branch);
-    const int64_t tokens = settings("gated_residual_bwd", branch.size(2), branch)[0];
-    const Sums sums(branch, tokens, {gate}, in_chunks);
+    const Sums sums(branch, "gated_residual_bwd", {gate}, in_chunks);
     call << dh << branch << gate << dbranch << sums.targets[0] << branch.size(1) << sums.span;
     rows(call, dh);
     rows(call, branch);
     vector(call, gate);
     call.with("GATE", static_cast<int64_t>(way(gate)));
-    covered(call, "gated_residual_bwd", branch);
+    covered(call, "gated_residual_bwd", branch, true);
     call.run({branch.size(0), sums.splits});
     sums.finish();
     return {dbranch, sums.gradients[0]};
@@ -211,9 +213,10 @@ class Launched : public Implementation {
     Tensor dq = fresh(q), dk = fresh(k), dq_weight = fresh(q_weight), dk_weight = fresh(k_weight);
     Call call(kQkNormBackward, q);
     const int64_t tokens = heads(call, q.size(3));
+    call.with("STAGES", kQkNormStages);
     const int64_t most = std::max(count(q), count(k));
     const int64_t programs = std::max<int64_t>(
-        1, std::min(ceil_div(most, tokens), kOtherPrograms * multiprocessors(q) / 2));
+        1, std::min(ceil_div(most, tokens), kPrograms * multiprocessors(q) / 2));
     const Tensor partials = at::empty({2, programs, q.size(3)}, q.options().dtype(at::kFloat));
     const Tensor q_sums = partials.select(0, 0), k_sums = partials.select(0, 1);
     const auto made = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
@@ -242,7 +245,7 @@ class Launched : public Implementation {
     const auto& found = settings("gelu_bwd", channels, h);  // rows, chunk, warps
     const int64_t columns = ceil_div(channels, found[1]);
     int64_t splits = std::max<int64_t>(
-        1, std::min(ceil_div(rows, found[0]), ceil_div(kOtherPrograms * multiprocessors(h), columns)));
+        1, std::min(ceil_div(rows, found[0]), ceil_div(kPrograms * multiprocessors(h), columns)));
     const int64_t span = ceil_div(rows, splits * found[0]) * found[0];
     splits = ceil_div(rows, span);
     const Tensor partials = at::empty({bias ? splits : 0, channels}, h.options().dtype(at::kFloat));
@@ -303,13 +306,12 @@ class Launched : public Implementation {
     const Maybe dh = given_dh ? Maybe(unit(*given_dh)) : given_dh;
     const bool mixed = branch && branch->scalar_type() != x.scalar_type();
     const char* name = !branch ? "adaln_bwd" : mixed ? "gated_adaln_bwd_mixed" : "gated_adaln_bwd";
-    const int64_t tokens = settings(name, x.size(2), x)[0];
     std::vector<Maybe> vectors{shift, scale};
     if (branch) {
       vectors.push_back(gate);
       vectors.push_back(bias ? Maybe(branch->select(0, 0).select(0, 0)) : Maybe());
     }
-    const Sums sums(x, tokens, vectors, in_chunks);
+    const Sums sums(x, name, vectors, in_chunks);
     Tensor dx = fresh(x, type), dbranch = branch ? fresh(*branch) : Tensor();
     const auto made = [&]() -> GatedGradients {
       sums.finish();
@@ -334,7 +336,7 @@ class Launched : public Implementation {
     call.with("RMS", how.rms).with("GATED", branch.has_value()).with("SHIFT", static_cast<int64_t>(way(shift)));
     call.with("SCALE", static_cast<int64_t>(way(scale))).with("GATE", static_cast<int64_t>(way(gate)));
     call.with("BIAS", bias).with("ONE", how.plus_one ? 1.0 : 0.0);
-    covered(call, name, x);
+    covered(call, name, x, true);
     call.run({x.size(0), sums.splits});
     return made();
   }

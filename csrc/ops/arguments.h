@@ -115,7 +115,10 @@ inline bool wants_sums(PyObject* object) {
 inline bool is_packed(PyObject* object, PyObject* q_weight, PyObject* k_weight, bool queries) {
   const Tensor* t = tensor(object);
   if (!t || t->dim() != 5 || (t->size(2) != 3 && (queries || t->size(2) != 2))) return false;
-  if (t->stride(4) != 1 || at::autocast::is_autocast_enabled(t->device().type())) return false;
+  const auto device = t->device().type();
+  if (t->stride(4) != 1) return false;
+  if (at::autocast::is_autocast_enabled(device) && t->scalar_type() != at::autocast::get_autocast_dtype(device))
+    return false;
   for (PyObject* weight : {q_weight, k_weight})
     if (weight != Py_None && !of_size(weight, t->size(4), *t)) return false;
   return true;

@@ -49,19 +49,36 @@ inline PyObject* marked(PyObject* object) {
   return object;
 }
 
-// A linear layer's weight [rows, columns] and bias [rows] or None, of x's dtype.
-inline bool layer(PyObject* weight, PyObject* bias, const Tensor& x, int64_t columns, const Tensor*& w, Maybe& b) {
-  w = tensor(weight);
-  if (!w || w->dim() != 2 || w->size(1) != columns || w->device() != x.device() || w->scalar_type() != x.scalar_type())
-    return false;
-  if (bias == Py_None) return true;
-  const Tensor* given = of_size(bias, w->size(0), x);
-  if (!given || given->scalar_type() != x.scalar_type()) return false;
-  b = *given;
-  return true;
+inline bool autocasting(const Tensor& x) { return at::autocast::is_autocast_enabled(x.device().type()); }
+
+// In autocast's dtype where it is on; of weights by PyTorch's cache of cast ones, so that each is cast once.
+inline Tensor in_autocast(const Tensor& t) {
+  const auto device = t.device().type();
+  return autocasting(t) ? at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device) : t;
 }
 
-inline bool autocasting(const Tensor& x) { return at::autocast::is_autocast_enabled(x.device().type()); }
+// Inside, autocast is off on x's device: what is computed on has been cast.
+class Cast {
+ public:
+  explicit Cast(const Tensor& x) : guard_(at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type())) {}
+
+ private:
+  c10::impl::ExcludeDispatchKeyGuard guard_;
+};
+
+// A linear layer's weight [rows, columns] and bias [rows] or None, in autocast's dtype where it is on, which x has; of
+// x's dtype in any case.
+inline bool layer(PyObject* weight, PyObject* bias, const Tensor& x, int64_t columns, Tensor& w, Maybe& b) {
+  const Tensor* given = tensor(weight);
+  if (!given || given->dim() != 2 || given->size(1) != columns || given->device() != x.device()) return false;
+  w = in_autocast(*given);
+  if (w.scalar_type() != x.scalar_type()) return false;
+  if (bias == Py_None) return true;
+  const Tensor* offset = of_size(bias, w.size(0), x);
+  if (!offset) return false;
+  b = in_autocast(*offset);
+  return b->scalar_type() == x.scalar_type();
+}
 
 #define FAST(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_##name)), METH_FASTCALL, nullptr}
 #define ONE(name) {#name, py_##name, METH_O, nullptr}

@@ -91,20 +91,22 @@ PyObject* py_qk_norm(PyObject*, Arguments a, Py_ssize_t) {
 // x, weight, bias, shape, before: the op whose backward gives the sums. On a GPU None where nobody gives any.
 PyObject* py_linear(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  const Tensor *x = tensor(a[0]), *weight;
+  const Tensor* given = tensor(a[0]);
+  if (!given || !given->dim() || !given->numel() || !PyTuple_Check(a[3]) || watched()) return not_here();
+  const Tensor x = in_autocast(*given);
+  Tensor weight;
   Maybe bias;
   const Op before = is_text(a[4], "gated_adaln") ? kGatedAdaln : kJointAttention;
-  if (!x || !x->dim() || !x->numel() || !PyTuple_Check(a[3]) || watched() || autocasting(*x) ||
-      !layer(a[1], a[2], *x, x->size(-1), weight, bias))
-    return not_here();
-  const Implementation* sums = bias && at::GradMode::is_enabled() && bias->requires_grad() ? chosen(before, *x) : nullptr;
-  if (!sums && !(x->is_cpu() && choices[kGeluMlp].cpu == &cpu())) return not_here();
+  if (!layer(a[1], a[2], x, x.size(-1), weight, bias)) return not_here();
+  const Implementation* sums = bias && at::GradMode::is_enabled() && bias->requires_grad() ? chosen(before, x) : nullptr;
+  if (!sums && !(x.is_cpu() && choices[kGeluMlp].cpu == &cpu())) return not_here();
   c10::SmallVector<int64_t, 4> shape;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[3]); ++i) {
     shape.push_back(whole(PyTuple_GET_ITEM(a[3], i)));
     if (!shape.back()) return not_here();
   }
-  PyObject* out = wrap(unlocked([&] { return linear(sums ? *sums : cpu(), *x, *weight, bias, shape); }));
+  const Cast cast(x);
+  PyObject* out = wrap(unlocked([&] { return linear(sums ? *sums : cpu(), x, weight, bias, shape); }));
   return sums ? marked(out) : out;
   END_HANDLE_TH_ERRORS
 }
@@ -112,16 +114,18 @@ PyObject* py_linear(PyObject*, Arguments a, Py_ssize_t) {
 // x, w1, b1, w2, b2
 PyObject* py_gelu_mlp(PyObject*, Arguments a, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  const Tensor *x = tensor(a[0]), *w1, *w2;
+  const Tensor* given = tensor(a[0]);
+  const Implementation* by = given ? chosen(kGeluMlp, *given) : nullptr;
+  if (!by || !given->dim() || !given->numel() || watched()) return not_here();
+  const Tensor x = in_autocast(*given);
+  Tensor w1, w2;
   Maybe b1, b2;
-  const Implementation* by = x ? chosen(kGeluMlp, *x) : nullptr;
-  if (!by || !x->dim() || !x->numel() || watched() || autocasting(*x) ||
-      !layer(a[1], a[2], *x, x->size(-1), w1, b1) || !layer(a[3], a[4], *x, w1->size(0), w2, b2))
-    return not_here();
+  if (!layer(a[1], a[2], x, x.size(-1), w1, b1) || !layer(a[3], a[4], x, w1.size(0), w2, b2)) return not_here();
   const auto wanted = [](const Maybe& t) { return at::GradMode::is_enabled() && t && t->requires_grad(); };
-  const bool graph = wants_gradient({x, w1, w2}) || wanted(b1) || wanted(b2);
-  if (!graph && !x->is_cpu()) return not_here();           // cuBLASLt has an epilogue for it: fused.without_gradient
-  PyObject* out = wrap(unlocked([&] { return gelu_mlp(*by, *x, *w1, b1, *w2, b2); }));
+  const bool graph = wants_gradient({&x, &w1, &w2}) || wanted(b1) || wanted(b2);
+  if (!graph && !x.is_cpu()) return not_here();            // cuBLASLt has an epilogue for it: fused.without_gradient
+  const Cast cast(x);
+  PyObject* out = wrap(unlocked([&] { return gelu_mlp(*by, x, w1, b1, w2, b2); }));
   return wanted(b2) ? marked(out) : out;
   END_HANDLE_TH_ERRORS
 }

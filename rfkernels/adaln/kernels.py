@@ -158,7 +158,7 @@ def adaln_bwd(
     stride_gate_b, stride_gate_s, stride_scale_b, stride_scale_s,
     C: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr,
     SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ONE: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (b, split) walks over `span` tokens of sample b. SHIFT, SCALE, GATE: what becomes of a vector's gradient.
     SUMMED, of one that tokens share: in registers, it leaves as one row of partials [B * splits, C]. STORED, of a
@@ -170,7 +170,7 @@ def adaln_bwd(
     tokens_in_all = tl.num_programs(0).to(tl.int64) * S
     dshifts, dscales = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
     dgates, dbiases = _zeros(ROWS, CHUNK, CHUNKS), _zeros(ROWS, CHUNK, CHUNKS)
-    for start in range(split * span, last, ROWS):
+    for start in tl.range(split * span, last, ROWS, num_stages=STAGES):
         tokens = start + tl.arange(0, ROWS)
         live = tokens < last
         flat = b.to(tl.int64) * S + tokens
@@ -299,13 +299,13 @@ def gated_residual_bwd(
     dh_ptr, branch_ptr, gate_ptr, dbranch_ptr, dgate_ptr,
     S, span, stride_dhb, stride_dhs, stride_bb, stride_bs, stride_gate_b, stride_gate_s,
     C: tl.constexpr, GATE: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dbranch = gate * dh; dgate = branch * dh, summed over the program's tokens unless per token. dresidual is dh."""
     b, split = tl.program_id(0), tl.program_id(1)
     last = tl.minimum((split + 1) * span, S)
     dgates = _zeros(ROWS, CHUNK, CHUNKS)
-    for start in range(split * span, last, ROWS):
+    for start in tl.range(split * span, last, ROWS, num_stages=STAGES):
         tokens = start + tl.arange(0, ROWS)
         live = tokens < last
         out_rows = (b.to(tl.int64) * S + tokens)[:, None] * C

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from rfkernels.adaln.chunks import gradient_of
 from rfkernels.adaln.reference import promoted
-from rfkernels.launch_tables import row_launch
+from rfkernels.launch_tables import RowLaunch, row_launch
 from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
 SECOND_STAGE: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}
-PROGRAMS_PER_SM = 2          # of a backward: each holds most of the registers of half an SM
 
 
 _kernels = kernels_of("rfkernels.adaln.kernels")
@@ -53,16 +52,18 @@ def _statistics(x: Tensor) -> Tensor:
     return torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
 
 
-def _settings(kernel: str, x: Tensor) -> tuple[int, dict[str, Any]]:
-    """(tokens per program, compile-time arguments)."""
+def _settings(kernel: str, x: Tensor) -> tuple[RowLaunch, dict[str, Any]]:
+    """(settings, as compile-time arguments)."""
     return _settings_at(kernel, x.shape[2], x.device)
 
 
 @lru_cache(maxsize=4096)
-def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[int, dict[str, Any]]:
+def _settings_at(kernel: str, channels: int, device: torch.device) -> tuple[RowLaunch, dict[str, Any]]:
     launch = row_launch(kernel, channels, device_name(device))
     constants = {"C": channels, "ROWS": launch.rows, "CHUNK": launch.chunk, "CHUNKS": launch.chunks(channels)}
-    return launch.rows, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
+    if "bwd" in kernel:
+        constants["STAGES"] = launch.stages
+    return launch, {**constants, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
 def _mixed(kernel: str, stream: Tensor, branch: Tensor) -> str:
@@ -75,10 +76,10 @@ def adaln(
 ) -> tuple[Tensor, Tensor]:
     y, statistics = _empty(x, dtype), _statistics(x)
     batch, length, _ = x.shape
-    rows, settings = _settings("adaln_fwd", x)
+    launch, settings = _settings("adaln_fwd", x)
     if y.numel():
         with on(x.device):
-            _kernels().adaln_fwd[(batch * -(-length // rows),)](
+            _kernels().adaln_fwd[(batch * -(-length // launch.rows),)](
                 x, shift, scale, y, statistics, length, eps,
                 *_rows(x), *_vector(shift), *_vector(scale), RMS=norm == "rms", ONE=float(plus_one), **settings,
             )  # fmt: skip
@@ -92,10 +93,10 @@ def gated_adaln(
     h, y = _empty(residual, promoted(residual, branch, gate)), _empty(residual, dtype)
     statistics = _statistics(residual)
     batch, length, _ = residual.shape
-    rows, settings = _settings("gated_adaln_fwd", residual)
+    launch, settings = _settings("gated_adaln_fwd", residual)
     if y.numel():
         with on(residual.device):
-            _kernels().gated_adaln_fwd[(batch * -(-length // rows),)](
+            _kernels().gated_adaln_fwd[(batch * -(-length // launch.rows),)](
                 residual, branch, gate, shift, scale, h, y, statistics, length, eps,
                 *_rows(residual), *_rows(branch), *_vector(gate), *_vector(shift), *_vector(scale),
                 RMS=norm == "rms", ONE=float(plus_one), **settings,
@@ -106,10 +107,10 @@ def gated_adaln(
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     h = _empty(residual, promoted(residual, branch, gate))
     batch, length, _ = residual.shape
-    rows, settings = _settings(_mixed("gated_residual_fwd", residual, branch), residual)
+    launch, settings = _settings(_mixed("gated_residual_fwd", residual, branch), residual)
     if h.numel():
         with on(residual.device):
-            _kernels().gated_residual_fwd[(batch * -(-length // rows),)](
+            _kernels().gated_residual_fwd[(batch * -(-length // launch.rows),)](
                 residual, branch, gate, h, length, *_rows(residual), *_rows(branch), *_vector(gate), **settings
             )
     return h
@@ -119,13 +120,13 @@ class Sums:
     """Gradients of modulation vectors, None of one that is not given. Those that tokens share go through partials
     [V, B * splits, C] and a second stage that adds them in a fixed order; the first stage writes per-token ones."""
 
-    def __init__(self, x: Tensor, rows: int, vectors: Sequence[Tensor | None], in_chunks: bool) -> None:
+    def __init__(self, x: Tensor, launch: RowLaunch, vectors: Sequence[Tensor | None], in_chunks: bool) -> None:
         batch, length, channels = x.shape
         self._like = x
-        wanted = PROGRAMS_PER_SM * multiprocessors(x.device) // batch      # rounded down: one more is one wave more
-        splits = max(1, min(wanted, -(-length // rows)))
+        wanted = launch.programs * multiprocessors(x.device) // batch      # rounded down: one more is one wave more
+        splits = max(1, min(wanted, -(-length // launch.rows)))
         self.span = -(-length // splits)
-        self.span = -(-self.span // rows) * rows
+        self.span = -(-self.span // launch.rows) * launch.rows
         self.splits = -(-length // self.span)
         self.grads = [v if v is None else gradient_of(v) if in_chunks else _empty(v) for v in vectors]
         self._shared = [g for g in self.grads if g is not None and g.ndim < 3]
@@ -175,8 +176,8 @@ def adaln_backward(
     if not x.numel():
         return _nothing(x, x, shift, scale)
     dx, dy = _empty(x), _unit(dy)
-    rows, settings = _settings("adaln_bwd", x)
-    sums = Sums(x, rows, (shift, scale), in_chunks)
+    launch, settings = _settings("adaln_bwd", x)
+    sums = Sums(x, launch, (shift, scale), in_chunks)
     with on(x.device):
         _kernels().adaln_bwd[(x.shape[0], sums.splits)](
             dy, None, x, None, None, scale, statistics, dx, None, *sums.targets(), None, None,
@@ -198,8 +199,8 @@ def gated_adaln_backward(
         nothing = branch.new_zeros(branch.shape[2] if bias else 0)
         return h.new_zeros(h.shape, dtype=dtype), *_nothing(branch, branch, gate, shift, scale), nothing
     dresidual, dbranch, dh, dy = _empty(h, dtype), _empty(branch), _unit(dh), _unit(dy)
-    rows, settings = _settings(_mixed("gated_adaln_bwd", h, branch), h)
-    sums = Sums(branch, rows, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
+    launch, settings = _settings(_mixed("gated_adaln_bwd", h, branch), h)
+    sums = Sums(branch, launch, (shift, scale, gate, branch[0, 0] if bias else None), in_chunks)
     with on(h.device):
         _kernels().adaln_bwd[(h.shape[0], sums.splits)](
             dy, dh, h, branch, gate, scale, statistics, dresidual, dbranch, *sums.targets(),
@@ -218,8 +219,8 @@ def gated_residual_backward(
     if not branch.numel():
         return torch.zeros_like(branch), torch.zeros_like(gate)
     dbranch, dh = _empty(branch), _unit(dh)
-    rows, settings = _settings("gated_residual_bwd", branch)
-    sums = Sums(branch, rows, (gate,), in_chunks)
+    launch, settings = _settings("gated_residual_bwd", branch)
+    sums = Sums(branch, launch, (gate,), in_chunks)
     with on(branch.device):
         _kernels().gated_residual_bwd[(branch.shape[0], sums.splits)](
             dh, branch, gate, dbranch, *sums.targets(), branch.shape[1], sums.span,

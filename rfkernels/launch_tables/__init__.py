@@ -31,6 +31,10 @@ class RowLaunch:
     """Threads that share a row, a power of two; each holds every lanes-th vector of 8 channels."""
     warps: int
     """Of the program."""
+    programs: int = 2
+    """Of a backward, for each multiprocessor: each walks over some tokens of a sample and leaves one sum of them."""
+    stages: int = 1
+    """Of a backward: rows whose loads are in flight, in shared memory; 1: none before it is needed."""
 
     @property
     def chunk(self) -> int:

@@ -13,6 +13,7 @@ from rfkernels.triton_support import kernels_of, multiprocessors, on
 MAX_HEAD_DIM = 1024
 ELEMENTS = 2048              # of a program at a time: 16 a thread with four warps
 PROGRAMS_PER_SM = 4          # of a backward, for q and k together
+STAGES = 1                   # of a backward: rows whose loads are in flight
 
 
 _kernels = kernels_of("rfkernels.qk_norm.kernels")
@@ -71,6 +72,6 @@ def qk_norm_backward(
         strides = (t.stride()[:3] for t in (dq_out, dk_out, q, k))
         _kernels().qk_norm_bwd[(programs, 2)](
             dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, *partials, *strides, *_sizes(q, k),
-            _rows(q), _rows(k), *spans, eps, **settings,
+            _rows(q), _rows(k), *spans, eps, STAGES=STAGES, **settings,
         )  # fmt: skip
         return dq, dk, *(column_sums(part, w) for part, w in zip(partials, weights, strict=True))  # type: ignore[return-value]

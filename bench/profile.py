@@ -32,7 +32,7 @@ def busy(call: Callable[[], object]) -> str:
             call()
         torch.cuda.synchronize()
     spans = sorted(
-        (e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type is DeviceType.CUDA
+        (e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type == DeviceType.CUDA
     )
     computing, reached = 0.0, spans[0][0]
     for start, end in spans:

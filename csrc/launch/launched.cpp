@@ -21,7 +21,9 @@ constexpr Kernel kAdaln{kFamily, "adaln_fwd"}, kGatedAdaln{kFamily, "gated_adaln
 constexpr Kernel kQkNorm{"rfkernels.qk_norm.kernels", "qk_norm_fwd"},
     kQkNormBackward{"rfkernels.qk_norm.kernels", "qk_norm_bwd"}, kGelu{"rfkernels.mlp.kernels", "gelu_bwd"};
 
-constexpr int64_t kPrograms = 4, kQkNormStages = 1;         // of a backward, see launch.py; programs of a multiprocessor
+// As in launch.py: programs of a backward for each multiprocessor, elements of a program at a time, the second stage's tile.
+constexpr int64_t kQkNormPrograms = 4, kGeluPrograms = 8, kForwardElements = 2048, kBackwardElements = 4096;
+constexpr int64_t kSumRows = 32, kSumColumns = 32, kSumWarps = 2;
 
 enum Way : int64_t { kNone, kSummed, kStored };             // what becomes of a vector's gradient
 
@@ -45,6 +47,12 @@ int64_t covered(Call& call, const char* name, const Tensor& x, bool backward = f
 }
 
 Tensor statistics_of(const Tensor& x) { return at::empty({2, x.size(0), x.size(1)}, x.options().dtype(at::kFloat)); }
+
+void run_sums(Call& call, int64_t groups, int64_t channels, int64_t vectors) {
+  call.with("C", channels).with("ROWS", kSumRows).with("CHUNK", kSumColumns).with("num_warps", kSumWarps);
+  call.with("enable_fp_fusion", true);
+  call.run({groups, ceil_div(channels, kSumColumns), vectors});
+}
 
 // Gradients of vectors that tokens share: partial sums and a second stage that adds them in a fixed order.
 struct Sums {
@@ -85,8 +93,7 @@ struct Sums {
       call << size;
     }
     for (const Tensor* out : outs) call << (out->dim() == 1 ? int64_t{0} : out->stride(0));
-    call.with("C", channels).with("ROWS", 64).with("CHUNK", 128).with("num_warps", 8).with("enable_fp_fusion", true);
-    call.run({total_ / least, ceil_div(channels, 128), count});
+    run_sums(call, total_ / least, channels, count);
   }
 
  private:
@@ -95,18 +102,19 @@ struct Sums {
   int64_t total_;
 };
 
-// Sums of the rows of partials [rows, C] fp32, in a fixed order.
-void column_sums(const Tensor& partials, const Tensor& out) {
-  const int64_t count = partials.size(0), channels = partials.size(1);
-  if (channels > 128 * 65535) {
-    out.copy_(partials.sum(0).view_as(out));
+// Each of outs: the sums over the rows of its part of partials [outs, rows, C] fp32, in a fixed order.
+void column_sums(const Tensor& partials, const std::vector<Tensor>& outs) {
+  const int64_t made = partials.size(0), count = partials.size(1), channels = partials.size(2);
+  if (channels > kSumColumns * 65535) {
+    for (int64_t i = 0; i < made; ++i) outs[i].copy_(partials[i].sum(0).view_as(outs[i]));
     return;
   }
   Call call(kSum, partials);
-  call << partials << out << out << out << out << count << count << count << count << count;
+  call << partials;
+  for (int64_t i = 0; i < 4; ++i) call << outs[i < made ? i : 0];
+  call << count << count << count << count << count;
   call.all(std::array<int64_t, 4>{0, 0, 0, 0});
-  call.with("C", channels).with("ROWS", 64).with("CHUNK", 128).with("num_warps", 8).with("enable_fp_fusion", true);
-  call.run({1, ceil_div(channels, 128), 1});
+  run_sums(call, 1, channels, made);
 }
 
 class Launched : public Implementation {
@@ -198,7 +206,7 @@ class Launched : public Implementation {
     call << q << k << q_weight << k_weight << normal_q << normal_k << strides(q) << strides(k);
     sizes(call, q, k);
     call << count(q) << count(k) << eps;
-    const int64_t tokens = heads(call, q.size(3));
+    const int64_t tokens = heads(call, q.size(3), kForwardElements);
     call.run({ceil_div(std::max(count(q), count(k)), tokens), 2});
     return {normal_q, normal_k};
   }
@@ -212,16 +220,14 @@ class Launched : public Implementation {
     const Tensor q_weight = given_q_weight.contiguous(), k_weight = given_k_weight.contiguous();
     Tensor dq = fresh(q), dk = fresh(k), dq_weight = fresh(q_weight), dk_weight = fresh(k_weight);
     Call call(kQkNormBackward, q);
-    const int64_t tokens = heads(call, q.size(3));
-    call.with("STAGES", kQkNormStages);
+    const int64_t tokens = heads(call, q.size(3), kBackwardElements);
     const int64_t most = std::max(count(q), count(k));
     const int64_t programs = std::max<int64_t>(
-        1, std::min(ceil_div(most, tokens), kPrograms * multiprocessors(q) / 2));
+        1, std::min(ceil_div(most, tokens), kQkNormPrograms * multiprocessors(q) / 2));
     const Tensor partials = at::empty({2, programs, q.size(3)}, q.options().dtype(at::kFloat));
     const Tensor q_sums = partials.select(0, 0), k_sums = partials.select(0, 1);
     const auto made = [&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
-      column_sums(q_sums, dq_weight);
-      column_sums(k_sums, dk_weight);
+      column_sums(partials, {dq_weight, dk_weight});
       return {dq, dk, dq_weight, dk_weight};
     };
     if (launch::cuda_qk_norm_backward(dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, partials, eps)) return made();
@@ -245,12 +251,12 @@ class Launched : public Implementation {
     const auto& found = settings("gelu_bwd", channels, h);  // rows, chunk, warps
     const int64_t columns = ceil_div(channels, found[1]);
     int64_t splits = std::max<int64_t>(
-        1, std::min(ceil_div(rows, found[0]), ceil_div(kPrograms * multiprocessors(h), columns)));
+        1, std::min(ceil_div(rows, found[0]), ceil_div(kGeluPrograms * multiprocessors(h), columns)));
     const int64_t span = ceil_div(rows, splits * found[0]) * found[0];
     splits = ceil_div(rows, span);
     const Tensor partials = at::empty({bias ? splits : 0, channels}, h.options().dtype(at::kFloat));
     const auto made = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
-      if (bias) column_sums(partials, db);
+      if (bias) column_sums(partials.unsqueeze(0), {db});
       return {value ? a : Tensor(), dh, db};
     };
     if (launch::cuda_gelu_backward(h, da, a, dh, partials, span, splits)) return made();
@@ -291,10 +297,10 @@ class Launched : public Implementation {
     for (int i = 1; i < 3; ++i) call << std::max<int64_t>(1, q.size(i)) << std::max<int64_t>(1, k.size(i));
   }
 
-  static int64_t heads(Call& call, int64_t dim) {
+  static int64_t heads(Call& call, int64_t dim, int64_t elements) {
     int64_t block = 16;
     while (block < dim) block *= 2;
-    const int64_t tokens = std::max<int64_t>(1, 2048 / block);
+    const int64_t tokens = std::max<int64_t>(1, elements / block);
     call.with("D", dim).with("ROWS", tokens).with("BLOCK_D", block).with("num_warps", 4).with("enable_fp_fusion", true);
     return tokens;
   }

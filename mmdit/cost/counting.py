@@ -21,10 +21,10 @@ from rfkernels import dispatch
 
 MATMULS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution", "aten.convolution_backward")
 NOTHING_RUNS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.lift_fresh")
-TWO = ("adaln_backward", "gated_adaln_backward", "gated_residual_backward", "gelu_backward", "weighted_mse")
+TWO = ("adaln_backward", "gated_adaln_backward", "gated_residual_backward", "qk_norm_backward", "gelu_backward",
+       "weighted_mse")  # fmt: skip
 LAUNCHES: dict[str, Callable[..., int]] = {f"rfkernels.{op}": lambda *args: 2 for op in TWO}
 LAUNCHES |= {
-    "rfkernels.qk_norm_backward": lambda *args: 3,                                  # sums of two weights' gradients
     "rfkernels.rectified_flow_backward": lambda dz, dtarget, t, x0, noise: 1 if x0 is None else 2,
     "rfkernels.patch_embed_backward": lambda dy, latent, w, to_latent, to_w, bias, p: to_latent + to_w * (2 + bias),
     "rfkernels.patch_unembed_backward": lambda dlatent, x, w, to_x, to_w, p: to_x + 2 * to_w,

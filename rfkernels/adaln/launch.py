@@ -14,7 +14,7 @@ from rfkernels.adaln.reference import promoted
 from rfkernels.launch_tables import RowLaunch, row_launch
 from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
-SECOND_STAGE: dict[str, Any] = {"ROWS": 64, "CHUNK": 128, "num_warps": 8, "enable_fp_fusion": True}
+SECOND_STAGE: dict[str, Any] = {"ROWS": 32, "CHUNK": 32, "num_warps": 2, "enable_fp_fusion": True}
 
 
 _kernels = kernels_of("rfkernels.adaln.kernels")
@@ -146,21 +146,24 @@ class Sums:
             sizes = [total if g.ndim == 1 else self.splits for g in padded]
             strides = [0 if g.ndim == 1 else g.stride(0) for g in padded]
             groups = total // min(sizes[:count])
-            _kernels().sum_partials[(groups, -(-channels // 128), count)](
+            _kernels().sum_partials[(groups, -(-channels // SECOND_STAGE["CHUNK"]), count)](
                 self._partials, *padded, total, *sizes, *strides, C=channels, **SECOND_STAGE
             )  # fmt: skip
         return [self._like.new_empty(0) if g is None else g for g in self.grads]
 
 
-def column_sums(partials: Tensor, out: Tensor) -> Tensor:
-    """Fills out, C elements, with the sums of partials [rows, C] fp32 over its rows, in a fixed order."""
-    rows, channels = partials.shape
-    if channels > 128 * 65535:                                            # more than a grid's second dimension holds
-        return out.copy_(partials.sum(0).view_as(out))
-    _kernels().sum_partials[(1, -(-channels // 128), 1)](
-        partials, out, out, out, out, rows, rows, rows, rows, rows, 0, 0, 0, 0, C=channels, **SECOND_STAGE
+def column_sums(partials: Tensor, *outs: Tensor) -> None:
+    """Fills each of up to four outs, C elements, with the sums over the rows of its part of partials [outs, rows, C] fp32,
+    in a fixed order."""
+    count, rows, channels = partials.shape
+    if channels > SECOND_STAGE["CHUNK"] * 65535:                          # more than a grid's second dimension holds
+        for part, out in zip(partials, outs, strict=True):
+            out.copy_(part.sum(0).view_as(out))
+        return
+    padded = [*outs, *[outs[0]] * (4 - count)]
+    _kernels().sum_partials[(1, -(-channels // SECOND_STAGE["CHUNK"]), count)](
+        partials, *padded, rows, rows, rows, rows, rows, 0, 0, 0, 0, C=channels, **SECOND_STAGE
     )  # fmt: skip
-    return out
 
 
 def _nothing(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ def _of(which, options, N: tl.constexpr):
 
 
 @triton.jit
-def _locate(tile, sizes, N: tl.constexpr, BLOCK: tl.constexpr):
+def _locate(tile, sizes, N: tl.constexpr, BLOCK):
     """(stream, first token in it, tokens of the streams before it) of a tile; tiles run through one stream, then the
     next."""
     which, first, before, passed = 0, tile * BLOCK, 0, 0

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfkernels import native
-from rfkernels.joint_attention import launch
+from rfkernels import bias, native
+from rfkernels.joint_attention import join, launch
 from rfkernels.joint_attention.layout import Parts, flatten, parse
 from rfkernels.joint_attention.reference import key_mask, prepared
 from rfkernels.joint_attention.stream import Stream
@@ -113,8 +113,10 @@ def _empty_joint(streams: list[Parts]) -> list[Tensor]:
 
 def _forward(tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
     streams = parse(tensors, layout)
-    q, k, v = _empty_joint(streams)
+    q, k, v = joint = _empty_joint(streams)
     with on(q.device):
+        if join.takes(streams, layout):
+            return join.forward(streams, joint, eps)
         for i, asked, seen in _places(streams):
             s = streams[i]
             if s.asks and s.q is not None:
@@ -129,6 +131,9 @@ def _backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: floa
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
     result: list[Tensor] = []
     with on(dq.device):
+        if join.takes(streams, layout):
+            gradients, sums = join.backward([dq, dk, dv], streams, eps)
+            return [*(t for g, s in zip(gradients, streams, strict=True) for t in g.all(s)), *sums]
         for i, asked, seen in _places(streams):
             s, found = streams[i], launch.Gradients.empty(streams[i])
             if s.asks and s.q is not None and found.q is not None:
@@ -145,6 +150,7 @@ def _backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: floa
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, *ctx.settings = inputs
+    ctx.bias = all(map(bias.wanted, (t for t in tensors if t.ndim == 5)))
     ctx.save_for_backward(*tensors)
 
 
@@ -152,15 +158,27 @@ def _differentiate(ctx: Any, call: Any, *grads: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     found = iter(call(list(grads), tensors, *ctx.settings))
     wanted = [t for s in parse(tensors, ctx.settings[0]) for t in s.differentiable()]
-    return [None if t is None else next(found) for t in wanted], None, None
+    gradients = [None if t is None else next(found) for t in wanted]
+    packed = [g for g in gradients if g is not None and g.ndim == 5]
+    for gradient, sums in zip(packed, found, strict=False):               # sums of those that `join` takes
+        if ctx.bias:
+            bias.give(gradient, sums)
+    return gradients, None, None
 
 
 def _fake_backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
+    streams = parse(tensors, layout)
+    wanted = [t for s in streams for t in s.differentiable()]
+    sums = [s.k.new_empty((3, *s.k.shape[2:])) for s in streams] if join.takes(streams, layout) else []
+    return [*(t.new_empty(t.shape) for t in wanted if t is not None), *sums]
+
+
+def _fake_native_backward(grads: list[Tensor], tensors: list[Tensor], layout: str, eps: float) -> list[Tensor]:
     wanted = [t for s in parse(tensors, layout) for t in s.differentiable()]
     return [t.new_empty(t.shape) for t in wanted if t is not None]
 
 
-def _operator(name: str, forward: Any, backward: Any) -> Operator:
+def _operator(name: str, forward: Any, backward: Any, fake_backward: Any) -> Operator:
     return Operator(
         name,
         forward_schema="(Tensor[] tensors, str layout, float eps) -> Tensor[]",
@@ -168,15 +186,15 @@ def _operator(name: str, forward: Any, backward: Any) -> Operator:
         forward=forward,
         backward=backward,
         fake_forward=lambda tensors, layout, eps: _empty_joint(parse(tensors, layout)),
-        fake_backward=_fake_backward,
+        fake_backward=fake_backward,
         save=_save,
         differentiate=_differentiate,
         after_list=2,
     )
 
 
-_layout = _operator("joint_layout", _forward, _backward)
-_native_layout = _operator("joint_layout_native", None, None)
+_layout = _operator("joint_layout", _forward, _backward, _fake_backward)
+_native_layout = _operator("joint_layout_native", None, None, _fake_native_backward)
 
 
 # --- The library's attention ------------------------------------------------------------------------------------------

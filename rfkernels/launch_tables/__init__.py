@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from typing import Any
 VECTOR = 8                                  # elements of a 16-byte access in bf16 and fp16
 # The most channels a thread may hold, so that what stays in registers fits in about 200 of 255; see `inspect`.
 MAX_LANES = 1024             # threads of a program
-CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 40, "gated_adaln_bwd": 28,
+CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 20, "gated_adaln_bwd": 20,
                        "gated_residual_fwd": 96, "gated_residual_bwd": 96,
                        "gated_residual_fwd_mixed": 24, "gated_adaln_bwd_mixed": 14}  # fmt: skip
+# Channels of a backward's program up to which so many stages fit beside another program, six fp32 tensors in each, in
+# the 99 KiB of sm_86 and 89.
+CHANNELS_OF_STAGES = {3: 2048, 2: 4096}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class RowLaunch:
 
 def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaunch:
     """Settings of a row-wise kernel at this width: the table of the GPU named `device` if it has them, the heuristic
-    otherwise: as few threads per row as registers allow, halved while that makes the chunks exact."""
+    otherwise: as few threads per row as registers allow, halved while that makes the chunks exact; in a backward as many
+    rows in flight as shared memory holds."""
     measured = table(device).get(kernel, {}).get(str(channels)) if device else None
     if measured:
         return RowLaunch(**measured)
@@ -67,7 +71,12 @@ def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaun
             if exact and channels <= fewer * CHANNELS_PER_THREAD[kernel]:
                 lanes = fewer
                 break
-    return RowLaunch(lanes, max(4, lanes // 32))
+    found = RowLaunch(lanes, max(4, lanes // 32))
+    if "bwd" not in kernel:
+        return found
+    held = found.rows * found.chunk * found.chunks(channels)
+    stages = next((stages for stages, most in CHANNELS_OF_STAGES.items() if held <= most), 1)
+    return replace(found, stages=stages)
 
 
 @lru_cache
@@ -90,9 +99,9 @@ class TileLaunch:
 
 
 def tile_launch(kernel: str, channels: int, device: str | None = None) -> TileLaunch:
-    """Settings of such a kernel: the table of the GPU named `device` if it has them, otherwise 16 elements a thread."""
+    """Settings of such a kernel: the table of the GPU named `device` if it has them, otherwise 8 elements a thread."""
     measured = table(device).get(kernel, {}).get(str(channels)) if device else None
-    return TileLaunch(**measured) if measured else TileLaunch(rows=8, chunk=256, warps=4)
+    return TileLaunch(**measured) if measured else TileLaunch(rows=4, chunk=256, warps=4)
 
 
 @dataclass(frozen=True)

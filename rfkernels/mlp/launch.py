@@ -9,7 +9,7 @@ from rfkernels.adaln.launch import column_sums
 from rfkernels.launch_tables import tile_launch
 from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
-PROGRAMS_PER_SM = 4
+PROGRAMS_PER_SM = 8
 
 
 _kernels = kernels_of("rfkernels.mlp.kernels")
@@ -35,4 +35,6 @@ def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tenso
             h, da, a, dh, partials, rows, span, C=channels, VALUE=value, BIAS=bias, ROWS=launch.rows,
             CHUNK=launch.chunk, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
-        return a, dh, column_sums(partials, db) if bias else db
+        if bias:
+            column_sums(partials[None], db)
+    return a, dh, db

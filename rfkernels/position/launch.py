@@ -119,6 +119,6 @@ def weight_gradient(
             x, patches.latent, partials, row_sums, tokens, h, w, span, x.stride()[:2], patches.latent.stride(), strides,
             SUMS=sums is not None, **settings,
         )  # fmt: skip
-        column_sums(partials, dweight)
+        column_sums(partials[None], dweight)
         if sums is not None:
-            column_sums(row_sums, sums)
+            column_sums(row_sums[None], sums)

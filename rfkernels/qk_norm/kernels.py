@@ -46,7 +46,7 @@ def qk_norm_fwd(
 @triton.jit
 def _norm_backward(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, partials_ptr, dy_strides, strides, S, H, rows, span, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx of `span` rows, ROWS at a time, and the sum of their shares of dweight, partials[program, D] fp32."""
     columns = tl.arange(0, BLOCK_D)
@@ -54,7 +54,7 @@ def _norm_backward(
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     first = tl.program_id(0) * span
     end = tl.minimum(first + span, rows)
-    for start in tl.range(first, end, ROWS, num_stages=STAGES):
+    for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < end)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + _offsets(row, strides, S, H, columns), mask=mask, other=0.0).to(tl.float32)
@@ -73,12 +73,12 @@ def _norm_backward(
 def qk_norm_bwd(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, q_partials_ptr, k_partials_ptr,
     dq_strides, dk_strides, q_strides, k_strides, q_length, k_length, q_heads, k_heads, q_rows, k_rows, q_span, k_span,
-    eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program: a span of rows of q (second index 0) or k (1)."""
     if tl.program_id(1) == 0:
         _norm_backward(dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, q_partials_ptr, dq_strides, q_strides, q_length,
-                       q_heads, q_rows, q_span, eps, D, ROWS, BLOCK_D, STAGES)  # fmt: skip
+                       q_heads, q_rows, q_span, eps, D, ROWS, BLOCK_D)  # fmt: skip
     else:
         _norm_backward(dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, k_partials_ptr, dk_strides, k_strides, k_length,
-                       k_heads, k_rows, k_span, eps, D, ROWS, BLOCK_D, STAGES)  # fmt: skip
+                       k_heads, k_rows, k_span, eps, D, ROWS, BLOCK_D)  # fmt: skip

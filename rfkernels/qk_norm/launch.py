@@ -11,17 +11,16 @@ from rfkernels.adaln.launch import column_sums
 from rfkernels.triton_support import kernels_of, multiprocessors, on
 
 MAX_HEAD_DIM = 1024
-ELEMENTS = 2048              # of a program at a time: 16 a thread with four warps
-PROGRAMS_PER_SM = 4          # of a backward, for q and k together
-STAGES = 1                   # of a backward: rows whose loads are in flight
+FORWARD, BACKWARD = 2048, 4096     # elements of a program at a time: 16 and 32 a thread with four warps
+PROGRAMS_PER_SM = 4                # of a backward, for q and k together
 
 
 _kernels = kernels_of("rfkernels.qk_norm.kernels")
 
 
-def _settings(dim: int) -> dict[str, Any]:
+def _settings(dim: int, elements: int) -> dict[str, Any]:
     block = 1 << max(4, (dim - 1).bit_length())
-    return {"D": dim, "ROWS": max(1, ELEMENTS // block), "BLOCK_D": block, "num_warps": 4, "enable_fp_fusion": True}
+    return {"D": dim, "ROWS": max(1, elements // block), "BLOCK_D": block, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def _sizes(q: Tensor, k: Tensor) -> list[int]:
 
 def qk_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-    q_out, k_out, settings = _empty(q), _empty(k), _settings(q.shape[3])
+    q_out, k_out, settings = _empty(q), _empty(k), _settings(q.shape[3], FORWARD)
     most = max(_rows(q), _rows(k))
     if most:
         with on(q.device):
@@ -58,7 +57,7 @@ def qk_norm_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dq_weight, dk_weight)"""
-    dq_out, dk_out, settings = _unit(dq_out), _unit(dk_out), _settings(q.shape[3])
+    dq_out, dk_out, settings = _unit(dq_out), _unit(dk_out), _settings(q.shape[3], BACKWARD)
     q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     dq, dk = _empty(q), _empty(k)
     weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
@@ -72,6 +71,7 @@ def qk_norm_backward(
         strides = (t.stride()[:3] for t in (dq_out, dk_out, q, k))
         _kernels().qk_norm_bwd[(programs, 2)](
             dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, *partials, *strides, *_sizes(q, k),
-            _rows(q), _rows(k), *spans, eps, STAGES=STAGES, **settings,
+            _rows(q), _rows(k), *spans, eps, **settings,
         )  # fmt: skip
-        return dq, dk, *(column_sums(part, w) for part, w in zip(partials, weights, strict=True))  # type: ignore[return-value]
+        column_sums(partials, *weights)
+    return dq, dk, *weights

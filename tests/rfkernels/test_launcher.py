@@ -17,7 +17,7 @@ pytestmark = [
 ]
 CASES = {                                       # launches, forward and backward
     "adaln": 3, "adaln-rms-mixed": 3, "adaln-no-vectors": 2, "adaln-broadcast": 3, "gated-adaln": 3,
-    "gated-adaln-chunks": 3, "gated-residual": 3, "qk-norm": 4, "gelu-mlp": 2, "attention": 5,
+    "gated-adaln-chunks": 3, "gated-residual": 3, "qk-norm": 3, "gelu-mlp": 2, "attention": 5,
     "attention-lengths": 5, "attention-without-norm": 3, "attention-keys-only": 5,
 }  # fmt: skip
 

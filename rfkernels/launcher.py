@@ -96,7 +96,7 @@ def settings(name: str, size: int, like: Tensor) -> tuple[int, ...]:
     if name == "multiprocessors":
         return (multiprocessors(like.device),)
     if name == "library_from":
-        return (measured(like.device.type, like.device.index, size)[1],)
+        return measured(like.device.type, like.device.index, size)[1:]
     if name.startswith("attention"):
         arch = capability(like.device)
         a = attention_launch(name, size, like.dtype.itemsize, arch, device)

@@ -23,7 +23,7 @@ from bench import environment
 from bench.device.runner import Outcome, Part, Queue, pack, unpack
 
 SECONDS = 285.0              # of a call; its machine is given ten minutes at most, and each start costs one or two
-KERNEL_TESTS = ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "joint_attention_kernels",
+KERNEL_TESTS = ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "join", "joint_attention_kernels",
                 "joint_attention_operator", "patch_kernels", "qk_norm")  # fmt: skip
 ENTERED = ("adaln_kernels", "bias", "gelu_mlp", "joint_attention_kernels", "qk_norm")
 """Of those, the tests of ops that the native launcher starts."""

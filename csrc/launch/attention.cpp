@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "../ops/autograd.h"
 #include "../ops/streams.h"
 #include "launch.h"
 
@@ -142,8 +143,10 @@ const char* refuses(const std::vector<Stream>& streams) {
   const int64_t batch = first.k.size(0), heads = first.k.size(2), dim = first.k.size(3);
   if (dim > 128 || dim % 8 || batch > kMostGrid || heads > kMostGrid) return "these sizes are not for the kernels";
   int64_t tokens = 0;
+  bool graph = false;
   for (const Stream& s : streams) {
     tokens += s.k.size(1);
+    graph = graph || wants_gradient({&s.packed, &s.q, &s.k, &s.v, &s.q_weight, &s.k_weight});
     if (s.k.scalar_type() != first.k.scalar_type() || s.k.device() != first.k.device() || s.k.size(0) != batch ||
         s.k.size(2) != heads || s.k.size(3) != dim)
       return "streams differ";
@@ -151,7 +154,7 @@ const char* refuses(const std::vector<Stream>& streams) {
     for (const Tensor* t : {&s.q, &s.k, &s.v})
       if (t->defined() && t->stride(1) >= kMostTokenStride) return "tokens lie too far apart";
   }
-  if (tokens >= settings("library_from", dim, first.k)[0]) return "by the launch table a library is faster";
+  if (tokens >= settings("library_from", dim, first.k)[graph ? 0 : 1]) return "by the launch table a library is faster";
   return nullptr;
 }
 

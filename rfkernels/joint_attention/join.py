@@ -8,15 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels.joint_attention.launch import (
-    Gradients,
-    _alike,
-    _block_d,
-    _four,
-    _sum_rows,
-    beyond_grid,
-    summable,
-)
+from rfkernels.joint_attention.launch import Gradients, _alike, _block_d, _four, _sum_rows, beyond_grid, summable
 from rfkernels.joint_attention.layout import Parts
 from rfkernels.triton_support import kernels_of, multiprocessors
 
@@ -84,12 +76,7 @@ def backward(grads: list[Tensor], streams: list[Parts], eps: float) -> tuple[lis
     batch, _, _, heads, dim = packed[0].shape
     like, norm = packed[0], streams[0].q_weight is not None
     sums = [torch.empty((3, heads, dim), dtype=like.dtype, device=like.device) for _ in packed]
-    weights = [w for s in streams for w in (s.q_weight, s.k_weight) if w is not None]
-    if not all(t.numel() for t in packed):
-        for t in (t for g in found for t in g.activations):
-            t.zero_()
-        for g, s in zip(found, streams, strict=True):
-            g.weights = {}
+    if not any(t.numel() for t in packed):
         return found, [t.zero_() for t in sums]
     settings = _settings(heads, dim, BACKWARD)
     groups, sizes = heads // settings["HEADS"], [t.shape[1] for t in packed]
@@ -114,5 +101,4 @@ def backward(grads: list[Tensor], streams: list[Parts], eps: float) -> tuple[lis
         made = _sum_rows(weight_sums, [w for w in ordered if w is not None], [p * groups for p in programs] * 2)
         for i, g in enumerate(found):
             g.weights = {"q": made[i], "k": made[len(found) + i]}
-    assert not weights or norm
     return found, sums

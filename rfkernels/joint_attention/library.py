@@ -233,12 +233,13 @@ HALF = (torch.bfloat16, torch.float16)
 CORES: dict[str, Core] = {"sdpa": sdpa, "cudnn": cudnn, "flash3": flash3, "flash4": flash4}
 
 
-def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int]:
-    """(core, tokens from which this path is the fastest) by the launch table of a GPU, where head dimension 64 is
-    {"joint_attention": {"64": {"core": "cudnn", "library_from": 4096}}}; ("sdpa", never) where nothing was measured."""
+def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int, int]:
+    """(core, tokens from which this path is the fastest with a backward, and without) by the launch table of a GPU, where
+    head dimension 64 is {"joint_attention": {"64": {"core": "cudnn", "library_from": 1024, "library_from_forward":
+    4096}}}; ("sdpa", never, never) where nothing was measured."""
     name = device_name(torch.device(device_type) if index is None else torch.device(device_type, index))
     entry = table(name).get("joint_attention", {}).get(str(dim), {}) if name else {}
-    return entry.get("core", "sdpa"), entry.get("library_from", NEVER)
+    return entry.get("core", "sdpa"), entry.get("library_from", NEVER), entry.get("library_from_forward", NEVER)
 
 
 # What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, which takes as long as torch.
@@ -258,5 +259,9 @@ def faster(streams: tuple[Stream, ...]) -> str | None:
     if any(s.lengths is not None for s in streams) or streams[0].like.dtype not in HALF:
         return None                                       # lengths would be a mask; neither was measured
     device, tokens = streams[0].like.device, sum(s.shape[1] for s in streams)
-    _, first = measured(device.type, device.index, streams[0].shape[3])
-    return None if tokens < first else f"measured on this GPU: a library is faster from {first} tokens"
+    _, with_backward, forward = measured(device.type, device.index, streams[0].shape[3])
+    graph = torch.is_grad_enabled() and any(s.requires_grad for s in streams)
+    first = with_backward if graph else forward
+    if tokens < first:
+        return None
+    return f"measured on this GPU: a library is faster from {first} tokens, {'with a' if graph else 'without a'} backward"

@@ -100,6 +100,11 @@ class Stream:
         given = self.packed_tensor
         return self.k.shape if given is None else given.shape[:2] + given.shape[3:]
 
+    @property
+    def requires_grad(self) -> bool:
+        parts = (self.packed_tensor,) if self.packed_tensor is not None else self._views()
+        return any(t is not None and t.requires_grad for t in (*parts, self.q_weight, self.k_weight))
+
     def _views(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """q, k, v. Of a packed stream they are made when asked for: the kernels never ask."""
         if self._parts is None:

@@ -138,12 +138,16 @@ def test_dispatch_takes_the_kernels_on_a_gpu_and_says_why_not_elsewhere():
 
 
 def test_a_gpus_table_says_where_a_library_is_faster_and_forcing_overrules_it(monkeypatch):
-    monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("cudnn", 10))
+    monkeypatch.setattr(library, "measured", lambda *device_and_dim: ("cudnn", 10, 11))
     monkeypatch.setattr(sys.modules["rfkernels.joint_attention.op"], "interpreted", lambda *args: None)
     short, long = (Case(sizes).streams(torch.bfloat16)[0] for sizes in ((3, 6), (3, 7)))
     assert rfkernels.explain(rfkernels.joint_attention, short).startswith("joint_attention: triton")
     told = rfkernels.explain(rfkernels.joint_attention, long)
-    assert told.startswith("joint_attention: library") and "faster from 10 tokens" in told
+    assert told.startswith("joint_attention: library") and "faster from 10 tokens, with a backward" in told
+    with torch.no_grad():
+        assert rfkernels.explain(rfkernels.joint_attention, long).startswith("joint_attention: triton")
+    frozen = [Stream(*(t.detach() for t in (s.q, s.k, s.v))) for s in long]
+    assert rfkernels.explain(rfkernels.joint_attention, frozen).startswith("joint_attention: triton")
     unmeasured = Case((3, 7)).streams(torch.float32)[0], Case((3, 7), lengths=((2,), (7,))).streams(torch.bfloat16)[0]
     assert all(library.faster(tuple(streams)) is None for streams in unmeasured), "fp32, lengths"
     k = long[0].k

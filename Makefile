@@ -58,8 +58,10 @@ test-slow: $(VENV)/.installed-dev+train+emoji+minilm
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers.
 OLDEST       := .venv-oldest
 OLDEST_TESTS := $(addprefix tests/rfkernels/test_,adaln_kernels.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
-	joint_attention_operator.py patch_kernels.py qk_norm.py inspect.py sanitize.py large.py native.py launcher.py) \
-	tests/mmdit/test_graphs.py tests/train/test_run.py tests/train/test_parallel.py::test_blocks_are_compiled_whole_whatever_is_computed_again
+	joint_attention_operator.py patch_kernels.py qk_norm.py inspect.py sanitize.py large.py native.py launcher.py join.py) \
+	tests/mmdit/test_graphs.py tests/train/test_run.py \
+	tests/train/test_parallel.py::test_blocks_are_compiled_whole_whatever_is_computed_again \
+	tests/bench/test_bench.py::test_a_compiled_model_trains_where_warnings_are_errors
 
 $(OLDEST)/.installed: pyproject.toml
 	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
@@ -78,7 +80,8 @@ gpu-pretend: $(OLDEST)/.installed
 	rm -rf $(PRETEND)
 	! PYTHON=$(OLDEST)/bin/python bench/gpu.sh first --pretend --out $(PRETEND) --hang profile
 	PYTHON=$(OLDEST)/bin/python bench/gpu.sh second --pretend --out $(PRETEND)
-	test $$(find $(PRETEND) -name '*-first.tgz' -size -16M -o -name '*-second.tgz' -size -16M | wc -l) = 2
+	PYTHON=$(OLDEST)/bin/python bench/gpu.sh third --pretend --out $(PRETEND)
+	test $$(find $(PRETEND) -name '*.tgz' -size -16M | wc -l) = 3
 
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py \

@@ -8,7 +8,7 @@ op between cudaProfilerStart and Stop, and nothing printed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 
@@ -20,27 +20,33 @@ from bench.cases import cases
 from bench.test_model import DTYPE, sampling, training
 from bench.test_ops import gradients, leaves
 
-
 STEPS_IN_A_ROW = 3
 
 
 def busy(call: Callable[[], object]) -> str:
-    """Milliseconds of a step in which the GPU computes, of those that it lasts: of several in a row, while nobody watches
-    the host, which that slows."""
+    """Milliseconds of a step in which the GPU computes, of those that it lasts: of several in a row, while nobody
+    watches the host, which that slows."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         for _ in range(STEPS_IN_A_ROW):
             call()
         torch.cuda.synchronize()
-    spans = sorted(
-        (e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type == DeviceType.CUDA
-    )
-    computing, reached = 0.0, spans[0][0]
-    for start, end in spans:
-        computing += max(0.0, end - max(start, reached))
+    kernels = [e.time_range for e in profiled.events() if e.device_type == DeviceType.CUDA]
+    if not kernels:
+        return "the profiler saw no kernel"
+    computing, lasted = covered([(k.start, k.end) for k in kernels])
+    each = 1e3 * STEPS_IN_A_ROW                                          # of microseconds
+    return f"the GPU computes in {computing / each:.1f} of {lasted / each:.1f} ms, {len(kernels)} launches in all"
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(time in which at least one of the spans runs, time from the first start to the last end)."""
+    ordered = sorted(spans)
+    first = reached = ordered[0][0]
+    inside = 0.0
+    for start, end in ordered:
+        inside += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    per_step = 1e3 * STEPS_IN_A_ROW                                      # of microseconds
-    lasted = (reached - spans[0][0]) / per_step
-    return f"the GPU computes in {computing / per_step:.1f} of {lasted:.1f} ms, {len(spans) // STEPS_IN_A_ROW} launches"
+    return inside, reached - first
 
 
 def steps() -> None:
@@ -48,12 +54,14 @@ def steps() -> None:
     size = (models.GPU if device.type == "cuda" else models.CPU)[0]
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(environment.environment())
-    for dtype, wanted in ((DTYPE, ("ours", "eager")), (torch.float32, ("ours",))):
+    runs: list[tuple[torch.dtype, tuple[str, ...]]] = [(DTYPE, ("ours", "eager"))]
+    if device.type == "cuda":
+        runs.append((torch.float32, ("ours",)))                          # under autocast, as training has it
+    for dtype, wanted in runs:
+        autocasting = dtype != DTYPE
         ways = models.contenders(size, device, dtype, only=wanted)
         inputs = models.inputs(size, device, dtype)
         for (step, run), way in product((("training", training), ("sampling", sampling)), wanted):
-            # fp32 on a GPU: as training has it
-            autocasting = dtype != DTYPE
             call = partial(run, models.Autocast(ways[way]) if autocasting else ways[way], inputs)
             call()
             print(f"\n{size.name(step)}, {way}{', autocast over fp32 weights' * autocasting}", flush=True)
@@ -62,8 +70,6 @@ def steps() -> None:
             with torch.profiler.profile() as profiled:
                 call()
             print(profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60), flush=True)
-        if DTYPE == torch.float32:
-            return
 
 
 def ops(names: str) -> None:

@@ -66,6 +66,7 @@ def row_tasks(device: torch.device) -> Iterator[Task]:
         batch, tokens = BATCH, TOKENS
         x, y, z, h = torch.randn(4, batch, tokens, width, device=device, dtype=torch.bfloat16).unbind()
         v = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
+        wide_x, wide_z = x.float(), z.float()             # the residual stream under autocast
         statistics = adaln.adaln(x, v, v, *norm, kept)[1]
         calls: dict[str, Callable[[], Any]] = {
             "adaln_fwd": lambda x=x, v=v: adaln.adaln(x, v, v, *norm, kept),
@@ -74,8 +75,8 @@ def row_tasks(device: torch.device) -> Iterator[Task]:
             "gated_adaln_bwd": lambda x=x, y=y, z=z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
                 z, h, x, y, v, v, v, s, *norm, kept, True
             ),
-            "gated_adaln_bwd_mixed": lambda x=x.float(), y=y, z=z.float(), h=h, v=v, s=statistics: (
-                adaln.gated_adaln_backward(z, h, x, y, v, v, v, s, *norm, torch.float32, True)
+            "gated_adaln_bwd_mixed": lambda x=wide_x, y=y, z=wide_z, h=h, v=v, s=statistics: adaln.gated_adaln_backward(
+                z, h, x, y, v, v, v, s, *norm, torch.float32, True
             ),
             "gated_residual_fwd": lambda x=x, y=y, v=v: [adaln.gated_residual(x, y, v)],
             "gated_residual_bwd": lambda x=x, y=y, v=v: adaln.gated_residual_backward(x, y, v),

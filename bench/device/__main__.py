@@ -1,7 +1,8 @@
-"""bench/gpu.sh first | second: what a GPU has to say in under five minutes.
+"""bench/gpu.sh first | second | third: what a GPU has to say in under five minutes a call.
 
     first    is everything right: the compiler, every kernel, training, sampling; a profile; compute-sanitizer
-    second   how fast: the d = 24 step, three ops, errors; the sweep of launch settings, and the step with what it found
+    second   how fast: the d = 24 step, ops, launchers, training; a sweep of settings, and the step with what it found
+    third    against torch.compile, which takes a minute for each step, and against libraries
 
 Each part has a deadline and leaves what it has; one that fails keeps no other from running. All of it is one archive,
 OUT/<gpu>-<date>-<call>.tgz; given with --earlier, what passed there is not run again and its launch table is used.
@@ -29,11 +30,12 @@ ENTERED = ("adaln_kernels", "bias", "gelu_mlp", "joint_attention_kernels", "qk_n
 """Of those, the tests of ops that the native launcher starts."""
 PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
 STEP = "d24-256px-B32"
-OWN = {"BENCH_WITHOUT": "max-autotune;flash-attn;flash3;flash4"}         # a library that crashes has a part of its own
+COMPILED = "max-autotune;compile;compile+cudnn;ours, compiled"
+CRASHING = "flash-attn;flash3;flash4"            # a library that crashes has a part of its own
 OPS = {                      # at 256 and at 1024 pixels, attention at 512 too
     "attention": "joint_attention-H24-B64-S154+256;joint_attention-H24-B16-S154+1024;joint_attention-H24-B4-S154+4096",
-    "block": "block-1536-B64-S154+256;block-1536-B4-S154+4096",
     "rows": "adaln-1536-B64-S256;qk_norm-1536-B64-S256;gelu_mlp-1536-B64-S256",
+    "block": "block-1536-B64-S154+256;block-1536-B4-S154+4096",
 }
 
 
@@ -102,31 +104,46 @@ def second(work: Path, pretend: bool) -> list[Part]:
     """Numbers, most telling first: deadlines together are more than the time there is. What a sweep tries was compiled
     and chosen elsewhere if `candidates.json` is there already."""
     processes, most = ("2", "2") if pretend else ("14", "40")
-    step, ops = ("d2", {"qk_norm": "qk_norm"}) if pretend else (STEP, OPS)
     compile_ = ("-m", "bench.device.precompile", "--processes", processes, "--most", most, "--seconds", 120)
     sweep = ("-m", "bench.sweep", "--out", work, "--minutes", 0.7, "--candidates", work / "candidates.json")
-    uncompiled = {"BENCH_WITHOUT": "max-autotune;compile;ours, compiled;diffusers"}
-    libraries = {"BENCH_WITHOUT": "max-autotune;compile;compile+cudnn"}
-    generated = "adaln-1536-B64-S256;gelu_mlp-1536-B64-S256"
-    timed = {name: bench_part(name, "ops", case, 60, work, **OWN) for name, case in ops.items()}
-    known = (work / "candidates.json").is_file()
+    step, ops = sizes(pretend)
+    known, eager = (work / "candidates.json").is_file(), {"BENCH_WITHOUT": f"{COMPILED};{CRASHING};diffusers"}
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
         *([] if known else [Part("precompile", python(*compile_), 130, beside=True)]),
-        bench_part("step", "model", step, 85, work),
+        bench_part("step", "model", step, 45, work, **eager),
         Part("sweep", python(*sweep), 60, after="precompile"),
-        *([timed.pop("attention")] if "attention" in timed else []),
+        *(bench_part(name, "ops", case, 40, work, **eager) for name, case in ops.items()),
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
-        Part("paper", python("-m", "bench.device.paper"), 90),
-        bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **uncompiled),
-        *timed.values(),
-        bench_part("libraries", "ops", "qk_norm" if pretend else OPS["attention"], 50, work, **libraries),
-        Part("generated", python("-m", "bench.profile", "--ops", "qk_norm" if pretend else generated), 40),
+        Part("paper", python("-m", "bench.device.paper"), 120),
+        bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **eager),
+        Part("settings", python("-m", "bench.device.settings"), 60),
         Part("error", python("-m", "bench.attention_error"), 30),
     ]
 
 
-CALLS = {"first": first, "second": second}
+def third(work: Path, pretend: bool) -> list[Part]:
+    """Against compilers and libraries."""
+    step, ops = sizes(pretend)
+    generated = "qk_norm" if pretend else "adaln-1536-B64-S256;gelu_mlp-1536-B64-S256"
+    attention = ops.get("attention", "qk_norm")
+    return [
+        Part("build", python("-m", "rfkernels.build"), 120, beside=True),
+        bench_part("step-compiled", "model", f"{step} training" if step == STEP else step, 150, work,
+                   BENCH_WITHOUT="max-autotune"),
+        *(bench_part(f"{name}-compiled", "ops", case, 100, work, BENCH_WITHOUT=f"max-autotune;{CRASHING}")
+          for name, case in ops.items()),
+        bench_part("libraries", "ops", attention, 50, work, BENCH_WITHOUT=COMPILED),
+        Part("generated", python("-m", "bench.profile", "--ops", generated), 40),
+    ]  # fmt: skip
+
+
+def sizes(pretend: bool) -> tuple[str, dict[str, str]]:
+    """(the model's step, ops) that are measured."""
+    return ("d2", {"qk_norm": "qk_norm"}) if pretend else (STEP, OPS)
+
+
+CALLS = {"first": first, "second": second, "third": third}
 
 
 def prepared(pretend: bool) -> None:

@@ -57,7 +57,8 @@ def listed(names: Listed, by: str = "native") -> Iterator[None]:
     """Inside, a launch table asks for these, and this launcher starts kernels. Not thread-safe."""
     table = launch_tables.table(environment.device_name())
     before = {name: table.pop(name) for name in (*CUDA, *EPILOGUES, *LIBRARY) if name in table}
-    table.update({name: EverySize(library_from=0, library_from_forward=0) if name in LIBRARY else EverySize() for name in names})
+    always = EverySize(library_from=0, library_from_forward=0)
+    table.update({name: always if name in LIBRARY else EverySize() for name in names})
     try:
         with launcher.chosen(by):
             native.entry.forget()

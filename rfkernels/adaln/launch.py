@@ -153,8 +153,8 @@ class Sums:
 
 
 def column_sums(partials: Tensor, *outs: Tensor) -> None:
-    """Fills each of up to four outs, C elements, with the sums over the rows of its part of partials [outs, rows, C] fp32,
-    in a fixed order."""
+    """Fills each of up to four outs, C elements, with the sums over the rows of its part of partials [outs, rows, C]
+    fp32, in a fixed order."""
     count, rows, channels = partials.shape
     if channels > SECOND_STAGE["CHUNK"] * 65535:                          # more than a grid's second dimension holds
         for part, out in zip(partials, outs, strict=True):

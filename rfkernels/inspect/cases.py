@@ -11,7 +11,9 @@ from torch import Tensor
 
 from rfkernels.adaln import launch
 from rfkernels.flow import launch as flow
+from rfkernels.joint_attention import join
 from rfkernels.joint_attention import launch as attention
+from rfkernels.joint_attention.layout import parse
 from rfkernels.mlp import launch as mlp
 from rfkernels.position import launch as position
 from rfkernels.position.launch import Patches
@@ -119,3 +121,6 @@ def cases() -> Iterator[Case]:
         backward = partial(attention.backward, outs, [*outs, rows, rows], tensors, *settings, True)
         yield Case(f"attention_fwd/{dim}", forward, 4 * least, 1.30)
         yield Case(f"attention_bwd/{dim}", backward, 8 * least, 2.0)
+        streams, joint = parse(tensors, "3qk,3qk"), [_tensor(BATCH, TEXT + LENGTH, HEADS, dim) for _ in range(3)]
+        yield Case(f"join_fwd/{dim}", partial(join.forward, streams, joint, 1e-6), 6 * least)
+        yield Case(f"join_bwd/{dim}", partial(join.backward, joint, streams, 1e-6), 8 * least, 1.2)      # v is not read

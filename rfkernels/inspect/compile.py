@@ -21,8 +21,8 @@ LIMITS = {
     100: (65536, 233472, 64, 32),
 }
 INSTRUCTIONS = {
-    "ld16": r"\bLDG\.E\.(?:\w+\.)*128\b",
-    "ld": r"\bLDG\b",
+    "ld16": r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b",                       # LDGSTS: to shared memory, ahead of time
+    "ld": r"\bLDG(?:STS)?\b",
     "st16": r"\bSTG\.E\.(?:\w+\.)*128\b",
     "st": r"\bSTG\b",
     "mma": r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b",

@@ -1,5 +1,5 @@
-"""Triton kernels around a library's attention: the packed projections of several streams as one q, one k and one v, with
-the norms of q and k, and back.
+"""Triton kernels around a library's attention: the packed projections of several streams as one q, one k and one v,
+with the norms of q and k, and back.
 
 A program holds some tokens of one stream, HEADS heads of them, and one of q, k and v: whole lines of the projection.
 Tokens are numbered through the samples of their stream. Conventions as in kernels.py.

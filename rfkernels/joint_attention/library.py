@@ -234,9 +234,9 @@ CORES: dict[str, Core] = {"sdpa": sdpa, "cudnn": cudnn, "flash3": flash3, "flash
 
 
 def measured(device_type: str, index: int | None, dim: int) -> tuple[str, int, int]:
-    """(core, tokens from which this path is the fastest with a backward, and without) by the launch table of a GPU, where
-    head dimension 64 is {"joint_attention": {"64": {"core": "cudnn", "library_from": 1024, "library_from_forward":
-    4096}}}; ("sdpa", never, never) where nothing was measured."""
+    """(core, tokens from which this path is the fastest with a backward, and without) by the launch table of a GPU,
+    {"joint_attention": {"64": {"core": "cudnn", "library_from": 1024, "library_from_forward": 4096}}} for head
+    dimension 64; ("sdpa", never, never) where nothing was measured."""
     name = device_name(torch.device(device_type) if index is None else torch.device(device_type, index))
     entry = table(name).get("joint_attention", {}).get(str(dim), {}) if name else {}
     return entry.get("core", "sdpa"), entry.get("library_from", NEVER), entry.get("library_from_forward", NEVER)
@@ -264,4 +264,4 @@ def faster(streams: tuple[Stream, ...]) -> str | None:
     first = with_backward if graph else forward
     if tokens < first:
         return None
-    return f"measured on this GPU: a library is faster from {first} tokens, {'with a' if graph else 'without a'} backward"
+    return f"measured on this GPU: a library is faster from {first} tokens, with{'' if graph else 'out'} a backward"

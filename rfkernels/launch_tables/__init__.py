@@ -55,8 +55,8 @@ class RowLaunch:
 
 def row_launch(kernel: str, channels: int, device: str | None = None) -> RowLaunch:
     """Settings of a row-wise kernel at this width: the table of the GPU named `device` if it has them, the heuristic
-    otherwise: as few threads per row as registers allow, halved while that makes the chunks exact; in a backward as many
-    rows in flight as shared memory holds."""
+    otherwise: as few threads per row as registers allow, halved while that makes the chunks exact; in a backward as
+    many rows in flight as shared memory holds."""
     measured = table(device).get(kernel, {}).get(str(channels)) if device else None
     if measured:
         return RowLaunch(**measured)

@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
-from bench import environment, gate
+from bench import eager, environment, gate, models
 from bench.cases import cases
 from bench.measure import Samples, copies_beyond_cache, interleaved
+from bench.profile import covered
 from bench.test_ops import agrees
 from mmdit.cost.hardware import gpu
 
@@ -126,3 +127,17 @@ def test_the_suite_runs_and_its_gate_fails_it(tmp_path):
     assert gate.ratios(found).keys() == {b["group"] for b in ours}
     done = subprocess.run([*command, "--against", str(stored)], capture_output=True, text=True, env=environment_)
     assert done.returncode == 1 and "slower:" in done.stdout, done.stdout[-2000:]
+
+
+def test_a_compiled_model_trains_where_warnings_are_errors():
+    """As in the suite on a GPU, where torch 2.11's Dynamo warns of a gradient that it looks at itself."""
+    model = eager.model(models.ours(models.Size(2, 64, 1)))
+    model.blocks = torch.nn.ModuleList(eager.twin(block) for block in model.blocks)
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    model(*models.inputs(models.Size(2, 64, 1))).square().mean().backward()
+    assert all(p.grad is not None for p in model.blocks[0].parameters())
+
+
+def test_time_in_kernels_counts_what_overlaps_once():
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == (4.0, 6.0)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mmdit import flow, presets
 from mmdit.cost.flops import TEXT_TOKENS, training_flops
 from mmdit.cost.hardware import GPUS
-from mmdit.text import TextFeatures
+from mmdit.encoders import TextFeatures
 from train.data.plan import Plan
 from train.data.shards import Cache, Index, Sample, write_shard
 from train.engine.parallel import World

@@ -120,7 +120,7 @@ class KL:
         self, folder: str, *, posterior: str = "mode", dtype: str = "float32", tiled: bool = False,
         device: str = "cpu", weights: str | None = None,
     ) -> None:  # fmt: skip
-        from mmdit.encoders import fingerprint_of
+        from mmdit.encoders.pretrained import fingerprint_of
 
         if posterior not in ("mode", "sample") or dtype not in ("float32", "bfloat16"):
             raise ValueError(

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mmdit import autoencoder as vae
 from mmdit import checkpoint, flow, keyed
-from mmdit.encoders import T5, Clip, Sd3Text, from_folder
+from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
+from mmdit.encoders.sd3 import from_folder
 from mmdit.files import replacing, write_atomically
 from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, bar, denoise
-from mmdit.text import Conditioning
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import autoencoder, checkpoint, flow, keyed, text
+from mmdit import autoencoder, checkpoint, flow, keyed
 from mmdit.config import MMDiTConfig
+from mmdit.encoders import Conditioning, TextEncoder, assemble, build
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.sampling import graphs
-from mmdit.text import Conditioning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -185,7 +185,7 @@ class Sampler:
     """A trained model with all that is needed to draw with it."""
 
     model: MMDiT
-    encoders: tuple[text.TextEncoder, ...]
+    encoders: tuple[TextEncoder, ...]
     autoencoder: autoencoder.Autoencoder
     formulation: flow.Formulation
     size: tuple[int, int]
@@ -216,7 +216,7 @@ class Sampler:
         if missing:
             raise ValueError(f"these weights do not say how to sample: {sorted(missing)} missing in their metadata")
         vae, device = autoencoder.build(extra["autoencoder"]), model.patch_embed.proj.weight.device
-        encoders = tuple(text.build(spec) for spec in extra["encoders"])
+        encoders = tuple(build(spec) for spec in extra["encoders"])
         for part in (vae, *encoders):
             if isinstance(network := getattr(part, "model", None), torch.nn.Module):
                 network.to(device)
@@ -279,14 +279,14 @@ class Sampler:
 
 
 def conditioned(
-    encoders: Sequence[text.TextEncoder], prompts: Sequence[str], model: MMDiTConfig, guided: bool
+    encoders: Sequence[TextEncoder], prompts: Sequence[str], model: MMDiTConfig, guided: bool
 ) -> tuple[Conditioning, Conditioning | None]:
     """Text of the prompts as a model reads it, and, where guided, of none: with the encoders' outputs zeroed, as in
     training."""
     encoded = [encoder.encode(prompts) for encoder in encoders]
     features = [list(sample) for sample in zip(*encoded, strict=True)]
     beside = [encoder.beside for encoder in encoders]
-    joined = lambda keep: text.assemble(features, model.context_dim, keep, beside, model.text_split)  # noqa: E731
+    joined = lambda keep: assemble(features, model.context_dim, keep, beside, model.text_split)  # noqa: E731
     conditional = joined(None)
     if not guided:
         return conditional, None

@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdit import MMDiT, flow, presets
+from mmdit.encoders import Conditioning
 from mmdit.sampling import graphs
 from mmdit.sampling.sample import Settings, denoise
-from mmdit.text import Conditioning
 
 B = 3
 

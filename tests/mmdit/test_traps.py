@@ -125,7 +125,7 @@ def test_trap_08_one_is_noise_and_a_positive_mean_favours_it():
 
 
 def test_trap_09_zeros_are_the_encoders_outputs_pooled_halves_too(folders):
-    from mmdit.text import TextFeatures, assemble
+    from mmdit.encoders import TextFeatures, assemble
 
     text = Pipeline.from_pretrained(folders()[1], device="cpu").text
     zeros, empty = text.zeros(1), text.encode([""])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit import text
+from mmdit import encoders
 from mmdit.autoencoder import PixelSpace
 from train.data import shapes, shards
 from train.data.blocks import Block, check
@@ -40,7 +40,7 @@ def test_a_folder_becomes_shards_and_comes_back(folder, tmp_path):
     want = fit_into(Image.open(folder / "4.png"), 16, 32)
     latent = torch.nn.functional.pixel_unshuffle(torch.tensor(want).permute(2, 0, 1).float() / 127.5 - 1, 2)
     torch.testing.assert_close(sample.latent, latent.bfloat16())
-    features = text.build({"kind": "words"}).encode(["picture number 4"])[0]
+    features = encoders.build({"kind": "words"}).encode(["picture number 4"])[0]
     torch.testing.assert_close(sample.features[0].tokens, features.tokens.bfloat16())
     assert sample.features[0].tokens.shape == (3, 64), "no padding is stored"
 

@@ -16,7 +16,7 @@ import torch
 
 from bench import reading
 from mmdit import MMDiT, autoencoder, checkpoint, flow, presets
-from mmdit.text import TextFeatures
+from mmdit.encoders import TextFeatures
 from train.config import Validation
 from train.data.blocks import check
 from train.data.plan import Plan

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mmdit.text import WordVectors
+from mmdit.encoders import WordVectors
 from train.config import Parallel, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmdit import autoencoder, encoders, keyed, text
+from mmdit import autoencoder, encoders, keyed
 from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
 from train.data.sources import DataError, Record
@@ -33,9 +33,9 @@ def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.A
     return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=str(device))
 
 
-def build_encoder(config: Precompute, name: str, device: torch.device) -> text.TextEncoder:
+def build_encoder(config: Precompute, name: str, device: torch.device) -> encoders.TextEncoder:
     if name not in RELEASED:
-        return text.build({"kind": name, **({"max_tokens": config.max_words} if name == "words" else {})})
+        return encoders.build({"kind": name, **({"max_tokens": config.max_words} if name == "words" else {})})
     if config.pipeline is None:
         raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")
     suffix = RELEASED[name]
@@ -49,13 +49,13 @@ def build_encoder(config: Precompute, name: str, device: torch.device) -> text.T
     return encoder
 
 
-def build_encoders(config: Precompute, records: list[Record], world: World) -> list[text.TextEncoder]:
+def build_encoders(config: Precompute, records: list[Record], world: World) -> list[encoders.TextEncoder]:
     """Of MiniLM, which is fitted to the captions, the main process's, and that of a cache which is there already: a
     caption mended since must not refit it."""
     found = []
     for name in config.encoders:
         if name == "minilm":
-            found.append(text.build(world.shared(_fitted(config, records) if world.main else None)))
+            found.append(encoders.build(world.shared(_fitted(config, records) if world.main else None)))
         else:
             found.append(build_encoder(config, name, world.device))
     return found
@@ -74,6 +74,6 @@ def _fitted(config: Precompute, records: list[Record]) -> dict[str, Any]:
     ]
     if not captions:
         raise DataError(f"source {config.source!r} has no caption to fit minilm's features to")
-    encoder = text.MiniLM()
+    encoder = encoders.MiniLM()
     encoder.fit(captions[:: max(1, len(captions) // 2000)])
     return encoder.spec()

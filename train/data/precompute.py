@@ -16,7 +16,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from mmdit import autoencoder, text
+from mmdit import autoencoder
+from mmdit.encoders import TextEncoder, TextFeatures
 from mmdit.files import write_atomically
 from train.config import Parallel
 from train.data.blocks import Block, gathered
@@ -107,10 +108,10 @@ class _Work:
     """Encodes blocks."""
 
     def __init__(
-        self, config: Precompute, records: list[Record], vae: autoencoder.Autoencoder, readers: list[text.TextEncoder]
+        self, config: Precompute, records: list[Record], vae: autoencoder.Autoencoder, readers: list[TextEncoder]
     ) -> None:
         self.config, self.records, self.vae, self.readers = config, records, vae, readers
-        self._memory: dict[str, list[text.TextFeatures]] = {}
+        self._memory: dict[str, list[TextFeatures]] = {}
 
     def rows(self, number: int) -> range:
         """Ids of a block's records."""
@@ -191,9 +192,9 @@ class _Work:
         ]
 
 
-def _stored(features: text.TextFeatures) -> text.TextFeatures:
+def _stored(features: TextFeatures) -> TextFeatures:
     """As a shard holds them."""
-    return text.TextFeatures(features.tokens.bfloat16(), features.pooled.bfloat16())
+    return TextFeatures(features.tokens.bfloat16(), features.pooled.bfloat16())
 
 
 def _ahead(

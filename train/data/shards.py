@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmdit.autoencoder import Unit
+from mmdit.encoders import TextFeatures, fingerprint
 from mmdit.files import read_lines, write_atomically
-from mmdit.text import TextFeatures, fingerprint
 from train.data.sources import DataError
 
 VERSION = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdit import autoencoder, text
+from mmdit import autoencoder, encoders
 from train.config import Config
 from train.data.shards import Cache
 from train.data.sources import DataError
@@ -12,7 +12,7 @@ def check_compatible(config: Config, cache: Cache) -> None:
     """The model must read what the cache holds."""
     settings, model = cache.settings, config.model
     vae = autoencoder.build(settings["autoencoder"])
-    dims, pooled = zip(*map(text.sizes, settings["encoders"]), strict=True)
+    dims, pooled = zip(*map(encoders.sizes, settings["encoders"]), strict=True)
     needed = {
         "in_channels": vae.channels,
         "token_pixels": vae.factor * model.patch_size,

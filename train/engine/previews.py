@@ -12,9 +12,9 @@ import torch
 
 import rfkernels
 from mmdit import autoencoder, keyed
+from mmdit.encoders import Conditioning, build
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, conditioned, denoise
-from mmdit.text import Conditioning, build
 from train.config import Config
 from train.data.shards import Cache, unit_of
 from train.engine import parallel

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdit import keyed, text
+from mmdit import keyed
 from mmdit.autoencoder import Unit
+from mmdit.encoders import Conditioning, assemble
 from mmdit.flow import Formulation
 from train.config import Config
 from train.data.shards import Bucket, Cache, Sample, unit_of
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
     """[B, C, h, w] fp32."""
     t: Tensor
     """[B] fp32."""
-    text: text.Conditioning
+    text: Conditioning
     """bf16 as in the cache, fp32 after `to`."""
     text_tokens: int = 0
     """Of a sample that are read, on average: of two text streams padding is not, for one is padded to all its room."""
@@ -37,13 +38,13 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """On a device, in fp32 from there on: half as much is copied."""
         x0, noise, t, context, lengths, pooled = (v.to(device, non_blocking=True) for v in (*self[:3], *self.text))
-        conditioning = text.Conditioning(context.float(), lengths, pooled.float())
+        conditioning = Conditioning(context.float(), lengths, pooled.float())
         return self._replace(x0=x0.float(), noise=noise, t=t, text=conditioning)
 
     def pinned(self) -> Batch:
         """In memory from which a GPU copies while it computes."""
         x0, noise, t, context, lengths, pooled = (v.pin_memory() for v in (*self[:3], *self.text))
-        return self._replace(x0=x0, noise=noise, t=t, text=text.Conditioning(context, lengths, pooled))
+        return self._replace(x0=x0, noise=noise, t=t, text=Conditioning(context, lengths, pooled))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Objective:
         x0 = self.latents.encode(torch.stack([s.latent for s in samples]))
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
         features = [s.features for s in samples]
-        conditioning = text.assemble(features, self.context_dim, keep, self.beside, self.split)
+        conditioning = assemble(features, self.context_dim, keep, self.beside, self.split)
         read = conditioning.context.shape[1]
         if conditioning.lengths.ndim == 2:
             read = round(float(conditioning.lengths.sum(1).float().mean()))

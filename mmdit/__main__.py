@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 
 try:
     from tyro.conf import Positional
 except ImportError:
     sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
 
-from mmdit import checkpoint, commands
+from mmdit import checkpoint, commands, pictures
 from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.sampling.pipeline import Pipeline, save_png
@@ -61,7 +60,7 @@ def sample(
         out: PNG to write. Several prompts of a run make a grid, of a pipeline numbered files.
         seed: Image i is a function of (seed, i).
         steps: As a run draws its samples, 28 for a pipeline.
-        guidance: Classifier-free guidance; 1 is none. As a run draws its samples, 7 for a pipeline.
+        guidance: Classifier-free guidance; up to 1 it is none. As a run draws its samples, 7 for a pipeline.
         size: Height and width in pixels; the training size unless given.
         solver: Integrator of the flow.
         schedule: paper for a run, sd3_release for a pipeline.
@@ -94,14 +93,16 @@ def sample(
         height, width = size or (None, None)
         drawn = pipe(
             prompts, negative_prompt=negative, unconditional=unconditional, height=height, width=width, seed=seed,
-            num_inference_steps=steps or 28, guidance_scale=7.0 if guidance is None else guidance, batch=batch,
-            image=Image.open(image) if image else None, strength=strength,
-            mask_image=Image.open(mask) if mask else None, **settings,
+            num_inference_steps=28 if steps is None else steps, batch=batch,
+            guidance_scale=7.0 if guidance is None else guidance,
+            image=pictures.opened(image) if image else None, strength=strength,
+            mask_image=pictures.opened(mask) if mask else None, **settings,
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, drawn.save(out))))
         return
     sampler = Sampler.load(source, device)
-    settings |= {"steps": steps or sampler.steps, "guidance": sampler.guidance if guidance is None else guidance}
+    settings |= {"steps": sampler.steps if steps is None else steps}
+    settings |= {"guidance": sampler.guidance if guidance is None else guidance}
     images = sampler(prompts, seed=seed, size=size, progress=True, **settings)
     scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
     picture = grid(images, scale=scale, margin=0 if len(images) == 1 else 2)

@@ -7,21 +7,57 @@ resume changes what a sample sees.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MASK = (1 << 64) - 1
+
 
 def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """A NumPy generator for this key. `purpose` keeps uses apart: "noise", "time", ..."""
+    """A NumPy generator for this key. `purpose` keeps uses apart: "noise", "time", ...
+
+    Args: seed: an integer of 64 bits, with or without sign: -1 and 2^64 - 1 are the same.
+    Raises: TypeError for a seed that is no integer, ValueError for one of more bits.
+    """
     if len(key) > 3:
         raise ValueError(f"keyed.generator: {len(key)} integers in key; expected at most 3")
-    digest = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
-    mask = (1 << 64) - 1
-    counter = [0, *(k & mask for k in key), *[0] * (3 - len(key))]      # the lowest word counts the blocks drawn
-    return np.random.Generator(np.random.Philox(key=[seed & mask, digest], counter=counter))
+    number, purpose_digest = checked(seed), digest(purpose)
+    small = 0 <= number < 1 << 53
+    return philox(rounded(number, purpose_digest) if small else (number & MASK, purpose_digest), *key)
+
+
+def checked(seed: object) -> int:
+    """A seed as an int. Raises: TypeError, ValueError."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed is {seed!r}; expected an integer")
+    number = operator.index(seed)                                       # NumPy's and PyTorch's integers too
+    if not -(1 << 63) <= number <= MASK:
+        raise ValueError(f"seed is {number}; expected an integer of 64 bits, -2^63 to 2^64 - 1")
+    return number
+
+
+@lru_cache(maxsize=4096)
+def digest(purpose: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+
+
+def rounded(one: int, other: int) -> tuple[int, int]:
+    """Two integers of 64 bits as NumPy reads a list of them: as floats, of 53 bits, where one is below 2^63 and one is
+    not. The first version gave it lists: what it drew from seeds below 2^53, and for words, is drawn still."""
+    if (one < 1 << 63) == (other < 1 << 63):
+        return one, other
+    return min(int(float(one)), MASK), min(int(float(other)), MASK)
+
+
+def philox(pair: tuple[int, int], *key: int) -> np.random.Generator:
+    counter = [0, *(k & MASK for k in key), *[0] * (3 - len(key))]      # the lowest word counts the blocks drawn
+    return np.random.Generator(np.random.Philox(key=np.array(pair, dtype=np.uint64), counter=counter))
 
 
 def normals(shape: Sequence[int], seed: int, purpose: str, keys: Iterable[tuple[int, ...]]) -> Tensor:

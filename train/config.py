@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from mmdit import presets
+from mmdit import keyed, numbers, presets
 from mmdit.config import MMDiTConfig
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
@@ -161,6 +161,7 @@ class Config:
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
         if not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
+        self._check_numbers()
         least_one = {name: getattr(self, name) for name in ("batch", "keep", "log_every", "checkpoint_every")}
         least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
         least_one |= {"parallel.replicas": self.parallel.replicas, "parallel.accumulate": self.parallel.accumulate}
@@ -173,6 +174,27 @@ class Config:
             raise ValueError(f"Config: read_ahead is {self.read_ahead}; expected 0 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"Config: minutes is {self.minutes}; expected a number above 0")
+
+    def _check_numbers(self) -> None:
+        """What cannot be meant, here and in the parts. Raises: ValueError, TypeError."""
+        optimizer, samples, parallel = self.optimizer, self.samples, self.parallel
+        above = {"shift": self.shift, "optimizer.lr": optimizer.lr, "optimizer.muon_lr": optimizer.muon_lr}
+        above |= {"parallel.timeout_minutes": parallel.timeout_minutes, "optimizer.eps": optimizer.eps}
+        above |= {"parallel.watch_seconds": parallel.watch_seconds}
+        above |= {} if samples.shift is None else {"samples.shift": samples.shift}
+        for name, value in above.items():
+            numbers.above(f"Config: {name}", value, 0)
+        for name, value in (("samples.guidance", samples.guidance), ("optimizer.weight_decay", optimizer.weight_decay),
+                            ("optimizer.clip", optimizer.clip)):  # fmt: skip
+            numbers.between(f"Config: {name}", value, 0)
+        for name, share in (("ema.decay", self.ema.decay), ("optimizer.betas", max(optimizer.betas)),
+                            ("optimizer.betas", min(optimizer.betas))):  # fmt: skip
+            numbers.between(f"Config: {name}", share, 0, 1)
+        for name, whole in (("optimizer.warmup", optimizer.warmup), ("validation.every", self.validation.every),
+                            ("samples.every", samples.every), ("samples.count", samples.count),
+                            ("threads", self.threads), ("skip_nonfinite", self.skip_nonfinite)):  # fmt: skip
+            numbers.whole(f"Config: {name}", whole, 0)
+        keyed.checked(self.seed)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)

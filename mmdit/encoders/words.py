@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,8 @@ class WordVectors:
 
     def _draw(self, word: str) -> Tensor:
         key = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return keyed.normals((self.dim,), key, "word vector", [()])[0]
+        drawn = keyed.philox(keyed.rounded(key, keyed.digest("word vector")))
+        return torch.from_numpy(drawn.standard_normal(self.dim, dtype=np.float32))
 
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
         features = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdit import autoencoder as vae
-from mmdit import checkpoint, flow, keyed
+from mmdit import checkpoint, flow, keyed, pictures
 from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
 from mmdit.encoders.sd3 import from_folder
 from mmdit.files import replacing, write_atomically
@@ -189,9 +189,12 @@ class Pipeline:
             unconditional: "empty": the encoded negative prompt (empty unless given), as the released pipelines do;
                 "zeros": the encoders' outputs zeroed, as in the paper.
             height, width: in pixels, multiples of 16, any aspect ratio the position table holds.
-            seed: image i starts from noise keyed by (seed, i). latents: [N, C, h, w], the noise itself, instead.
-            image: start from this picture: `strength`, in (0, 1], is the share of the steps that are taken.
-            mask_image: with image: white is drawn anew, black is kept.
+            seed: image i starts from noise keyed by (seed, i); an integer of 64 bits, with or without sign.
+            latents: [N, C, h, w], the noise itself, instead.
+            guidance_scale: classifier-free guidance; up to 1: none, as in diffusers.
+            image: start from this picture, read as `pictures.shown` does: `strength`, in (0, 1], is the share of the
+                steps that are taken.
+            mask_image: with image: white is drawn anew, black is kept; what is transparent counts as white.
             batch: images at a time.
             settings: solver, schedule (sd3_release unless given), shift, interval, skip_blocks, ...: see `Settings`.
         Returns: images and the parameters of each.
@@ -217,7 +220,7 @@ class Pipeline:
             noise = keyed.normals(shape, seed, "sampling noise", [(first + i,) for i in range(count)])
             noise = (noise if latents is None else latents[rows].float()).to(self.model.patch_embed.proj.weight.device)
             z, constrain = self._started(noise, image, mask_image, start)
-            conditional, other = self._text(prompts[rows], negatives[rows], chosen.guidance != 1.0, unconditional)
+            conditional, other = self._text(prompts[rows], negatives[rows], chosen.guided, unconditional)
             label = f"drawing {first + 1}-{first + count} of {len(prompts)}"
             z = denoise(
                 self.model, z, conditional, other, chosen, start=start, constrain=constrain,
@@ -250,12 +253,12 @@ class Pipeline:
 
         factor = self.autoencoder.factor
         height, width = noise.shape[2] * factor, noise.shape[3] * factor
-        pixels = np.array(image.convert("RGB").resize((width, height), Resampling.LANCZOS))
+        pixels = np.array(pictures.shown(image).resize((width, height), Resampling.LANCZOS))
         x0 = self.autoencoder.encode(vae.to_float(pixels[None])).to(noise.device)
         z = ((1 - start) * x0 + start * noise).contiguous()           # as without a picture: the same bits at start = 1
         if mask is None:
             return z, None
-        small = mask.convert("L").resize((noise.shape[3], noise.shape[2]), Resampling.NEAREST)
+        small = pictures.shown(mask).convert("L").resize((noise.shape[3], noise.shape[2]), Resampling.NEAREST)
         anew = torch.from_numpy(np.array(small) >= 128).to(noise.device)
         return z, lambda z, t: torch.where(anew, z, (1 - t) * x0 + t * noise)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import autoencoder, checkpoint, flow, keyed
+from mmdit import autoencoder, checkpoint, flow, keyed, numbers
 from mmdit.config import MMDiTConfig
 from mmdit.encoders import Conditioning, TextEncoder, assemble, build
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
@@ -39,7 +39,7 @@ class Settings:
     shift: float = 1.0
     """alpha of the schedule: 3.0 at 1024 pixels."""
     guidance: float = 5.0
-    """Classifier-free guidance; 1: none, and half the work."""
+    """Classifier-free guidance; up to 1: none, and half the work, as diffusers' pipelines have it."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times, ends included, at which guidance acts."""
     skip_blocks: Collection[int] = ()
@@ -58,6 +58,20 @@ class Settings:
         for name, allowed in (("solver", tuple(SOLVERS)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        numbers.whole("steps", self.steps, 1)
+        numbers.above("shift", self.shift, 0)
+        numbers.between("guidance", self.guidance, 0)
+        numbers.between("skip_scale", self.skip_scale)
+        for name in ("skip_from", "skip_until"):
+            numbers.between(name, getattr(self, name), 0, 1)
+        numbers.interval("interval", self.interval)
+        for block in self.skip_blocks:
+            numbers.whole("skip_blocks", block, 0)
+
+    @property
+    def guided(self) -> bool:
+        """Whether text is held against none."""
+        return self.guidance > 1
 
     def times(self, formulation: flow.Formulation, start: float = 1.0) -> Tensor:
         """Of the straight path, from `start` down to 0."""
@@ -105,8 +119,11 @@ class _Field:
         self, model: MMDiT, conditional: Conditioning, unconditional: Conditioning | None, settings: Settings,
         ts: Tensor, formulation: flow.Formulation, masked: bool,
     ) -> None:  # fmt: skip
-        if settings.guidance != 1.0 and unconditional is None:
+        if settings.guided and unconditional is None:
             raise ValueError(f"guidance is {settings.guidance}, but there is no unconditional text")
+        absent = [block for block in settings.skip_blocks if block >= model.config.depth]
+        if absent:
+            raise ValueError(f"skip_blocks names block {absent[0]}; the model has 0 to {model.config.depth - 1}")
         self.model, self.settings, self.formulation = model, settings, formulation
         weight = model.patch_embed.proj.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -154,7 +171,7 @@ class _Field:
     def __call__(self, z: Tensor, t: float) -> Tensor:
         settings, alone = self.settings, slice(0, self.batch)
         low, high = settings.interval
-        if settings.guidance == 1.0 or not low <= t <= high:
+        if not settings.guided or not low <= t <= high:
             return self._velocity(z, t, alone)
         both = slice(0, 2 * self.batch)
         last: list[Tensor] = []
@@ -260,7 +277,8 @@ class Sampler:
         if height % cell or width % cell or height < cell or width < cell:
             raise ValueError(f"size is {height} x {width}; expected multiples of {cell}")
         shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
-        steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
+        steps = self.steps if steps is None else steps
+        guidance = self.guidance if guidance is None else guidance
         chosen = Settings(**{"steps": steps, "guidance": guidance, "shift": self.shift, **settings})
         images = []
         for start in range(0, len(prompts), batch):
@@ -268,7 +286,7 @@ class Sampler:
             noise = keyed.normals(shape, seed, "sampling noise", [(first + start + i,) for i in range(len(part))])
             label = f"drawing {start + 1}-{start + len(part)} of {len(prompts)}"
             with_text, without = conditioned(
-                self.encoders, part, self.model.config, chosen.guidance != 1.0
+                self.encoders, part, self.model.config, chosen.guided
             )
             z = denoise(
                 self.model, noise, with_text, without, chosen, formulation=self.formulation,

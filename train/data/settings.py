@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mmdit import numbers
 from train.data.sources import DataError
 
 Size = tuple[int, int]
@@ -62,8 +63,14 @@ class Precompute:
         for name in ("shard_size", "batch", "workers", "pixel_factor", "max_words"):
             if getattr(self, name) < 1:
                 raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.synthetic <= 1:
-            raise DataError(f"precompute: synthetic is {self.synthetic}; expected a share between 0 and 1")
+        try:
+            for name in ("synthetic", "val_share"):
+                numbers.between(f"precompute: {name}", getattr(self, name), 0, 1)
+            for name, least in (("area", 0), ("copies", 1), ("t5_tokens", 1)):
+                numbers.whole(f"precompute: {name}", getattr(self, name), least)
+            numbers.above("precompute: step_ms", self.step_ms, 0)
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
     @property
     def buckets(self) -> tuple[Size, ...]:

@@ -148,4 +148,4 @@ class Previews:
         if not prompts:
             return None
         encoders = [build(spec) for spec in self.cache.settings["encoders"]]
-        return conditioned(encoders, prompts, self.config.model, self.config.samples.guidance != 1.0)
+        return conditioned(encoders, prompts, self.config.model, self.config.samples.guidance > 1)

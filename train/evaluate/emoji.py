@@ -95,7 +95,7 @@ def score_emoji(
         right of what was asked for, to RUN/retrieval.png.
     """
     config = Config.from_json((Path(run) / "config.json").read_text())
-    steps = steps or config.samples.steps
+    steps = config.samples.steps if steps is None else steps
     guidance = config.samples.guidance if guidance is None else guidance
     known, sampler = pictures(Cache(config.cache)), Sampler.load(run)
     result, pairs = {}, []

@@ -29,7 +29,8 @@ def score_shapes(
         IoU. Also written to RUN/score.json, and pictures above their captions to RUN/held-out.png.
     """
     samples = Config.from_json((Path(run) / "config.json").read_text()).samples
-    steps, guidance = steps or samples.steps, samples.guidance if guidance is None else guidance
+    steps = samples.steps if steps is None else steps
+    guidance = samples.guidance if guidance is None else guidance
     _, held_out = shapes.split()
     wanted = held_out * images
     drawn = Sampler.load(run)([w.caption for w in wanted], seed=seed, steps=steps, guidance=guidance, progress=True)

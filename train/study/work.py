@@ -35,7 +35,7 @@ def drawn(sampler: Sampler, captions: Sequence[str], steps: int, guidance: float
     height, width = (side // sampler.autoencoder.factor for side in sampler.size)
     shape = (sampler.autoencoder.channels, height, width)
     noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(len(captions))])
-    text, none = conditioned(sampler.encoders, captions, sampler.model.config, guidance != 1.0)
+    text, none = conditioned(sampler.encoders, captions, sampler.model.config, guidance > 1)
     settings = Settings(steps=steps, guidance=guidance, shift=sampler.shift)
     way = PathLength(noise * float(settings.times(sampler.formulation)[0]))
     z = denoise(

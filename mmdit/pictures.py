@@ -1,0 +1,57 @@
+"""Reading pictures as viewers show them, whatever wrote them: the one way in for training, image to image and masks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+"""Of files that are taken for pictures, in lower case."""
+WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+NO_RANGE = ("I", "F")                      # numbers without a largest one: no picture until somebody says how bright
+
+
+def opened(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture in a file, as `shown`. Raises: ValueError that names the file; FileNotFoundError."""
+    from PIL import Image
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such picture")
+    try:
+        with Image.open(path) as image:
+            return shown(image)
+    except Exception as error:                           # Pillow raises OSError, SyntaxError, ValueError, struct.error
+        raise ValueError(f"{path}: not a readable picture ({type(error).__name__}: {error})") from error
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """As RGB: upright (EXIF orientation), of an animation its first picture, transparency on white, 16 bits of grey cut
+    to the upper 8.
+
+    Raises: ValueError for a picture whose numbers have no largest one (32-bit integers, floats).
+    """
+    from PIL import Image, ImageOps
+
+    if getattr(image, "n_frames", 1) > 1:
+        image.seek(0)
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in NO_RANGE:
+        raise ValueError(f"mode {image.mode}, 32 bits a pixel; save it with 8 or 16 bits")
+    if image.mode in WIDE_GREY:
+        hidden = image.info.get("transparency")
+        wide = np.asarray(image).astype(np.uint16)
+        grey = (wide >> 8).astype(np.uint8)
+        if isinstance(hidden, int):
+            grey = np.where(wide == hidden, 255, grey).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    whole = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")

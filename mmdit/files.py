@@ -3,6 +3,7 @@ lines."""
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def decode(content: bytes) -> str:
+    """Text of UTF-8, with or without a byte order mark, or of UTF-16 with one. Raises: UnicodeDecodeError."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """What `decode` reads, newlines as Unix writes them."""
+    return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_lines(path: Path) -> list[str]:
-    """Of a text in UTF-8, with or without a byte order mark. Only a newline ends one: captions hold U+2028, U+2029,
-    U+0085 and form feeds, where str.splitlines cuts too."""
-    found = path.read_text(encoding="utf-8-sig").split("\n")
+    """Of a text that `decode` reads. Only a newline ends one, as Unix, Windows or old Macs write it: captions hold
+    U+2028, U+2029, U+0085 and form feeds, where str.splitlines cuts too."""
+    found = read_text(path).split("\n")
     return found if found[-1] else found[:-1]

@@ -12,9 +12,10 @@ from train.data import shapes, shards
 from train.data.blocks import Block, check
 from train.data.plan import Plan
 from train.data.precompute import precompute
+from train.data.records import DataError
 from train.data.settings import Precompute
 from train.data.shards import Cache
-from train.data.sources import DataError, fit_into, open_source
+from train.data.sources import fit_into, open_source
 
 
 def count_encoded(monkeypatch):

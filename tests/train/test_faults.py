@@ -11,8 +11,8 @@ import pytest
 from mmdit.encoders import WordVectors
 from train.config import Parallel, Samples, Validation
 from train.data.precompute import precompute
+from train.data.records import DataError
 from train.data.settings import Precompute
-from train.data.sources import DataError
 from train.engine.loop import train
 
 from .conftest import changed

@@ -18,9 +18,9 @@ from train.data import costs, shards
 from train.data.blocks import Block, check
 from train.data.encoding import caption_of
 from train.data.precompute import precompute
+from train.data.records import DataError, Record
 from train.data.settings import Precompute
 from train.data.shards import Cache, Index, captions_of
-from train.data.sources import DataError, Record
 
 from .test_data import count_encoded
 

@@ -7,9 +7,9 @@ import pytest
 from mmdit import Sampler, presets
 from tests.mmdit.pipelines import made
 from train.data.precompute import precompute
+from train.data.records import DataError
 from train.data.settings import Precompute
 from train.data.shards import Cache
-from train.data.sources import DataError
 from train.engine.loop import train
 
 

@@ -55,6 +55,7 @@ class Block:
             for row, said in enumerate(captions_of(cache / entry["file"])):
                 sample = bucket[row]
                 sample.key, sample.caption = said["key"], said["caption"]
+                sample.file = {name: said[name] for name in ("stamp", "digest") if name in said}
                 found[sample.id] = (name, sample)
         return found
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from mmdit import autoencoder
 from train.data.encoding import build_autoencoder, build_encoder, caption_of
+from train.data.records import DataError
 from train.data.settings import Precompute
-from train.data.sources import DataError, fit_into, open_source
+from train.data.sources import fit_into, open_source
 
 REPEATS = 5
 

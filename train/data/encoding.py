@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from mmdit import autoencoder, encoders, keyed
+from train.data.records import DataError, Record
 from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
-from train.data.sources import DataError, Record
 from train.engine.parallel import World
 
 RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in

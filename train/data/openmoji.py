@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from train.data.sources import DataError, Record
+from train.data.records import DataError, Record
 
 SIDE = 64
 SKIN_TONES = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,9 +22,10 @@ from mmdit.files import write_atomically
 from train.config import Parallel
 from train.data.blocks import Block, gathered
 from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
+from train.data.records import DataError, Record
 from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
-from train.data.sources import DataError, Record, fit_into, open_source
+from train.data.sources import fit_into, open_source
 from train.engine import parallel
 from train.engine.interrupts import Interrupts
 from train.engine.parallel import World
@@ -46,7 +47,7 @@ def precompute(config: Precompute) -> Index:
 
 
 def _precompute(config: Precompute, world: World) -> Index:
-    records = open_source(config.source, copies=config.copies)
+    records = open_source(config.source, copies=config.copies, splits=config.splits)
     if not records:
         raise DataError(f"source {config.source!r} holds no records")
     cache, vae = config.cache, build_autoencoder(config, world.device)
@@ -81,7 +82,10 @@ def _precompute(config: Precompute, world: World) -> Index:
             if interrupts.received:
                 raise KeyboardInterrupt(f"{interrupts.received.name}: the same command resumes from here")
     world.largest(0)                                                                  # everybody has written its blocks
-    return world.shared(_finish(config, index, len(records)) if world.main else None)
+    made = world.shared(_finish(config, index, len(records)) if world.main else None)
+    if world.main:
+        print(f"{config.source}: {records.told()}", flush=True)
+    return made
 
 
 def _finish(config: Precompute, index: Index, records: int) -> Index:
@@ -100,8 +104,8 @@ def _finish(config: Precompute, index: Index, records: int) -> Index:
     return index
 
 
-Image = tuple[int, Record, str, np.ndarray]
-"""(id, record, bucket, pixels)"""
+Image = tuple[int, Record, str, np.ndarray, dict[str, str]]
+"""(id, record, bucket, pixels, its file's stamp and digest)"""
 
 
 class _Work:
@@ -169,15 +173,17 @@ class _Work:
                 raise DataError(f"{record.key}: {record.problem}")
             if not caption_of(record, self.config.synthetic):
                 raise DataError(f"{record.key}: no caption")
-            image = record.image()
+            stamp = record.stamp()
+            image, digest = record.read()
         except DataError as error:
             return error
+        file = {} if stamp is None or digest is None else {"stamp": stamp, "digest": digest}
         height, width = _closest(image.height / image.width, self.config.buckets)
         bucket = f"{split_of(record, self.config.val_share)}/{height}x{width}"
-        return i, record, bucket, fit_into(image, height, width)
+        return i, record, bucket, fit_into(image, height, width), file
 
     def _encode(self, batch: list[Image]) -> list[Sample]:
-        latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels in batch]))).cpu()
+        latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels, _ in batch]))).cpu()
         captions = [caption_of(record, self.config.synthetic) or "" for _, record, *_ in batch]
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._memory]
         if new:
@@ -187,8 +193,8 @@ class _Work:
         if sum(f.tokens.numel() for f in features[0]) * 2 * len(self._memory) > REMEMBERED:
             self._memory.clear()
         return [
-            Sample(i, record.key, caption, latent.bfloat16(), said)
-            for (i, record, *_), caption, latent, said in zip(batch, captions, latents, features, strict=True)
+            Sample(i, record.key, caption, latent.bfloat16(), said, file)
+            for (i, record, *_, file), caption, latent, said in zip(batch, captions, latents, features, strict=True)
         ]
 
 
@@ -235,7 +241,7 @@ def _digest(records: list[Record]) -> str:
 
 
 def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]:
-    """Numbers of blocks to make. Raises: DataError if a caption has changed since, or a shard was lost."""
+    """Numbers of blocks to make. Raises: DataError if a caption or picture has changed since, or a shard was lost."""
     todo = []
     for number in range(-(-len(records) // config.shard_size)):
         block = Block.load(cache, number)
@@ -247,13 +253,21 @@ def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]
             if not whole:
                 continue
             for sample in captions_of(cache / entry["file"]):
-                if caption_of(records[sample["id"]], config.synthetic) != sample["caption"]:
-                    raise DataError(
-                        f"{sample['key']}: its caption has changed since {cache} was made; choose another"
-                    )
+                record = records[sample["id"]]
+                same = caption_of(record, config.synthetic) == sample["caption"]
+                if not same or _replaced(record, sample):
+                    what = "picture" if same else "caption"
+                    raise DataError(f"{sample['key']}: its {what} has changed since {cache} was made; choose another")
         if not block.done or (block.rejected and config.on_error == "stop"):
             todo.append(number)
     return todo
+
+
+def _replaced(record: Record, sample: dict[str, Any]) -> bool:
+    """Whether another picture lies under the name: told by size and time, in doubt by the bytes."""
+    if "stamp" not in sample or record.stamp() == sample["stamp"]:
+        return False
+    return record.digest() != sample["digest"]
 
 
 def _closest(aspect: float, sizes: Sequence[Size]) -> Size:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from mmdit import numbers
-from train.data.sources import DataError
+from train.data.records import DataError
+from train.data.splits import mapped
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -44,6 +45,9 @@ class Precompute:
     """Where the pipeline's parts run: cpu or cuda, with torchrun one GPU for each process."""
     val_share: float = 0.02
     """Share held out for validation, by key, where the source has no split of its own."""
+    splits: tuple[str, ...] = ()
+    """What a source's own splits stand for, NAME=train, NAME=val or NAME=-, left out. Known: train, training; val,
+    valid, validation, dev and test, which validate."""
     copies: int = 12
     """For the source shapes: drawings per training caption; for scenes 64 times as many of each kind."""
     shard_size: int = 4096
@@ -63,6 +67,7 @@ class Precompute:
         for name in ("shard_size", "batch", "workers", "pixel_factor", "max_words"):
             if getattr(self, name) < 1:
                 raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
+        mapped(self.splits)
         try:
             for name in ("synthetic", "val_share"):
                 numbers.between(f"precompute: {name}", getattr(self, name), 0, 1)

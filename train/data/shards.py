@@ -4,7 +4,7 @@
     CACHE/blocks/00000.json             what came of the first records of the source (train/data/blocks.py)
     CACHE/train/32x32/00000.safetensors latents [n, C, h, w] bf16; ids [n]; per encoder e: e.tokens [sum of lengths,
                                         dim] bf16 without padding, e.offsets [n + 1], e.pooled [n, pooled_dim] bf16
-    CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample
+    CACHE/train/32x32/00000.jsonl       {"id", "key", "caption"} per sample, "stamp" and "digest" of a picture's file
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from mmdit.autoencoder import Unit
 from mmdit.encoders import TextFeatures, fingerprint
 from mmdit.files import read_lines, write_atomically
-from train.data.sources import DataError
+from train.data.records import DataError
 
 VERSION = 2
 INDEX = "index.json"
@@ -43,6 +43,8 @@ class Sample:
     latent: Tensor
     features: list[TextFeatures]
     """One per encoder."""
+    file: dict[str, str] = field(default_factory=dict)
+    """Of a picture that came as a file: "stamp", its size and time, and "digest", of its bytes: see `records`."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, 
         tensors[f"{e}.tokens"] = torch.cat([f.tokens for f in features]).to(torch.bfloat16)
         tensors[f"{e}.offsets"] = lengths.cumsum(0)
         tensors[f"{e}.pooled"] = torch.stack([f.pooled for f in features]).to(torch.bfloat16)
-    captions = "".join(json.dumps({"id": s.id, "key": s.key, "caption": s.caption}) + "\n" for s in samples)
+    captions = "".join(json.dumps({"id": s.id, "key": s.key, "caption": s.caption, **s.file}) + "\n" for s in samples)
     write_atomically((cache / file).with_suffix(".jsonl"), captions.encode())
     content = save(tensors)
     write_atomically(cache / file, content)
@@ -108,7 +110,7 @@ def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, 
 
 
 def captions_of(shard: Path) -> list[dict[str, Any]]:
-    """{"id", "key", "caption"} of each sample."""
+    """{"id", "key", "caption", ...} of each sample."""
     return [json.loads(line) for line in read_lines(shard.with_suffix(".jsonl"))]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mmdit import autoencoder, encoders
 from train.config import Config
+from train.data.records import DataError
 from train.data.shards import Cache
-from train.data.sources import DataError
 
 
 def check_compatible(config: Config, cache: Cache) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from mmdit import autoencoder
+from train.data.records import DataError
 from train.data.shards import Cache
-from train.data.sources import DataError
 
 
 def captions(cache: Cache, count: int) -> list[str]:

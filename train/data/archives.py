@@ -1,0 +1,175 @@
+"""Archives of captioned pictures: WebDataset tars and Hugging Face's parquet."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from mmdit.files import decode
+from mmdit.pictures import SUFFIXES
+from train.data.folders import why_left
+from train.data.records import CAPTIONS, SYNTHETIC, DataError, Record, Records, printable, texts_of
+
+TEXTS = ("txt", "caption", "synthetic.txt", "json")
+"""What stands beside a picture of a tar, after the first dot of its name."""
+Place = tuple[int, int]
+"""Where a member's bytes lie, and how many."""
+
+
+def _bytes_at(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def webdataset(path: Path, split: str | None) -> Records:
+    """A sample's files share their name up to the first dot: 0001.jpg, 0001.txt, 0001.json, 0001.synthetic.txt. Where
+    what follows is none of these, up to the last: "1.5 m.jpg", cat.v1.png."""
+    found = Records()
+    samples: dict[str, dict[str, Place]] = {}
+    whole: dict[str, str] = {}                                            # of a sample, the name up to the first dot
+    for name, place in _members(path, found):
+        folder, _, file = name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        first = f"{folder}/{stem}" if folder else stem
+        if not _known(extension.lower()):
+            text = ".synthetic.txt"
+            extension = text[1:] if file.lower().endswith(text) else file.rpartition(".")[2]
+            stem = file[: -len(extension) - 1] if "." in file else file
+        key = f"{folder}/{stem}" if folder else stem
+        if not _known(extension.lower()):
+            found.passed[why_left(Path(name)) or f"no picture (.{extension.lower()})"] += 1
+            continue
+        if samples.setdefault(key, {}).setdefault(extension.lower(), place) != place:
+            found.passed["a second file of one name"] += 1
+        whole[key] = first
+    with path.open("rb") as archive:
+        for key, parts in samples.items():
+            pictures = [extension for extension in parts if f".{extension}" in SUFFIXES]
+            texts = [extension for extension in parts if extension in TEXTS]
+            if not pictures:
+                found.passed["a caption without a picture"] += len(texts)
+                continue
+            found.passed["another picture of a sample"] += len(pictures) - 1
+            if not texts and whole[key] != key and whole[key] in samples:      # 0001.seg.png beside 0001.jpg
+                found.passed["another picture of a sample"] += 1
+                continue
+            try:
+                said = texts_of(_metadata(archive, parts))
+            except ValueError as error:                               # UnicodeDecodeError and JSONDecodeError are both
+                said = {"caption": None, "synthetic": None, "problem": f"its caption cannot be read ({error})"}
+            name = f"{path.name}:{key}.{pictures[0]}"
+            opener = partial(_bytes_at, path, *parts[pictures[0]])
+            found.append(
+                Record(printable(name), said["caption"], opener, split, said["synthetic"], said["problem"], path)
+            )
+            found.files += 1 + len(texts)
+    found.passed = +found.passed                                          # what is zero is not said
+    return found
+
+
+def _known(extension: str) -> bool:
+    return f".{extension}" in SUFFIXES or extension in TEXTS
+
+
+def _members(path: Path, found: Records) -> list[tuple[str, Place]]:
+    """Files of a tar, also those that are links to others of it; what else is there is passed over."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = list(tar)
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}: not a complete, uncompressed tar archive ({error})") from error
+    files = {posixpath.normpath(m.name): (m.offset_data, m.size) for m in members if m.isfile()}
+    named = [(m.name, (m.offset_data, m.size)) for m in members if m.isfile()]
+    for m in members:
+        if m.islnk() or m.issym():
+            beside = "" if m.islnk() else posixpath.dirname(m.name)       # a symbolic link starts where it stands
+            target = posixpath.normpath(posixpath.join(beside, m.linkname))
+            if target in files:
+                named.append((m.name, files[target]))
+            else:
+                found.passed["a link to nothing in its archive"] += 1
+        elif not (m.isfile() or m.isdir()):
+            found.passed["no file"] += 1
+    kept = []
+    for name, place in named:
+        if why := why_left(Path(*PurePosixPath(name.removeprefix("./")).parts)):
+            found.passed[why] += 1
+        else:
+            kept.append((name, place))
+    return kept
+
+
+def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
+    """Captions of a tar's sample, from its .json and its .txt. Raises: ValueError."""
+    def read(name: str) -> str:
+        offset, size = parts[name]
+        archive.seek(offset)
+        return decode(archive.read(size))
+
+    loaded = json.loads(read("json")) if "json" in parts else {}
+    entry: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    for name, into in (("txt", "caption"), ("caption", "caption"), ("synthetic.txt", "synthetic_caption")):
+        if name in parts:
+            entry[into] = read(name)
+    return entry
+
+
+def _table(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs the extra: pip install 'rfkernels[parquet]' ({error})") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a parquet file that can be read ({error})") from error
+
+
+def parquet(path: Path, split: str | None) -> Records:
+    """The layout of Hugging Face datasets: a column "image" of encoded bytes, or of {bytes, path}, and captions."""
+    found = Records()
+    with _table(path) as table:
+        columns = table.schema_arrow.names
+        if "image" not in columns:
+            raise DataError(f"{path} has columns {', '.join(columns)}; expected image and caption or text")
+        wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in columns]
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
+            for row, entry in enumerate(texts):
+                said = texts_of(entry)
+                opener = partial(_bytes_in, path, group, row)
+                found.append(Record(printable(f"{path.name}:{group}-{row}"), said["caption"], opener, split,
+                                    said["synthetic"], said["problem"], path))  # fmt: skip
+    found.files = len(found)
+    return found
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: Path, group: int) -> list[Any]:
+    """Its images; of all files the last two, as records are read in order."""
+    with _table(path) as table:
+        found: list[Any] = table.read_row_group(group, columns=["image"]).column("image").to_pylist()
+    return found
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _bytes_in(path: Path, group: int, row: int) -> bytes:
+    with _ONE_AT_A_TIME:                                                       # threads that decode want the same group
+        cell = _row_group(path, group)[row]
+    found = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(found, bytes):
+        raise ValueError(f"its cell holds {'a path' if isinstance(cell, dict) else 'nothing'}, not a picture's bytes")
+    return found
+
+
+READERS: dict[str, Callable[[Path, str | None], Records]] = {".tar": webdataset, ".parquet": parquet}

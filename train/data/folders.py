@@ -1,0 +1,131 @@
+"""Folders of pictures, with captions in sidecar files or in a metadata.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from mmdit.files import read_lines, read_text
+from mmdit.pictures import SUFFIXES
+from train.data.records import DataError, Record, Records, printable, texts_of
+from train.data.splits import LEFT_OUT, Mapped, named
+
+METADATA = "metadata.jsonl"
+SIDECARS = (".txt", ".synthetic.txt")
+
+
+def why_left(path: Path) -> str | None:
+    """Why a file is none that anybody meant, or None."""
+    if path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts:
+        return "left by macOS"
+    if path.name in ("Thumbs.db", "desktop.ini"):
+        return "left by Windows"
+    if any(part.startswith(".") for part in path.parts):
+        return "hidden"
+    return None
+
+
+def files_below(folder: Path, passed: Counter[str]) -> list[Path]:
+    """Relative to it, in order; linked folders too, each folder once."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            passed["below a folder that was there already, by a link"] += len(names)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [Path(os.path.relpath(os.path.join(here, name), folder)) for name in names]
+    return sorted(found)
+
+
+def read(folder: Path, splits: Mapped) -> Records:
+    return _listed(folder, splits) if (folder / METADATA).is_file() else _with_sidecars(folder)
+
+
+def _reason(path: Path) -> str:
+    return f"no picture ({path.suffix.lower() or 'no suffix'})"
+
+
+def _with_sidecars(folder: Path) -> Records:
+    found = Records()
+    pictures: list[Path] = []
+    texts: set[Path] = set()
+    used: set[Path] = set()
+    for path in files_below(folder, found.passed):
+        if why := why_left(path):
+            found.passed[why] += 1
+        elif path.suffix.lower() in SUFFIXES:
+            if (folder / path).is_file():
+                pictures.append(path)
+            else:
+                found.passed["a link to nothing"] += 1
+        elif path.suffix == ".txt":
+            texts.add(path)
+        else:
+            found.passed[_reason(path)] += 1
+    for path in pictures:
+        files = [path.with_suffix(suffix) for suffix in SIDECARS]
+        used.update(file for file in files if file in texts)
+        try:
+            captions = [read_text(folder / file) if file in texts else None for file in files]
+            said = texts_of(dict(zip(("caption", "synthetic"), captions, strict=True)))
+        except (OSError, UnicodeDecodeError) as error:
+            said = {"caption": None, "synthetic": None, "problem": f"its caption cannot be read ({error})"}
+        found.append(_record(folder, path, None, said))
+    found.files = len(pictures) + len(used)
+    if left := len(texts - used):
+        found.passed["a caption without a picture"] += left
+    return found
+
+
+def _record(folder: Path, path: Path, split: str | None, said: dict[str, str | None]) -> Record:
+    whole = folder / path
+    return Record(printable(str(path)), said["caption"], whole.read_bytes, split, said["synthetic"], said["problem"],
+                  whole)  # fmt: skip
+
+
+def _listed(folder: Path, splits: Mapped) -> Records:
+    """By its metadata.jsonl, in that order."""
+    found, taken = Records(), set()
+    for where, name, split, said in _lines(folder / METADATA, splits):
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts or not name:
+            raise DataError(f"{where}: file_name is {name!r}; expected a path below {folder}")
+        taken.add(Path(name))
+        if split == LEFT_OUT:
+            found.passed["of a split that is left out"] += 1
+        else:
+            found.append(_record(folder, Path(name), split, said))
+    found.files = 1 + len({Path(record.file or "").relative_to(folder) for record in found})
+    for path in files_below(folder, found.passed):
+        if path not in taken and path != Path(METADATA):
+            picture = path.suffix.lower() in SUFFIXES
+            found.passed[why_left(path) or (f"not listed in {METADATA}" if picture else _reason(path))] += 1
+    return found
+
+
+def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, str, str | None, dict[str, str | None]]]:
+    """(where it stands, file_name, split, texts) of each."""
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError as error:
+        told = f"{path} is neither UTF-8 nor UTF-16 with a byte order mark ({error}): save it as UTF-8"
+        raise DataError(told) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+            name = entry["file_name"]
+            if not isinstance(name, str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: expected JSON with file_name") from error
+        split = entry.get("split")
+        yield where, name, None if split is None else named(split, splits, where), texts_of(entry)

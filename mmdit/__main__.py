@@ -14,7 +14,7 @@ try:
 except ImportError:
     sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
 
-from mmdit import checkpoint, commands, pictures
+from mmdit import checkpoint, commands, numbers, pictures
 from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.sampling.pipeline import Pipeline, save_png
@@ -84,7 +84,11 @@ def sample(
     """
     settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks, "graph": graph}
     settings |= {k: v for k, v in {"schedule": schedule, "shift": shift}.items() if v is not None}
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"out is {out}{', a folder' if out.is_dir() else ''}; expected a file that ends in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if steps is not None:
+        numbers.whole("steps", steps, 1)
     if (source / "model_index.json").is_file():
         pipe = Pipeline.from_pretrained(
             source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,

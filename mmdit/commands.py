@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+TRACEBACK = "RFKERNELS_TRACEBACK"
 Command = Callable[[list[str]], Any]
 """Takes the arguments after its name. The first line of its docstring stands in the help of its parent."""
 
@@ -28,8 +29,12 @@ def dispatch(prog: str, about: str, commands: Mapping[str, Command], arguments: 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (FileNotFoundError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        sys.exit(f"error: {type(error).__name__}: {error} ({TRACEBACK}=1 shows where)")
     except KeyboardInterrupt as interrupt:
         print(f"stopped{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -1,13 +1,18 @@
 """Writing files so that a reader, after a crash at any moment, sees the whole new file or the whole old one; reading
-lines."""
+text; a folder for one process alone."""
 
 from __future__ import annotations
 
 import codecs
+import fcntl
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,6 +29,44 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+class InUse(ValueError):
+    """Another process works in the folder."""
+
+
+@contextmanager
+def claimed(folder: Path, lock: str = "lock") -> Iterator[None]:
+    """The folder is this process's for as long as it is open: the kernel lets go of it however the process ends, so a
+    file that stays behind means nothing. Where a file system knows no locks, it is as if there were none.
+
+    Raises: InUse, with who has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / lock).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InUse(f"{folder} is in use by {file.read().strip() or 'another process'}") from error
+        except OSError:
+            pass
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def read_json(path: Path) -> Any:
+    """Raises: ValueError that names the file; FileNotFoundError."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:                              # UnicodeDecodeError and JSONDecodeError are both
+        raise ValueError(f"{path} is no JSON that can be read ({error})") from error
 
 
 def decode(content: bytes) -> str:

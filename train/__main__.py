@@ -145,7 +145,7 @@ def score(arguments: list[str]) -> None:
             guidance: Classifier-free guidance; as the run draws its samples unless given.
             seed: Of the noise.
         """
-        config = Config.from_json((run / "config.json").read_text())
+        config = Config.of_run(run)
         there = (config.cache / INDEX).is_file()                     # shapes are scored without their cache
         if there and Index.load(config.cache).settings["source"] == "openmoji":
             found = score_emoji(run, steps=steps, guidance=guidance, seed=seed)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from mmdit import keyed, numbers, presets
 from mmdit.config import MMDiTConfig
+from mmdit.files import read_json
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
         "skip_nonfinite", "read_ahead", "wandb", "keep_best", "log_every")  # fmt: skip
@@ -203,6 +204,17 @@ class Config:
     def from_json(cls, text: str) -> Config:
         """Of `to_json`. Raises: TypeError for fields that it does not have."""
         return _made(cls, json.loads(text))
+
+    @classmethod
+    def of_run(cls, run: Path) -> Config:
+        """Raises: FileNotFoundError or ValueError, with the file."""
+        path = run / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} is no run folder: it holds no config.json")
+        try:
+            return _made(cls, read_json(path))
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the configuration of a run ({error})") from error
 
     def decides(self) -> dict[str, Any]:
         """The part of the configuration that decides the weights: a run can only go on with the same."""

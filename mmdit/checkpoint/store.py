@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmdit.checkpoint.layouts import LAYOUTS, OTHER_PARTS, POSITIONS, SD3_PREFIX, Piece, detect, infer, pieces
 from mmdit.checkpoint.tensors import DTYPES, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
 from mmdit.config import MMDiTConfig
-from mmdit.files import write_atomically
+from mmdit.files import read_json, write_atomically
 from mmdit.model import MMDiT
 
 FORMAT = "rfkernels.mmdit"
@@ -120,7 +120,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Tensor], **kno
     path = None if isinstance(source, Mapping) else locate(source)
     tensors = Source(source if path is None else path)
     layout, prefix = detect(tensors.entries, tensors.where)
-    metadata, extra = tensors.metadata, json.loads(tensors.metadata.get("extra", "{}"))
+    own = tensors.metadata.get("format") == FORMAT
+    extra = _extra(tensors, own)
     others: dict[str, int] = {}
     for name in tensors.entries:
         if not name.startswith(prefix) or name.startswith(OTHER_PARTS):
@@ -128,8 +129,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Tensor], **kno
             if part is None:
                 raise ValueError(f"{tensors.where}: tensor {name} belongs to nothing that is known")
             others[part] = others.get(part, 0) + 1
-    if metadata.get("format") == FORMAT:
-        config = MMDiTConfig.from_dict({**json.loads(metadata["config"]), **known})
+    if own:
+        config = MMDiTConfig.from_dict({**_own(tensors, "config"), **known})
     elif layout == "native":
         if not known:
             raise ValueError(f"{tensors.where}: no configuration in its metadata; give its fields (depth=, ...)")
@@ -141,12 +142,33 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Tensor], **kno
     return Checkpoint(tensors, layout, prefix, config, extra, others)
 
 
+def _extra(tensors: Source, own: bool) -> dict[str, Any]:
+    """What is kept beside weights of ours, in any layout; a key of that name that somebody else wrote is none."""
+    try:
+        return _own(tensors, "extra") if "extra" in tensors.metadata else {}
+    except ValueError:
+        if own:
+            raise
+        return {}
+
+
+def _own(tensors: Source, name: str) -> dict[str, Any]:
+    """JSON of our own layout's metadata. Raises: ValueError that names the file."""
+    try:
+        found = json.loads(tensors.metadata[name])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{tensors.where}: its metadata holds no {name} that can be read") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{tensors.where}: {name} in its metadata is {type(found).__name__}; expected an object")
+    return found
+
+
 def _config_beside(path: Path) -> dict[str, Any]:
     """Of a diffusers folder what the tensors do not tell."""
     file = path.with_name("config.json")
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text())
+    values = read_json(file)
     if values.get("_class_name", "SD3Transformer2DModel") != "SD3Transformer2DModel":
         raise ValueError(f"{file} describes a {values['_class_name']}; expected SD3Transformer2DModel")
     names = {"num_attention_heads": "heads", "attention_head_dim": "head_dim"}

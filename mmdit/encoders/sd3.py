@@ -6,7 +6,6 @@ attended to, as in training. Pooled: CLIP-L, CLIP-G. Any of the three may be lef
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from mmdit.encoders.features import Conditioning, TextFeatures, assemble
 from mmdit.encoders.pretrained import CLIP_TOKENS, T5, Clip, _Pretrained
+from mmdit.files import read_json
 
 
 class Sd3Text:
@@ -92,7 +92,7 @@ def from_folder(folder: Path, names: Sequence[str], make: Callable[..., Any]) ->
     """An encoder of a pipeline's folder, or None where it, or its entry in the index, is absent."""
     encoder, tokenizer = names
     index = folder / "model_index.json"
-    listed = json.loads(index.read_text()) if index.is_file() else {}
+    listed = read_json(index) if index.is_file() else {}
     if not (folder / encoder).is_dir() or listed.get(encoder, [""])[0] is None:
         return None
     return make(str(folder / encoder), str(folder / tokenizer))

@@ -22,7 +22,7 @@ from mmdit import autoencoder as vae
 from mmdit import checkpoint, flow, keyed, pictures
 from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
 from mmdit.encoders.sd3 import from_folder
-from mmdit.files import replacing, write_atomically
+from mmdit.files import read_json, replacing, write_atomically
 from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, bar, denoise
@@ -129,9 +129,9 @@ class Pipeline:
         )  # fmt: skip
         kl = vae.KL(str(root / "vae"), dtype=vae_dtype, tiled=tiled, device=str(device))
         scheduler = root / "scheduler" / "scheduler_config.json"
-        shift = json.loads(scheduler.read_text()).get("shift", 3.0) if scheduler.is_file() else 3.0
+        shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
         file = root / "transformer" / "config.json"
-        side = json.loads(file.read_text()).get("sample_size") if file.is_file() else None
+        side = read_json(file).get("sample_size") if file.is_file() else None
         return cls(model, text, kl, shift=shift, size=None if side is None else (side * kl.factor, side * kl.factor))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 VECTOR = 8                                  # elements of a 16-byte access in bf16 and fp16
 # The most channels a thread may hold, so that what stays in registers fits in about 200 of 255; see `inspect`.
 MAX_LANES = 1024             # threads of a program
-CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 20, "gated_adaln_bwd": 20,
-                       "gated_residual_fwd": 96, "gated_residual_bwd": 96,
-                       "gated_residual_fwd_mixed": 24, "gated_adaln_bwd_mixed": 14}  # fmt: skip
+CHANNELS_PER_THREAD = {"adaln_fwd": 96, "gated_adaln_fwd": 96, "adaln_bwd": 18, "gated_adaln_bwd": 14,
+                       "gated_residual_fwd": 96, "gated_residual_bwd": 24,
+                       "gated_residual_fwd_mixed": 24, "gated_adaln_bwd_mixed": 8}  # fmt: skip
 # Channels of a backward's program up to which so many stages fit beside another program, six fp32 tensors in each, in
 # the 99 KiB of sm_86 and 89.
 CHANNELS_OF_STAGES = {3: 2048, 2: 4096}

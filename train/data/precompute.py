@@ -22,7 +22,7 @@ from mmdit.files import write_atomically
 from train.config import Parallel
 from train.data.blocks import Block, gathered
 from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
-from train.data.records import DataError, Record
+from train.data.records import DataError, Record, Records
 from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
 from train.data.sources import fit_into, open_source
@@ -39,17 +39,17 @@ def precompute(config: Precompute) -> Index:
     """Fills config.cache and returns its index.
 
     Raises: DataError for an empty source, a bad record (with on_error="stop"; what was encoded is kept), or a cache
-        made with other settings; KeyboardInterrupt after a signal, when what was encoded is on disk.
+        made with other settings; InUse if another process fills it; KeyboardInterrupt after a signal, when what was
+        encoded is on disk.
     """
     patient = Parallel(timeout_minutes=7 * 24 * 60)                       # processes do not finish at the same time
     with parallel.world(config.device, patient) as world:
-        return _precompute(config, world)
+        records = open_source(config.source, copies=config.copies, splits=config.splits)
+        with parallel.alone(config.cache, world):
+            return _precompute(config, world, records)
 
 
-def _precompute(config: Precompute, world: World) -> Index:
-    records = open_source(config.source, copies=config.copies, splits=config.splits)
-    if not records:
-        raise DataError(f"source {config.source!r} holds no records")
+def _precompute(config: Precompute, world: World, records: Records) -> Index:
     cache, vae = config.cache, build_autoencoder(config, world.device)
     _check_sizes(config.buckets, vae.factor)
     readers = build_encoders(config, records, world)

@@ -52,7 +52,8 @@ def train(config: Config) -> Outcome:
     Started with torchrun, the run is spread over its processes; losses and weights do not depend on their number. A run
     found in config.run resumes from its newest checkpoint, on any number of processes.
     Raises: DataError for a bad cache; ValueError if the cache does not fit the model, the run folder holds another run,
-        or too many losses in a row are not finite; OSError if a checkpoint cannot be written.
+        another process trains in it, or too many losses in a row are not finite; OSError if a checkpoint cannot be
+        written.
     """
     with parallel.world(pick_device(config), config.parallel) as world:
         return train_in(config, world)
@@ -60,7 +61,6 @@ def train(config: Config) -> Outcome:
 
 def train_in(config: Config, world: World) -> Outcome:
     """`train` for one of several processes."""
-    device = world.device
     if config.threads:
         torch.set_num_threads(config.threads)
     cache = Cache(config.cache)
@@ -69,7 +69,12 @@ def train_in(config: Config, world: World) -> Outcome:
     if config.batch < world.size * parts:
         wanted = f"a sample for each of {world.size} x {parts} parts"
         raise ValueError(f"batch is {config.batch}; expected at least {wanted}")
+    with parallel.alone(config.run, world):
+        return _train(config, world, cache)
 
+
+def _train(config: Config, world: World, cache: Cache) -> Outcome:
+    device, parts = world.device, config.parallel.accumulate
     model = parallel.build(config.model, config.parallel, world, config.seed, autocasts(config, device))
     if config.initial is not None:
         left = start_from(model, config.initial)

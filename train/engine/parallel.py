@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmdit.config import MMDiTConfig
+from mmdit.files import InUse, claimed
 from mmdit.model import MMDiT, fill
 from train.config import Parallel
 from train.engine.rendezvous import fresh_store
@@ -83,6 +85,21 @@ class World:
         if self.mesh is not None:
             dist.all_reduce(value)
         return value
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """The folder is this run's, of all its processes, for as long as it is open. Raises: InUse, in each of them."""
+    with ExitStack() as stack:
+        why = None
+        if world.main:
+            try:
+                stack.enter_context(claimed(folder))
+            except InUse as error:
+                why = str(error)
+        if why := world.shared(why):
+            raise InUse(why)
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from mmdit.files import write_atomically
+from mmdit.files import claimed, write_atomically
 from mmdit.sampling.sample import Sampler, grid
 from train.config import Config
 from train.data import scenes, shapes
@@ -73,14 +73,20 @@ class Evaluation:
 
 
 def evaluate(wanted: Evaluation) -> dict[str, float]:
+    """`measure`, by one process at a time; the run itself may go on beside it."""
+    if not (wanted.run / "config.json").is_file():
+        raise FileNotFoundError(f"{wanted.run} is no run folder: it holds no config.json")
+    with claimed(wanted.run, "evaluation.lock"):
+        return measure(wanted)
+
+
+def measure(wanted: Evaluation) -> dict[str, float]:
     """Returns: everything that was measured, by name; what is finished is in RUN/evaluation.json at once.
 
     Validation losses per level; CLIP score and FID (clip); a Frechet distance (features); for a run on the captioned
     shapes its score, for one on scenes that of each of GenEval's categories.
     Raises: FileNotFoundError, ValueError or DataError for a run, a cache, a network or a list that is not there or does
         not fit, before anything is drawn."""
-    if not (wanted.run / "config.json").is_file():
-        raise FileNotFoundError(f"{wanted.run} is no run folder: it holds no config.json")
     folders = prompt_folders(wanted)
     sampler = Sampler.load(wanted.run, wanted.device)
     device = next(sampler.model.parameters()).device
@@ -90,7 +96,7 @@ def evaluate(wanted: Evaluation) -> dict[str, float]:
         networks["FID (CLIP features)"] = clip.embedded
     if wanted.features:
         networks[f"Frechet distance ({wanted.features})"] = feature_network(wanted.features)
-    config = Config.from_json((wanted.run / "config.json").read_text())
+    config = Config.of_run(wanted.run)
     config = dataclasses.replace(config, cache=wanted.cache or config.cache)
     cache = Cache(config.cache)
     check_compatible(config, cache)

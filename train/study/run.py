@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 from tqdm import tqdm
 
-from mmdit.files import write_atomically
+from mmdit.files import claimed, write_atomically
 from train.study import figures
 from train.study.judge import trained
 from train.study.plan import NAMED, Job, Study, Variants, row_path, rows
 from train.study.report import best_first, report
 from train.study.work import work
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Raises: ValueError if another process works on the study."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{folder} is being worked on by another process") from error
-        yield
 
 
 def jobs(study: Study, variants: Variants, names: list[str], seed: int) -> list[Job]:
@@ -80,7 +65,7 @@ def run(study: Study, variants: Variants) -> list[str]:
     if unknown:
         raise ValueError(f"study: only names {', '.join(unknown)}; expected some of {', '.join(variants)}")
     failed: list[str] = []
-    with alone(study.folder):
+    with claimed(study.folder):
         if study.clip is None:
             trained(study.folder)                                                   # once, not by every worker
         for seed in range(study.seeds):

@@ -69,6 +69,8 @@ class Report:
     """Modules by class."""
     left: dict[tuple[str, str], int] = field(default_factory=dict)
     """Modules by (class, why)."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """By class, when its own code runs although it was replaced."""
 
     def count(self, name: str, why: str | None) -> bool:
         """One more module, replaced or left; whether it is replaced."""
@@ -79,7 +81,10 @@ class Report:
         return why is None
 
     def __str__(self) -> str:
-        lines = [f"{count:4d} {name}: fused" for name, count in sorted(self.replaced.items())]
+        lines = [
+            f"{count:4d} {name}: fused{', ' + self.notes[name] if name in self.notes else ''}"
+            for name, count in sorted(self.replaced.items())
+        ]
         lines += [f"{count:4d} {name}: left, {why}" for (name, why), count in sorted(self.left.items())]
         return "\n".join(lines)
 
@@ -105,6 +110,8 @@ def _refuses(module: nn.Module, known: Known) -> str | None:
             return why
     if known.mixin is modules.FeedForward:
         return _refuses_mlp(module)
+    if getattr(module, "zero_cond_t", False):
+        return "it modulates tokens in two ways (zero_cond_t)"
     return None
 
 
@@ -122,11 +129,13 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, Known]]:
             yield module, known
 
 
-def _norms(attention: nn.Module) -> Iterator[Any]:
-    """Of its queries and keys, those that qk_norm can compute."""
+def _norms(attention: Any) -> Iterator[Any]:
+    """Of its queries and keys, those that qk_norm can compute: over one head."""
+    heads, inner = getattr(attention, "heads", None), getattr(attention, "inner_dim", None)
     for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
         norm = getattr(attention, name, None)
-        if processors.weight_and_eps(norm) is not None:
+        found = processors.weight_and_eps(norm)
+        if found is not None and (not heads or not inner or found[0].numel() == inner // heads):
             yield norm
 
 
@@ -135,8 +144,7 @@ def _attentions(model: nn.Module) -> Iterator[tuple[Any, Known | None]]:
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if processor is not None:
-            original = processor.original if isinstance(processor, processors.Processor) else processor
-            yield module, own.get(type(original))
+            yield module, own.get(own_class(processor))
 
 
 def apply(
@@ -149,7 +157,7 @@ def apply(
 
     Args:
         model: SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel, an SD3ControlNetModel, or
-            anything that holds one, before `fully_shard`.
+            anything that holds one, before or after `fully_shard`.
         adaln: modulated norms, and gates with residuals.
         attention: joint attention without concatenation.
         qk_norm: the norm of q and k: inside the attention, or on its own where attention is left; without it their
@@ -165,20 +173,22 @@ def apply(
     found = Report()
 
     for module, known in list(_modules(model)):
-        own: Any = type(module)
+        own: Any = own_class(module)
         why = None if getattr(options, known.option) else f"{known.option}=False"
         if found.count(own.__name__, why or _fits_version(known, own, "forward") or _refuses(module, known)):
             exchange(module, fused_class(known.mixin, own, options))
     for module, processor in list(_attentions(model)):
-        own = type(module.processor)
+        own = own_class(module.processor)
         why = None if options.attention else "attention=False"
         why = why or (_fits_version(processor, own, "__call__") if processor else "not one that is known")
         if found.count(own.__name__, why):
             assert processor is not None
-            module.processor = processor.mixin(module.processor, options)
-        elif options.qk_norm:
+            exchange(module.processor, fused_class(processor.mixin, own, options))
+            _note(found, module.processor)
+        if options.qk_norm and (why or module.processor.own_with):            # its own calls them
             for norm in _norms(module):
-                found.count(type(norm).__name__, None)
+                if why:
+                    found.count(own_class(norm).__name__, None)
                 exchange(norm, fused_class(modules.HeadNorm, own_class(norm), options))
     if not found.replaced and not found.left:
         raise ValueError(
@@ -188,14 +198,19 @@ def apply(
     return found
 
 
+def _note(found: Report, processor: Any) -> None:
+    if processor.own_with:
+        found.notes[own_class(processor).__name__] = f"its own runs with {processor.own_with}"
+
+
 def revert(model: nn.Module) -> None:
     """Takes back what `apply` did; a model that was not patched stays as it is."""
     for module in model.modules():
         if isinstance(module, Fused):
             exchange(module, own_class(module))
         processor = getattr(module, "processor", None)
-        if isinstance(processor, processors.Processor):
-            module.processor = processor.original
+        if isinstance(processor, Fused):
+            exchange(processor, own_class(processor))
 
 
 def report(model: nn.Module) -> Report:
@@ -204,10 +219,11 @@ def report(model: nn.Module) -> Report:
     for module, _ in _modules(model):
         found.count(own_class(module).__name__, None if isinstance(module, Fused) else "not patched")
     for module, _ in _attentions(model):
-        fused = isinstance(module.processor, processors.Processor)
-        original = module.processor.original if fused else module.processor
-        found.count(type(original).__name__, None if fused else "not patched")
+        fused = isinstance(module.processor, Fused)
+        found.count(own_class(module.processor).__name__, None if fused else "not patched")
+        if fused:
+            _note(found, module.processor)
         for norm in _norms(module):
-            if isinstance(norm, Fused):
-                found.count(type(norm).__name__, None)
+            if isinstance(norm, Fused) and not fused:
+                found.count(own_class(norm).__name__, None)
     return found

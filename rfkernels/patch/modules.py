@@ -26,13 +26,29 @@ def eager_dtype(*tensors: Tensor) -> torch.dtype | None:
     return reduce(torch.promote_types, [t.dtype for t in tensors])
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody hooked a module, or gave it a forward of its own: then it has to be called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def modulated(normal: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """As diffusers writes it."""
+    return normal * (1 + scale[:, None]) + shift[:, None]
+
+
 def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if watched(norm):
+        return modulated(norm(x), shift, scale)
     return rfkernels.adaln(x, shift, scale, eps=norm.eps, dtype=eager_dtype(x, shift, scale))
 
 
 def add_gated_and_modulate(
     residual: Tensor, branch: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if watched(norm):
+        h = rfkernels.gated_residual(residual, branch, gate)
+        return h, modulated(norm(h), shift, scale)
     dtype = eager_dtype(residual, branch, gate, shift, scale)
     return rfkernels.gated_adaln(residual, branch, gate, shift, scale, eps=norm.eps, dtype=dtype)
 
@@ -200,6 +216,6 @@ class FeedForward(Fused):
     def forward(self: Any, hidden_states, *args, **kwargs):
         first, dropout, last = self.net[:3]
         dropped = self.training and dropout.p > 0
-        if args or kwargs or dropped or not (plain(first.proj) and plain(last)):
+        if args or kwargs or dropped or watched(first) or watched(dropout) or not (plain(first.proj) and plain(last)):
             return super().forward(hidden_states, *args, **kwargs)           # type: ignore[misc]
         return rfkernels.gelu_mlp(hidden_states, first.proj, last)

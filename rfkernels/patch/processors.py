@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rfkernels
 from rfkernels.joint_attention.stream import Rope, Stream
-from rfkernels.patch.swap import Options
+from rfkernels.patch.swap import Fused
 
 Norms = tuple[nn.Module | None, nn.Module | None]
 
@@ -25,17 +25,20 @@ def weight_and_eps(norm: nn.Module | None) -> tuple[Tensor, float] | None:
     return None if hooked or weight is None or eps is None else (weight, eps)
 
 
-class Processor:
-    """What the processors of all models share.
+class Processor(Fused):
+    """What the processors of all models share."""
 
-    Args: original: the processor that it stands for, which runs where this one cannot. options: of `apply`.
-    """
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+    own_with: str | None = None
+    """With what its own runs, whatever was asked for."""
 
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, original: Any, options: Options) -> None:
-        self.original, self.options = original, options
+    def elsewhere(self) -> bool:
+        """Whether somebody asked for another attention: a backend, for this model or for all, context parallelism, or a
+        mode that swaps PyTorch's own (perturbed attention)."""
+        if self._attention_backend is not None or self._parallel_config is not None:
+            return True
+        return another_backend() or swapped()
 
     def attend(self, streams: list[Any]) -> tuple[Tensor | None, ...]:
         """streams: of each (q, k, v as [B, S, H, D] or one packed [B, S, 3, H, D], norms of q and k, Rope, queries)."""
@@ -75,6 +78,10 @@ class JointAttnProcessor2_0(Processor):
     training it does, so that its query projection has a gradient (of zeros), as data parallelism expects."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+        if swapped():                                                       # its own calls PyTorch's, and no dispatcher
+            return super().__call__(                                         # type: ignore[misc]
+                attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
+            )
         dim = attn.inner_dim // attn.heads
         image = tuple(heads_of(project(hidden_states), dim) for project in (attn.to_q, attn.to_k, attn.to_v))
         streams: list[Any] = [(image, own(attn), None, True)]
@@ -90,6 +97,24 @@ class JointAttnProcessor2_0(Processor):
             return out
         text = None if context[0] is None else context[0].flatten(2)
         return out, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def another_backend() -> bool:
+    """Whether diffusers' dispatcher has another default than PyTorch's attention: DIFFUSERS_ATTN_BACKEND, or inside its
+    `attention_backend(...)`."""
+    try:
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    except ImportError:                                                     # a release without it
+        return False
+    return bool(_AttentionBackendRegistry.get_active_backend()[0] != AttentionBackendName.NATIVE)
+
+
+def swapped() -> bool:
+    """Whether a mode sees calls of PyTorch's functions, other than the one that says where tensors are made."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
 
 
 class _Tables:
@@ -113,11 +138,13 @@ _tables = _Tables()
 class FluxAttnProcessor(Processor):
     """FLUX, double and single blocks. Its rotary tables hold every angle twice, text first."""
 
+    own_with = "an attention mask"
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        if attention_mask is not None or self._attention_backend is not None or self._parallel_config is not None:
-            self.original._attention_backend = self._attention_backend
-            self.original._parallel_config = self._parallel_config
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None or self.elsewhere():
+            return super().__call__(                                         # type: ignore[misc]
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
         text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         rope = text_rope = None
         if image_rotary_emb is not None:
@@ -142,18 +169,17 @@ class FluxAttnProcessor(Processor):
 
 
 class QwenDoubleStreamAttnProcessor2_0(Processor):
-    """Qwen-Image. Its rotary tables are complex. With a text mask, which need not be a padded tail, diffusers' runs."""
+    """Qwen-Image. Its rotary tables are complex. With a text mask, which need not be a padded tail, its own runs."""
+
+    own_with = "a text mask"
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None, attention_mask=None,
         image_rotary_emb=None,
     ):  # fmt: skip
         masked = encoder_hidden_states_mask is not None or attention_mask is not None
-        elsewhere = self._attention_backend is not None or self._parallel_config is not None
-        if masked or elsewhere or encoder_hidden_states is None:
-            self.original._attention_backend = self._attention_backend
-            self.original._parallel_config = self._parallel_config
-            return self.original(
+        if masked or self.elsewhere() or encoder_hidden_states is None:
+            return super().__call__(                                         # type: ignore[misc]
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         dim = attn.inner_dim // attn.heads

@@ -120,6 +120,7 @@ class KL:
         self, folder: str, *, posterior: str = "mode", dtype: str = "float32", tiled: bool = False,
         device: str = "cpu", weights: str | None = None,
     ) -> None:  # fmt: skip
+        from mmdit.checkpoint.tensors import variant
         from mmdit.encoders.pretrained import fingerprint_of
 
         if posterior not in ("mode", "sample") or dtype not in ("float32", "bfloat16"):
@@ -136,8 +137,9 @@ class KL:
         if weights is not None and weights != self._weights:
             raise ValueError(f"autoencoder kl: the weights in {folder} are {self._weights}, not {weights}")
         self.model: Any = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype)
-        )
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype),
+            variant=variant(Path(folder)),
+        )  # fmt: skip
         self.model.eval().requires_grad_(False).to(device)
         if tiled:
             self.model.enable_tiling()

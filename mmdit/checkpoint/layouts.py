@@ -132,6 +132,9 @@ def _modulation(model: MMDiT, name: str, shape: tuple[int, ...], config: MMDiTCo
 # --- which layout, which configuration -------------------------------------------------------------------------------
 
 
+LORA = re.compile(r"\.lora_(A|B|down|up)\b|\.lora\.(down|up)\.|^lora_(unet|te\d?)_|\.alpha$")
+
+
 def detect(names: Mapping[str, Any], where: str) -> tuple[str, str]:
     """(layout, prefix) of the model's tensors in a file that may hold other parts too.
 
@@ -141,6 +144,8 @@ def detect(names: Mapping[str, Any], where: str) -> tuple[str, str]:
         "sd3": r"joint_blocks\.\d+\.",
         "diffusers": r"transformer_blocks\.\d+\.",
     }
+    if names and all(LORA.search(name) for name in names):
+        raise ValueError(f"{where} holds low-rank adapters (LoRA), not a model's weights: they go on top of a model")
     found: dict[str, tuple[str, str]] = {}
     for layout, sign in signs.items():
         for name in names:

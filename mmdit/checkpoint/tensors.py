@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmdit.files import replacing, write_atomically
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STEMS = ("model", "diffusion_pytorch_model")      # of the files of a folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -111,6 +113,20 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
+def variant(folder: Path) -> str | None:
+    """Of weights that a folder holds in a variant alone, as in model.fp16.safetensors, its name; None of others.
+
+    Raises: ValueError if there are several."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if any(f"{stem}.safetensors{end}" in names for stem in STEMS for end in ("", ".index.json")):
+        return None
+    one = re.compile(rf"(?:{'|'.join(STEMS)})(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)")
+    found = sorted({match[1] or match[2] for name in names if (match := one.fullmatch(name))})
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds the variants {', '.join(found)}; expected one, or none")
+    return found[0] if found else None
+
+
 def locate(source: str | os.PathLike[str]) -> Path:
     """The file or index to read for a path: itself, or what a folder holds; a pipeline's folder holds a transformer.
 
@@ -121,8 +137,10 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return index if index.is_file() and not path.is_file() else path
     if (path / "transformer").is_dir():
         path = path / "transformer"
-    for stem in ("model", "diffusion_pytorch_model"):
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+    kind = variant(path)
+    for stem in STEMS:
+        one, many = (f".{kind}", f".{kind}.json") if kind else ("", ".json")
+        for name in (f"{stem}{one}.safetensors", f"{stem}.safetensors.index{many}"):
             if (path / name).is_file():
                 return path / name
     single = sorted(path.glob("*.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdit.checkpoint.tensors import variant
 from mmdit.encoders.features import TextFeatures
 
 CLIP_TOKENS = 77
@@ -46,6 +48,7 @@ class _Pretrained:
 
     kind = ""
     beside = False
+    _told = False
     dim: int
     pooled_dim: int
 
@@ -57,16 +60,25 @@ class _Pretrained:
         package = transformers()
         wanted = getattr(torch, dtype) if dtype else "auto"
         self.model: nn.Module = self._model_class(package).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=wanted
+            folder, local_files_only=True, use_safetensors=True, dtype=wanted, variant=variant(Path(folder))
         )
         self.model.eval().requires_grad_(False)
+        if not Path(tokenizer).is_dir():
+            raise FileNotFoundError(f"text encoder {self.kind}: {tokenizer} is no folder with a tokenizer")
         self._tokenizer = package.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     def _model_class(self, package: Any) -> Any:
         raise NotImplementedError
 
     def ids(self, captions: Sequence[str]) -> Tensor:
-        """[B, max_tokens]; padded as the tokenizer's configuration says, cut where too long."""
+        """[B, max_tokens]; padded as the tokenizer's configuration says, cut where too long, which is said once."""
+        whole = [] if self._told else self._tokenizer(list(captions), verbose=False).input_ids
+        length = max(map(len, whole), default=0)
+        if length > self.max_tokens:
+            self._told = True
+            logging.getLogger(__name__).warning(
+                "%s reads %d tokens; a prompt of %d is cut there", self.kind, self.max_tokens, length
+            )
         encoded = self._tokenizer(
             list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )

@@ -170,6 +170,27 @@ def test_truncated_foreign_and_pickled_files(tmp_path):
         checkpoint.load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("name", ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+                                  "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight",
+                                  "transformer_blocks.0.attn.to_q.lora.down.weight"))  # fmt: skip
+def test_an_adapter_given_as_weights_is_told_apart(name, tmp_path):
+    save_file({name: torch.ones(2, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors holds low-rank adapters \(LoRA\), not a model's weights"):
+        checkpoint.load(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("kind", ("fp16", "bf16"))
+def test_a_variant_alone_is_read_and_two_are_refused(kind, tmp_path):
+    model = model_of(VARIANTS["sd35-large"])
+    checkpoint.save(model, tmp_path / "m", layout="diffusers")
+    plain = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name(f"diffusion_pytorch_model.{kind}.safetensors"))
+    same(checkpoint.load(tmp_path / "m").state_dict(), model.state_dict())
+    plain.with_name("diffusion_pytorch_model.fp32.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds the variants .*; expected one, or none"):
+        checkpoint.load(tmp_path / "m")
+
+
 def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
     model = model_of(VARIANTS["sd35-large"])
     files = checkpoint.save(model, tmp_path / "m.safetensors", max_shard_bytes=300_000)

@@ -81,6 +81,17 @@ def test_text_is_that_of_encode_prompt(absent, folders):
     torch.testing.assert_close(got.pooled, pooled, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_that_is_cut_is_said_once(folders, caplog):
+    _, folder = folders()
+    clip = Clip(str(folder / "text_encoder"), str(folder / "tokenizer"))
+    clip.encode(["a short one"])
+    assert not caplog.records
+    for _ in range(2):
+        clip.encode(["a short one", "long " * 200])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("clip reads 77 tokens; a prompt of ") and said.endswith(" is cut there")
+
+
 def test_encoders_come_back_from_their_specs_and_know_their_weights(folders):
     from mmdit import encoders
 

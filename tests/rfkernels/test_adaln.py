@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import rfkernels
 from rfkernels.adaln import launch
+from rfkernels.launch_tables import RowLaunch
 
 NORMS = ("layer", "rms")
 MODULATIONS = {"per-sample": (2, 24), "per-token": (2, 5, 24), "shared": (24,)}
@@ -121,5 +122,5 @@ def test_programs_of_a_backward_are_one_wave(batch, monkeypatch):
     """A program more than the multiprocessors hold at a time would run alone after all others."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     x = torch.empty((batch, 1024, 64), device="meta")
-    programs = batch * launch.Sums(x, 1, (x[:, 0],), in_chunks=False).splits
+    programs = batch * launch.Sums(x, RowLaunch(32, 1), (x[:, 0],), in_chunks=False).splits
     assert programs <= max(batch, 264) and (batch > 132 or programs > 132)

@@ -74,6 +74,27 @@ with compile_only("cuda", 90) as launched:
     assert done.stdout.split("\n")[:2] == ["adaln_fwd 1", "gated_adaln_fwd 1"], done.stderr      # the variance
 
 
+def test_what_backwards_fetch_ahead_fits_the_smallest_shared_memory():
+    """99 KiB of sm_86 and 89, with six fp32 tensors; beyond the channels of two stages nothing is fetched ahead."""
+    script = """
+import torch
+from rfkernels.adaln import launch
+from rfkernels.inspect.compile import compile_only
+with compile_only("cuda", 86) as launched:
+    for channels in (640, 2048, 4096, 5120):
+        x, v = (torch.empty(*shape, channels, device="meta") for shape in ((4, 64), (4,)))
+        s = torch.empty(2, 4, 64, device="meta")
+        launch.gated_adaln_backward(x, x, x, x, v, v, v, s, True, "layer", 1e-6, torch.float32, True)
+    print(*(kernel.metadata.shared for name, kernel, _ in launched if name == "adaln_bwd"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    shared = list(map(int, done.stdout.split()))
+    assert len(shared) == 4 and max(shared) <= 99 << 10, done.stderr
+    assert min(shared[:3]) > 40 << 10 > shared[3], "up to 4,096 channels some are fetched ahead"
+
+
 def test_csrcs_table_is_that_of_the_committed_reports():
     cuda, triton = (read_table(TABLES / name) for name in ("cuda-13.0.json", "triton-3.8.json"))
     cells = lambda r: f"{r['registers']}, {100 * r['occupancy']:.0f} %"  # noqa: E731

@@ -151,6 +151,21 @@ def test_another_configuration_does_not_go_on_in_the_same_folder(config):
     train(changed(config, keep=1, samples=Samples(count=1, steps=1)))          # these do not decide the weights
 
 
+def test_a_finished_run_goes_on_to_more_steps_as_if_they_had_been_asked_for(config, tmp_path):
+    config = changed(config, optimizer=Optimizer(lr=1e-3, warmup=4))
+    train(changed(config, run=tmp_path / "at once", steps=20))
+    train(changed(config, run=tmp_path / "later"))
+    assert train(changed(config, run=tmp_path / "later", steps=20)).step == 20
+    same(state_of(tmp_path / "at once", 20), state_of(tmp_path / "later", 20))
+
+
+def test_a_decay_that_ends_with_the_budget_cannot_be_moved(config):
+    decaying = Optimizer(lr=1e-3, warmup=2, decay="cosine")
+    train(changed(config, optimizer=decaying))
+    with pytest.raises(ValueError, match=r"other settings \(steps\): its learning rate's decay \(cosine\) ends with"):
+        train(changed(config, optimizer=decaying, steps=20))
+
+
 def test_a_damaged_checkpoint_is_named(config):
     train(config)
     newest = config.run / "checkpoints" / "step-00000012"

@@ -46,6 +46,20 @@ class Progress:
     """Steps whose loss or gradient was not finite: they changed nothing."""
 
 
+BUDGET = {"steps", "minutes"}
+
+
+def _another(changed: list[str], decides: dict[str, Any]) -> str | None:
+    """Why a run cannot go on with what has changed, or None. More steps are those that it would have taken if they had
+    been asked for at first, unless the learning rate follows the budget."""
+    if not changed or (set(changed) <= BUDGET and decides["optimizer"]["decay"] == "none"):
+        return None
+    if set(changed) <= BUDGET:
+        decay = decides["optimizer"]["decay"]
+        return f": its learning rate's decay ({decay}) ends with the budget, which cannot be moved afterwards"
+    return "; choose another"
+
+
 def _finished(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".partial" and (p / ABOUT).is_file())
 
@@ -165,9 +179,8 @@ class Checkpoints:
         if "model" in written:                                       # fields that have come since are at their defaults
             written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
-        if changed:
-            run = self.folder.parent
-            raise ValueError(f"{run} holds a run with other settings ({', '.join(changed)}); choose another")
+        if why := _another(changed, decides):
+            raise ValueError(f"{self.folder.parent} holds a run with other settings ({', '.join(changed)}){why}")
         parameters = dict(model.named_parameters())
         try:
             held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata

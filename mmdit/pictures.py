@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 """Of files that are taken for pictures, in lower case."""
 WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+SAID_IN_INFO = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""Formats whose `info` has one of ORIENTATIONS where they say how a picture is turned: asking further takes as long as
+decoding a small one."""
+ORIENTATIONS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 NO_RANGE = ("I", "F")                      # numbers without a largest one: no picture until somebody says how bright
 
 
@@ -41,7 +45,8 @@ def shown(image: Image.Image) -> Image.Image:
     if getattr(image, "n_frames", 1) > 1:
         image.seek(0)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if image.format not in SAID_IN_INFO or any(name in image.info for name in ORIENTATIONS):
+        image = ImageOps.exif_transpose(image)
     if image.mode in NO_RANGE:
         raise ValueError(f"mode {image.mode}, 32 bits a pixel; save it with 8 or 16 bits")
     if image.mode in WIDE_GREY:
@@ -52,6 +57,6 @@ def shown(image: Image.Image) -> Image.Image:
             grey = np.where(wide == hidden, 255, grey).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     whole = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")

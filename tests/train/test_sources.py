@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,9 +78,10 @@ def test_every_file_of_a_folder_is_taken_or_counted(files, linked, tmp_path_fact
     again = len(os.listdir(folder)) - sum(p.is_dir() for p in folder.iterdir()) if linked else 0   # below the link
     assert found.files + found.passed.total() == len(there) + again
     for record in found:
-        assert np.asarray(record.image())[0, 0, 0] == pictures[record.file]
+        path = Path(record.file)
+        assert np.asarray(record.image())[0, 0, 0] == pictures[path]
         for suffix, got in ((".txt", record.caption), (".synthetic.txt", record.synthetic)):
-            assert got == (said.get(record.file.with_suffix(suffix), "").strip() or None)
+            assert got == (said.get(path.with_suffix(suffix), "").strip() or None)
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -8,7 +8,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmdit.files import decode
@@ -44,7 +44,7 @@ def webdataset(path: Path, split: str | None) -> Records:
             stem = file[: -len(extension) - 1] if "." in file else file
         key = f"{folder}/{stem}" if folder else stem
         if not _known(extension.lower()):
-            found.passed[why_left(Path(name)) or f"no picture (.{extension.lower()})"] += 1
+            found.passed[why_left(name) or f"no picture (.{extension.lower()})"] += 1
             continue
         if samples.setdefault(key, {}).setdefault(extension.lower(), place) != place:
             found.passed["a second file of one name"] += 1
@@ -67,7 +67,7 @@ def webdataset(path: Path, split: str | None) -> Records:
             name = f"{path.name}:{key}.{pictures[0]}"
             opener = partial(_bytes_at, path, *parts[pictures[0]])
             found.append(
-                Record(printable(name), said["caption"], opener, split, said["synthetic"], said["problem"], path)
+                Record(printable(name), said["caption"], opener, split, said["synthetic"], said["problem"], str(path))
             )
             found.files += 1 + len(texts)
     found.passed = +found.passed                                          # what is zero is not said
@@ -99,7 +99,7 @@ def _members(path: Path, found: Records) -> list[tuple[str, Place]]:
             found.passed["no file"] += 1
     kept = []
     for name, place in named:
-        if why := why_left(Path(*PurePosixPath(name.removeprefix("./")).parts)):
+        if why := why_left(posixpath.normpath(name)):
             found.passed[why] += 1
         else:
             kept.append((name, place))
@@ -147,7 +147,7 @@ def parquet(path: Path, split: str | None) -> Records:
                 said = texts_of(entry)
                 opener = partial(_bytes_in, path, group, row)
                 found.append(Record(printable(f"{path.name}:{group}-{row}"), said["caption"], opener, split,
-                                    said["synthetic"], said["problem"], path))  # fmt: skip
+                                    said["synthetic"], said["problem"], str(path)))  # fmt: skip
     found.files = len(found)
     return found
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mmdit.files import read_lines, read_text
@@ -17,20 +18,26 @@ METADATA = "metadata.jsonl"
 SIDECARS = (".txt", ".synthetic.txt")
 
 
-def why_left(path: Path) -> str | None:
-    """Why a file is none that anybody meant, or None."""
-    if path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts:
+def why_left(path: str) -> str | None:
+    """Why a file is none that anybody meant, or None. path: relative to the source, with "/"."""
+    *folders, name = path.split("/")
+    if name.startswith("._") or name == ".DS_Store" or "__MACOSX" in folders:
         return "left by macOS"
-    if path.name in ("Thumbs.db", "desktop.ini"):
+    if name in ("Thumbs.db", "desktop.ini"):
         return "left by Windows"
-    if any(part.startswith(".") for part in path.parts):
+    if path.startswith(".") or "/." in path:
         return "hidden"
     return None
 
 
-def files_below(folder: Path, passed: Counter[str]) -> list[Path]:
+def suffix_of(path: str) -> str:
+    """In lower case, with its dot."""
+    return os.path.splitext(path)[1].lower()
+
+
+def files_below(folder: Path, passed: Counter[str]) -> list[str]:
     """Relative to it, in order; linked folders too, each folder once."""
-    found, seen = [], set()
+    found, seen, whole = [], set(), len(os.path.join(folder, ""))
     for here, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         status = os.stat(here)
@@ -39,40 +46,42 @@ def files_below(folder: Path, passed: Counter[str]) -> list[Path]:
             passed["below a folder that was there already, by a link"] += len(names)
             continue
         seen.add((status.st_dev, status.st_ino))
-        found += [Path(os.path.relpath(os.path.join(here, name), folder)) for name in names]
-    return sorted(found)
+        below = os.path.join(here, "")[whole:].replace(os.sep, "/")
+        found += [below + name for name in names]
+    return sorted(found, key=lambda path: path.split("/"))
 
 
 def read(folder: Path, splits: Mapped) -> Records:
     return _listed(folder, splits) if (folder / METADATA).is_file() else _with_sidecars(folder)
 
 
-def _reason(path: Path) -> str:
-    return f"no picture ({path.suffix.lower() or 'no suffix'})"
+def _reason(path: str) -> str:
+    return f"no picture ({suffix_of(path) or 'no suffix'})"
 
 
 def _with_sidecars(folder: Path) -> Records:
     found = Records()
-    pictures: list[Path] = []
-    texts: set[Path] = set()
-    used: set[Path] = set()
+    pictures: list[str] = []
+    texts: set[str] = set()
+    used: set[str] = set()
     for path in files_below(folder, found.passed):
+        suffix = suffix_of(path)
         if why := why_left(path):
             found.passed[why] += 1
-        elif path.suffix.lower() in SUFFIXES:
-            if (folder / path).is_file():
+        elif suffix in SUFFIXES:
+            if os.path.isfile(os.path.join(folder, path)):
                 pictures.append(path)
             else:
                 found.passed["a link to nothing"] += 1
-        elif path.suffix == ".txt":
+        elif path.endswith(".txt"):
             texts.add(path)
         else:
             found.passed[_reason(path)] += 1
     for path in pictures:
-        files = [path.with_suffix(suffix) for suffix in SIDECARS]
-        used.update(file for file in files if file in texts)
+        files = [file if (file := os.path.splitext(path)[0] + kind) in texts else None for kind in SIDECARS]
+        used.update(file for file in files if file)
         try:
-            captions = [read_text(folder / file) if file in texts else None for file in files]
+            captions = [read_text(folder / file) if file else None for file in files]
             said = texts_of(dict(zip(("caption", "synthetic"), captions, strict=True)))
         except (OSError, UnicodeDecodeError) as error:
             said = {"caption": None, "synthetic": None, "problem": f"its caption cannot be read ({error})"}
@@ -83,29 +92,37 @@ def _with_sidecars(folder: Path) -> Records:
     return found
 
 
-def _record(folder: Path, path: Path, split: str | None, said: dict[str, str | None]) -> Record:
-    whole = folder / path
-    return Record(printable(str(path)), said["caption"], whole.read_bytes, split, said["synthetic"], said["problem"],
-                  whole)  # fmt: skip
+def _record(folder: Path, path: str, split: str | None, said: dict[str, str | None]) -> Record:
+    whole = os.path.join(folder, path)
+    return Record(printable(path), said["caption"], partial(_content, whole), split, said["synthetic"],
+                  said["problem"], whole)  # fmt: skip
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _listed(folder: Path, splits: Mapped) -> Records:
     """By its metadata.jsonl, in that order."""
-    found, taken = Records(), set()
+    found = Records()
+    listed: set[str] = set()
+    taken: set[str] = set()
     for where, name, split, said in _lines(folder / METADATA, splits):
         inside = PurePosixPath(name)
         if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts or not name:
             raise DataError(f"{where}: file_name is {name!r}; expected a path below {folder}")
-        taken.add(Path(name))
+        listed.add(str(inside))
         if split == LEFT_OUT:
             found.passed["of a split that is left out"] += 1
         else:
-            found.append(_record(folder, Path(name), split, said))
-    found.files = 1 + len({Path(record.file or "").relative_to(folder) for record in found})
+            taken.add(str(inside))
+            found.append(_record(folder, name, split, said))
+    found.files = 1 + len(taken)
     for path in files_below(folder, found.passed):
-        if path not in taken and path != Path(METADATA):
-            picture = path.suffix.lower() in SUFFIXES
-            found.passed[why_left(path) or (f"not listed in {METADATA}" if picture else _reason(path))] += 1
+        if path not in listed and path != METADATA:
+            why = f"not listed in {METADATA}" if suffix_of(path) in SUFFIXES else _reason(path)
+            found.passed[why_left(path) or why] += 1
     return found
 
 

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -36,7 +35,7 @@ class Record:
     """A second caption, written by a model."""
     problem: str | None = None
     """What is wrong with its captions, if they cannot be read."""
-    file: Path | None = None
+    file: str | None = None
     """Where it lies, itself or its archive."""
 
     def image(self) -> Image.Image:
@@ -59,7 +58,7 @@ class Record:
         if self.file is None:
             return None
         try:
-            status = self.file.stat()
+            status = os.stat(self.file)
         except OSError:
             return "gone"
         return f"{status.st_size}-{status.st_mtime_ns}"

@@ -36,11 +36,16 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
     if name == "openmoji":
         return Records(openmoji.records())
     known, found = mapped(splits), Records()
-    paths = _paths(name, found.passed)
-    for path, split in zip(paths, of_archives(paths, known), strict=True):
+    for path in (paths := _paths(name, found.passed)):
         if path.is_dir():
             found.join(folders.read(path, known))
-        elif split == LEFT_OUT:
+            if not found:
+                found = Records()
+                paths = _archives_below(path, found.passed)
+    for path, split in zip(paths, of_archives(paths, known), strict=True):
+        if path.is_dir():
+            continue
+        if split == LEFT_OUT:
             found.passed["an archive of a split that is left out"] += 1
         else:
             found.join(_reader(path)(path, split))
@@ -71,23 +76,29 @@ def _paths(name: str, passed: Counter[str]) -> list[Path]:
 
 
 def _of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
-    """Itself, if it holds pictures; or its archives, those directly in it before those below."""
-    direct = sorted(p for p in folder.iterdir() if p.suffix in READERS and not p.name.startswith("._"))
-    if (folder / folders.METADATA).is_file():
+    """Its archives, or itself where it has none, or lists its pictures."""
+    archives = sorted(p for p in folder.iterdir() if p.suffix in READERS and not p.name.startswith("._"))
+    if not archives or (folder / folders.METADATA).is_file():
         return [folder]
-    beside: Counter[str] = Counter()
-    files = folders.files_below(folder, beside)
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES and folders.why_left(p) is None]
-    archives = direct or [folder / p for p in files if p.suffix in READERS and folders.why_left(p) is None]
-    if not archives or (pictures and not direct):
-        return [folder]
-    taken = {path.relative_to(folder) for path in archives}
-    passed.update(beside)
-    for path in files:
-        if path not in taken:
-            kind = "a picture beside archives" if path.suffix.lower() in SUFFIXES else f"no archive ({path.suffix})"
-            passed[folders.why_left(path) or kind] += 1
+    _count_beside(folder, {path.name for path in archives}, passed)
     return archives
+
+
+def _archives_below(folder: Path, passed: Counter[str]) -> list[Path]:
+    """Of a folder without pictures: a clone of a hub's data set."""
+    files = folders.files_below(folder, Counter())
+    found = [path for path in files if folders.suffix_of(path) in READERS and folders.why_left(path) is None]
+    _count_beside(folder, set(found), passed)
+    return [folder / path for path in found]
+
+
+def _count_beside(folder: Path, archives: set[str], passed: Counter[str]) -> None:
+    """What lies in a folder besides its archives is passed over."""
+    for path in folders.files_below(folder, passed):
+        if path not in archives:
+            suffix = folders.suffix_of(path)
+            kind = "a picture beside archives" if suffix in SUFFIXES else f"no archive ({suffix or 'no suffix'})"
+            passed[folders.why_left(path) or kind] += 1
 
 
 def _reader(path: Path) -> Callable[[Path, str | None], Records]:

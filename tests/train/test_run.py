@@ -17,6 +17,7 @@ from train.data.shards import Cache
 from train.engine import loop
 from train.engine.ema import EmaWeights
 from train.engine.loop import Budget, schedule, train
+from train.engine.storage import Reader
 from train.engine.validation import times, validate
 from train.objectives.flow import Objective
 
@@ -46,9 +47,9 @@ class Killed(Exception):
 def state_of(run, step=12):
     """All tensors of a checkpoint."""
     path = run / "checkpoints" / f"step-{step:08d}"
-    held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    held = Reader(path).read_metadata().state_dict_metadata
     state = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in held.items()}
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    dcp.load(state, storage_reader=Reader(path), no_dist=True)
     return state
 
 

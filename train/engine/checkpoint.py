@@ -2,7 +2,7 @@
 
 Written by torch.distributed.checkpoint: each process its shards, read back onto any number of processes. A checkpoint
 is written beside (`step-N.partial`) in the background and takes its name when it is whole, so a kill at any moment
-leaves the former one. `run.json` in it says what it belongs to.
+leaves the former one. `run.json` in it says what it belongs to; no pickle is written (storage.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mmdit.files import write_atomically
 from train.config import with_defaults
 from train.engine.ema import EmaWeights
 from train.engine.parallel import World
+from train.engine.storage import Reader, Writer
 
 ABOUT = "run.json"
 
@@ -134,7 +135,7 @@ class Checkpoints:
         state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": _moments(model, optimizer)}
         self._published.clear()
         self._writing = dcp.async_save(                                                             # type: ignore[assignment]
-            state, checkpoint_id=partial, process_group=self.world.side, no_dist=self.world.mesh is None,
+            state, storage_writer=Writer(partial), process_group=self.world.side, no_dist=self.world.mesh is None,
             async_stager=_stager(),
         )  # fmt: skip
         self._writing.add_done_callback(lambda done: self._publish(done, partial, about))           # type: ignore[union-attr]
@@ -183,14 +184,14 @@ class Checkpoints:
             raise ValueError(f"{self.folder.parent} holds a run with other settings ({', '.join(changed)}){why}")
         parameters = dict(model.named_parameters())
         try:
-            held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            held = Reader(path).read_metadata().state_dict_metadata
             moments: dict[str, Tensor] = {}
             for name in (key.removeprefix("optimizer.") for key in held if key.startswith("optimizer.")):
                 owner, kind = name.rsplit(".", 1)
                 parameter = parameters[owner]
                 moments[name] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
             state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": moments}
-            dcp.load(state, checkpoint_id=path, process_group=self.world.side, no_dist=self.world.mesh is None)
+            dcp.load(state, storage_reader=Reader(path), process_group=self.world.side, no_dist=self.world.mesh is None)
         except (Exception, CheckpointException) as error:                # a bad file is any of many errors to DCP
             raise ValueError(
                 f"{path} is damaged ({_reason(error)}); remove it to resume from the checkpoint before it"

@@ -23,6 +23,7 @@ constexpr Kernel kQkNorm{"rfkernels.qk_norm.kernels", "qk_norm_fwd"},
 
 // As in launch.py: programs of a backward for each multiprocessor, elements of a program at a time, the second stage's tile.
 constexpr int64_t kQkNormPrograms = 4, kGeluPrograms = 8, kForwardElements = 2048, kBackwardElements = 4096;
+constexpr int64_t kMostGrid = 65535;                        // of a CUDA grid's second dimension
 constexpr int64_t kSumRows = 32, kSumColumns = 32, kSumWarps = 2;
 
 enum Way : int64_t { kNone, kSummed, kStored };             // what becomes of a vector's gradient
@@ -251,7 +252,7 @@ class Launched : public Implementation {
     const auto& found = settings("gelu_bwd", channels, h);  // rows, chunk, warps
     const int64_t columns = ceil_div(channels, found[1]);
     int64_t splits = std::max<int64_t>(
-        1, std::min(ceil_div(rows, found[0]), ceil_div(kGeluPrograms * multiprocessors(h), columns)));
+        1, std::min({ceil_div(rows, found[0]), ceil_div(kGeluPrograms * multiprocessors(h), columns), kMostGrid}));
     const int64_t span = ceil_div(rows, splits * found[0]) * found[0];
     splits = ceil_div(rows, span);
     const Tensor partials = at::empty({bias ? splits : 0, channels}, h.options().dtype(at::kFloat));

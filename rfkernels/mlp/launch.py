@@ -10,6 +10,7 @@ from rfkernels.launch_tables import tile_launch
 from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
 
 PROGRAMS_PER_SM = 8
+MAX_GRID = 65535             # of a CUDA grid's second dimension
 
 
 _kernels = kernels_of("rfkernels.mlp.kernels")
@@ -26,7 +27,8 @@ def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tenso
     rows, channels = h.shape
     launch = tile_launch("gelu_bwd", channels, device_name(h.device))
     columns = -(-channels // launch.chunk)
-    splits = max(1, min(-(-rows // launch.rows), -(-PROGRAMS_PER_SM * multiprocessors(h.device) // columns)))
+    wanted = -(-PROGRAMS_PER_SM * multiprocessors(h.device) // columns)
+    splits = max(1, min(-(-rows // launch.rows), wanted, MAX_GRID))
     span = -(-rows // (splits * launch.rows)) * launch.rows
     splits = -(-rows // span)
     with on(h.device):

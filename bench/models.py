@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -161,12 +162,8 @@ def one_dtype() -> Iterator[None]:
         "gated_adaln": wide(rfkernels.gated_adaln, dtype=torch.float32),
         "gated_residual": wide(rfkernels.gated_residual),
     }
-    before = {name: getattr(blocks, name) for name in ops}
-    vars(blocks).update(ops)
-    try:
+    with patch.multiple(blocks, **ops):
         yield
-    finally:
-        vars(blocks).update(before)
 
 
 def counted(size: Size, step: str, way: str, dtype: torch.dtype = torch.bfloat16, autocast: bool = False) -> Trace:

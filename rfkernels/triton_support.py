@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 2**31 - 2**16
+MAX_GRID = 65535             # of a CUDA grid's second and third dimension
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

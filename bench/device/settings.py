@@ -1,4 +1,4 @@
-"""What the launchers' constants are by: python -m bench.device.settings
+"""What the launchers' constants were chosen by: python -m bench.device.settings
 
 Settings that no launch table holds, each beside others: tiles and programs of qk_norm, of GELU's backward, of the
 second stage that adds partial sums, of the joint copy around a library's attention; then that path against our kernels.
@@ -7,11 +7,11 @@ Times are of replayed graphs, on inputs that may lie in the L2 cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,17 +34,6 @@ SHOWN = 4                    # of the fastest
 Call = Callable[[], object]
 
 
-@contextmanager
-def set_to(module: Any, **values: Any) -> Iterator[None]:
-    """Inside, the module's constants are these."""
-    before = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
 def compared(name: str, calls: Mapping[str, Call]) -> None:
     """The fastest, and the first, which is what runs now."""
     rounds, found = 1 if pretending() else 7, {}
@@ -60,7 +49,7 @@ def with_constants(name: str, module: Any, call: Call, tried: list[dict[str, Any
     """The call as it is beside it with each of these constants."""
 
     def inside(values: dict[str, Any]) -> object:
-        with set_to(module, **values):
+        with patch.multiple(module, **values):
             return call()
 
     ways = [{name: getattr(module, name) for name in tried[0]}, *tried]
@@ -86,7 +75,7 @@ def main() -> None:
 
     gelu = partial(mlp.gelu_backward, *(normal(BATCH * TOKENS, 4 * WIDTH) for _ in range(2)), True, True)
     for tile in ((4, 256, 4), (8, 256, 4), (16, 256, 8), (8, 512, 8)):
-        with set_to(mlp, tile_launch=lambda *a, tile=tile: launch_tables.TileLaunch(*tile)):
+        with patch.multiple(mlp, tile_launch=lambda *a, tile=tile: launch_tables.TileLaunch(*tile)):
             tried = [{"PROGRAMS_PER_SM": p} for p in (4, 8, 16)]
             with_constants(f"GELU's backward, tile {tile}: programs", mlp, gelu, tried)
 

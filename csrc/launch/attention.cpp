@@ -15,7 +15,7 @@ constexpr Kernel kKeys{kForward, "key_rstd"}, kAttention{kForward, "attention_fw
     kQueriesBackward{kBackward, "attention_bwd_q"}, kKeysBackward{kBackward, "attention_bwd_kv"},
     kSumRows{kBackward, "sum_rows"}, kSumHeads{kBackward, "sum_heads"};
 
-constexpr int64_t kTokens = 128, kMostTokenStride = (int64_t{1} << 31) / 128, kMostGrid = 65535;
+constexpr int64_t kTokens = 128, kMostTokenStride = (int64_t{1} << 31) / 128;
 constexpr int64_t kSummedRows = 1024, kSummedColumns = 8;
 const double kLog2E = std::log2(2.718281828459045);
 

@@ -22,6 +22,7 @@ struct Kernel {
 struct Grid {
   int64_t x, y = 1, z = 1;
 };
+constexpr int64_t kMostGrid = 65535;        // of y and of z
 
 // An argument, or a compile-time constant. Tuples are flat here, with a mark where one begins and ends.
 struct Value {

@@ -11,6 +11,7 @@ namespace {
 
 using launch::Call;
 using launch::ceil_div;
+using launch::kMostGrid;
 using launch::Kernel;
 using launch::settings;
 
@@ -23,7 +24,6 @@ constexpr Kernel kQkNorm{"rfkernels.qk_norm.kernels", "qk_norm_fwd"},
 
 // As in launch.py: programs of a backward for each multiprocessor, elements of a program at a time, the second stage's tile.
 constexpr int64_t kQkNormPrograms = 4, kGeluPrograms = 8, kForwardElements = 2048, kBackwardElements = 4096;
-constexpr int64_t kMostGrid = 65535;                        // of a CUDA grid's second dimension
 constexpr int64_t kSumRows = 32, kSumColumns = 32, kSumWarps = 2;
 
 enum Way : int64_t { kNone, kSummed, kStored };             // what becomes of a vector's gradient
@@ -106,7 +106,7 @@ struct Sums {
 // Each of outs: the sums over the rows of its part of partials [outs, rows, C] fp32, in a fixed order.
 void column_sums(const Tensor& partials, const std::vector<Tensor>& outs) {
   const int64_t made = partials.size(0), count = partials.size(1), channels = partials.size(2);
-  if (channels > kSumColumns * 65535) {
+  if (channels > kSumColumns * kMostGrid) {
     for (int64_t i = 0; i < made; ++i) outs[i].copy_(partials[i].sum(0).view_as(outs[i]));
     return;
   }

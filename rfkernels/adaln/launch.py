@@ -12,7 +12,7 @@ from torch import Tensor
 from rfkernels.adaln.chunks import gradient_of
 from rfkernels.adaln.reference import promoted
 from rfkernels.launch_tables import RowLaunch, row_launch
-from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
+from rfkernels.triton_support import MAX_GRID, device_name, kernels_of, multiprocessors, on
 
 SECOND_STAGE: dict[str, Any] = {"ROWS": 32, "CHUNK": 32, "num_warps": 2, "enable_fp_fusion": True}
 
@@ -156,7 +156,7 @@ def column_sums(partials: Tensor, *outs: Tensor) -> None:
     """Fills each of up to four outs, C elements, with the sums over the rows of its part of partials [outs, rows, C]
     fp32, in a fixed order."""
     count, rows, channels = partials.shape
-    if channels > SECOND_STAGE["CHUNK"] * 65535:                          # more than a grid's second dimension holds
+    if channels > SECOND_STAGE["CHUNK"] * MAX_GRID:
         for part, out in zip(partials, outs, strict=True):
             out.copy_(part.sum(0).view_as(out))
         return

@@ -26,9 +26,7 @@ def _before(which, sizes, N: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    token, size, before, h, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _tile(token, size, before, h, strides, BLOCK_D: tl.constexpr):
     """Element offsets of tokens, numbered through samples of `size`, the first of them at `before`; strides (batch,
     token, head). int64 [TOKENS, HEADS, BLOCK_D]."""
     b, s = (token // size).to(tl.int64), (token % size + before).to(tl.int64)
@@ -64,11 +62,11 @@ def join_fwd(
     token, h = first + tl.arange(0, TOKENS), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside = _inside(token < size * batch, HEADS, D, BLOCK_D)
     own = (_of(which, strides[0], N), _of(which, strides[1], N), _of(which, strides[3], N))
-    here = _of(which, packed, N) + part * _of(which, strides[2], N) + _tile(token, size, 0, h, own, D, BLOCK_D)
+    here = _of(which, packed, N) + part * _of(which, strides[2], N) + _tile(token, size, 0, h, own, BLOCK_D)
     x = tl.load(here, mask=inside, other=0.0)
     heads = tl.num_programs(1) * HEADS
     joint = (total.to(tl.int64) * heads * D, heads * D, D)
-    out = _one_of(part, q_ptr, k_ptr, v_ptr) + _tile(token, size, before, h, joint, D, BLOCK_D)
+    out = _one_of(part, q_ptr, k_ptr, v_ptr) + _tile(token, size, before, h, joint, BLOCK_D)
     if NORM and part < 2:
         wide = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(wide * wide, 2) / D + eps)[:, :, None]
@@ -92,17 +90,17 @@ def _part(
     for start in tl.range(first, stop, TOKENS, num_stages=STAGES):
         token = start + tl.arange(0, TOKENS)
         inside = _inside(token < stop, HEADS, D, BLOCK_D)
-        dx = tl.load(dy_ptr + _tile(token, size, before, h, dy_strides, D, BLOCK_D), mask=inside, other=0.0)
+        dx = tl.load(dy_ptr + _tile(token, size, before, h, dy_strides, BLOCK_D), mask=inside, other=0.0)
         dx = dx.to(tl.float32)
         if NORM:
-            x = tl.load(x_ptr + _tile(token, size, 0, h, x_strides, D, BLOCK_D), mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + _tile(token, size, 0, h, x_strides, BLOCK_D), mask=inside, other=0.0).to(tl.float32)
             rstd = tl.rsqrt(tl.sum(x * x, 2) / D + eps)[:, :, None]
             n = x * rstd
             weight += dx * n
             g = dx * _weight(weight_ptr, D, BLOCK_D)
             dx = rstd * (g - n * (tl.sum(g * n, 2) / D)[:, :, None])
         bias += dx
-        out = dx_ptr + _tile(token, size, 0, h, dx_strides, D, BLOCK_D)
+        out = dx_ptr + _tile(token, size, 0, h, dx_strides, BLOCK_D)
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(bias_sums_ptr + h[:, None] * D + d[None, :], tl.sum(bias, 0), mask=(d < D)[None, :])
     if NORM:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rfkernels.joint_attention.layout import Parts, parse
 from rfkernels.launch_tables import attention_launch
-from rfkernels.triton_support import capability, device_name, kernels_of, on
+from rfkernels.triton_support import MAX_GRID, capability, device_name, kernels_of, on
 
 LOG2_E = log2(2.718281828459045)
 # By dtype, (centre, limit) of the shift that replaces a running maximum, in units of log2: a row whose scores are
@@ -21,7 +21,6 @@ LOG2_E = log2(2.718281828459045)
 # fp16 is normal from 2^-14 to 2^15. fp32 stays near 0, where an exponent has more bits behind its point, and above
 # 2^-100, so that the remainders its three products are made of are normal too.
 EXPONENTS = {torch.bfloat16: (64.0, 94.0), torch.float16: (15.0, 14.5), torch.float32: (0.0, 50.0)}
-MAX_GRID = 65535             # of a CUDA grid's second and third dimension: heads and samples
 TOKENS = 128                 # of a program that only reads or writes: enough loads in flight, whole lines
 MAX_TOKEN_STRIDE = 2**31 // 128              # no tile has more tokens
 SUMMED_ROWS, SUMMED_COLUMNS = 1024, 8        # of a program of sum_rows at a time: eight 16-byte loads a thread

@@ -102,6 +102,7 @@ class Stream:
 
     @property
     def requires_grad(self) -> bool:
+        """Whether a part or a norm's weight asks for a gradient."""
         parts = (self.packed_tensor,) if self.packed_tensor is not None else self._views()
         return any(t is not None and t.requires_grad for t in (*parts, self.q_weight, self.k_weight))
 

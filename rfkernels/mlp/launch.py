@@ -7,10 +7,9 @@ from torch import Tensor
 
 from rfkernels.adaln.launch import column_sums
 from rfkernels.launch_tables import tile_launch
-from rfkernels.triton_support import device_name, kernels_of, multiprocessors, on
+from rfkernels.triton_support import MAX_GRID, device_name, kernels_of, multiprocessors, on
 
 PROGRAMS_PER_SM = 8
-MAX_GRID = 65535             # of a CUDA grid's second dimension
 
 
 _kernels = kernels_of("rfkernels.mlp.kernels")

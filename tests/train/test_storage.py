@@ -10,7 +10,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from train.engine import storage
 from train.engine.loop import train
 from train.engine.storage import CONTENTS, FORMER, Reader, Writer
 
@@ -100,10 +99,3 @@ def test_a_damaged_table_is_named(content, written):
     (written / CONTENTS).write_text(content)
     with pytest.raises(ValueError, match=r"contents\.json"):
         Reader(written).read_metadata()
-
-
-def test_every_class_that_is_allowed_holds_values_only():
-    for module, name in storage.ALLOWED:
-        assert module.startswith("torch") or (module, name) in {
-            ("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath")
-        }  # fmt: skip

@@ -94,7 +94,7 @@ def score_emoji(
     Returns: share found of "seen" and of "recoloured". Also written to RUN/score.json, and the pictures, each to the
         right of what was asked for, to RUN/retrieval.png.
     """
-    config = Config.from_json((Path(run) / "config.json").read_text())
+    config = Config.of_run(Path(run))
     steps = config.samples.steps if steps is None else steps
     guidance = config.samples.guidance if guidance is None else guidance
     known, sampler = pictures(Cache(config.cache)), Sampler.load(run)

@@ -28,7 +28,7 @@ def score_shapes(
     Returns: share of pictures with the right size, colour, shape, position, and all of them; edge error in pixels and
         IoU. Also written to RUN/score.json, and pictures above their captions to RUN/held-out.png.
     """
-    samples = Config.from_json((Path(run) / "config.json").read_text()).samples
+    samples = Config.of_run(Path(run)).samples
     steps = samples.steps if steps is None else steps
     guidance = samples.guidance if guidance is None else guidance
     _, held_out = shapes.split()

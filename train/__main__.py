@@ -11,7 +11,6 @@ from pathlib import Path
 import tyro
 
 from mmdit import commands
-from train import planning
 from train.config import Config
 from train.data import costs
 from train.data.blocks import check
@@ -19,6 +18,8 @@ from train.data.precompute import precompute as fill
 from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
 from train.engine.loop import train
+from train.planning.activations import model_on_meta
+from train.planning.report import report
 from train.recipes import RECIPES
 
 PROG = "python -m train"
@@ -47,7 +48,7 @@ def verify(arguments: list[str]) -> None:
         Args:
             cache: Folder that precompute filled.
             repair: Move damaged shards to CACHE/quarantine, and let precompute, run again, make what they held anew.
-            quarantine: Move them there, and go on without what they held.
+            quarantine: Move them there, and continue without what they held.
         """
         damaged = check(cache, take_out=quarantine, make_anew=repair)
         for line in damaged:
@@ -55,7 +56,7 @@ def verify(arguments: list[str]) -> None:
         if damaged and not (repair or quarantine):
             sys.exit(
                 f"error: {len(damaged)} damaged shards; --repair takes them out, precompute makes them anew; "
-                "--quarantine goes on without them"
+                "--quarantine continues without them"
             )
         left = "run precompute again" if repair else "what they held is missing from now on"
         whole = "whole" if Index.load(cache).complete else "unfinished, what there is of it is whole"
@@ -72,7 +73,7 @@ def recipes(arguments: list[str]) -> None:
         print(f"{'recipe':10s}  {'parameters':>10s}  {'pixels':>6s}  {'batch':>5s}  {'budget':>13s}  what for")
         for name, recipe in RECIPES.items():
             config = recipe()
-            parameters = sum(p.numel() for p in planning.model_on_meta(config).parameters())
+            parameters = sum(p.numel() for p in model_on_meta(config).parameters())
             size = f"{parameters / 1e9:.1f}B" if parameters > 5e8 else f"{parameters / 1e6:.1f}M"
             budget = f"{config.minutes:g} minutes" if config.steps is None else f"{config.steps:,} steps"
             pixels, what = config.model.resolution, commands.first_line(recipe)
@@ -105,7 +106,7 @@ def plan(arguments: list[str]) -> None:
     if not rest or {"-h", "--help"} & set(rest):
         print("\n".join(line for line in parser.format_help().splitlines() if line) + "\n")
     config = configured("plan", rest)
-    print(planning.report(config, own.gpus, own.gpu, own.pixels))
+    print(report(config, own.gpus, own.gpu, own.pixels))
 
 
 def run(arguments: list[str]) -> None:

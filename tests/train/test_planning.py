@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from bench.saved_bytes import saved
 from mmdit import MMDiT, presets
+from mmdit.cost.counting import trace
 from mmdit.cost.flops import training_flops
 from mmdit.cost.hardware import GPUS
-from train import planning
 from train.config import Parallel
 from train.engine import parallel
 from train.engine.parallel import World
-from train.planning import Layout, activations, plan, units
+from train.planning.activations import _traces, activations, model_on_meta, whole_model
+from train.planning.plan import Layout, plan, units
+from train.planning.report import report
 from train.recipes import RECIPES
 
 H100 = GPUS["H100 80GB HBM3"]
@@ -49,7 +51,7 @@ def test_activations_are_what_autograd_keeps():
     inputs = [torch.randn(2, 16, 32, 32).bfloat16(), torch.rand(2), torch.randn(2, 154, 4096).bfloat16(),
               torch.randn(2, 2048).bfloat16()]  # fmt: skip
     whole = saved(lambda: autocast(model, inputs), list(model.parameters()))
-    found = planning.trace(lambda: planning.whole_model(config, 2, 256), backward=True, on_gpu=False)
+    found = trace(lambda: whole_model(config, 2, 256), backward=True, on_gpu=False)
     assert found.kept == pytest.approx(whole, rel=0.05)
 
 
@@ -98,7 +100,7 @@ def test_what_checkpointing_keeps_is_what_is_there(kind):
         there = alive.bytes()
     assert out.requires_grad
     planned, _ = activations(config, batch, 256)
-    again = planning._traces(small(), batch, 256)[1][0].kept
+    again = _traces(small(), batch, 256)[1][0].kept
     assert planned - again == pytest.approx(there + sum(x.nbytes for x in inputs), rel=0.05)
 
 
@@ -116,7 +118,7 @@ def test_sharded_bytes_are_those_of_the_rows_that_a_process_gets():
     """Two processes' shards, gradients, moments and averages: a quarter of a percent off for padding of odd rows."""
     config, layout = small(), Layout(2, 1, 8, 1)
     found = plan(config, layout, H100, "h100", 256)
-    parameters = list(planning.model_on_meta(config).parameters())
+    parameters = list(model_on_meta(config).parameters())
     really = sum(-(-p.shape[0] // 2) * p[0].numel() for p in parameters)           # FSDP2 cuts the first dimension
     for part, bytes_each in (("weights", 4), ("gradients", 4), ("AdamW", 8), ("average", 4)):
         (planned,) = (value for name, value in found.memory.items() if name.startswith(part))
@@ -126,7 +128,7 @@ def test_sharded_bytes_are_those_of_the_rows_that_a_process_gets():
 def test_communication_and_time_follow_their_definitions():
     config, tokens = small(), 256
     alone, eight = (plan(config, Layout(n, 1, 64 * n, 1), H100, "h100", 256) for n in (1, 8))
-    parameters = sum(p.numel() for p in planning.model_on_meta(config).parameters())
+    parameters = sum(p.numel() for p in model_on_meta(config).parameters())
     assert alone.network == 0 and eight.sent["reduce-scatter of gradients, fp32"] == pytest.approx(3.5 * parameters)
     assert eight.sent["all-gather of weights, bf16, forward and backward"] == pytest.approx(3.5 * parameters)
     flops = 64 * training_flops(config.model, tokens).total
@@ -155,5 +157,5 @@ def test_the_eight_billion_on_a_thousand_gpus():
 
 def test_what_does_not_fit_is_told_what_would():
     config = dataclasses.replace(RECIPES["d38-1024"](), parallel=Parallel())
-    told = planning.report(dataclasses.replace(config, batch=256), 8, "h100", None)
+    told = report(dataclasses.replace(config, batch=256), 8, "h100", None)
     assert "does not fit: " in told and "with --parallel.checkpointing full" in told and "accumulate" in told

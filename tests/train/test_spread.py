@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit.cost.counting import trace
 from mmdit.cost.hardware import GPUS
-from train import planning
 from train.config import Parallel
 from train.engine.checkpoint import Checkpoints
 from train.engine.ema import EmaWeights
 from train.engine.parallel import World
-from train.planning import Layout, plan
+from train.planning.activations import whole_model
+from train.planning.plan import Layout, plan
 from train.recipes import RECIPES
 
 from .launching import ended
@@ -96,7 +97,7 @@ def test_the_plan_is_what_two_processes_hold(tmp_path, launch):
         (forecast,) = (value for name, value in planned.items() if name.startswith(part))
         assert forecast == pytest.approx(held[part], rel=0.05), part
     # the ops as they run on this machine, which keep other tensors than Triton's kernels
-    found = planning.trace(lambda: planning.whole_model(config, 2, 256), backward=True, on_gpu=False)
+    found = trace(lambda: whole_model(config, 2, 256), backward=True, on_gpu=False)
     assert found.kept == pytest.approx(held["activations"], rel=0.05)
 
 

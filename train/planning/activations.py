@@ -1,0 +1,92 @@
+"""What a step keeps between forward and backward and the kernels it runs, traced on fake tensors without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit import MMDiT, backbones
+from mmdit.cost.counting import Kernel, Made, Trace, made_in, trace
+from mmdit.cost.flops import TEXT_TOKENS
+from train.config import Config, Parallel
+from train.engine import parallel
+
+
+def model_on_meta(config: Config) -> MMDiT:
+    with torch.device("meta"):
+        return MMDiT(config.model)
+
+
+def as_trained(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast to bf16: weights that FSDP gathered in bf16 meet fp32 positions, so the images' stream is fp32."""
+
+    def under_autocast(*inputs: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):                            # fake tensors are those of a CPU
+            return call(*inputs)
+
+    return under_autocast
+
+
+def whole_model(config: Config, batch: int, pixels: int) -> Made:
+    """A call of the model as it is trained, to be traced."""
+    with made_in(torch.bfloat16):
+        model = MMDiT(config.model)
+    c, side = config.model, pixels // (config.model.token_pixels // config.model.patch_size)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
+    latents = normal(batch, c.in_channels, side, side)
+    return as_trained(model), [latents, torch.rand(batch), context, pooled], [*model.parameters()]
+
+
+def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
+    """A call of a block as it is trained, to be traced."""
+    with made_in(torch.bfloat16):
+        block = backbones.block(config.model, index)
+    c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
+    leaf = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
+    texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
+    xs = [*(leaf(batch, n, c.width) for n in texts), leaf(batch, tokens, c.width, dtype=torch.float32)]
+    vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
+    inputs = [*xs, *(v for half in vectors for v in half)]
+    return as_trained(lambda *_: block(xs, vectors, [None] * len(xs))), inputs, list(block.parameters())
+
+
+@lru_cache(maxsize=8)
+def _traces(config: Config, batch: int, pixels: int) -> tuple[Trace, list[Trace]]:
+    """Of the model, and of each of its blocks: those that take the same modulation vectors are alike."""
+    of: dict[str, Trace] = {}
+    kinds = [str(block.vectors) for block in model_on_meta(config).blocks]
+    for i, kind in enumerate(kinds):
+        if kind not in of:
+            of[kind] = trace(partial(one_block, config, i, batch, pixels), backward=True)
+    return trace(partial(whole_model, config, batch, pixels), backward=True), [of[kind] for kind in kinds]
+
+
+def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:
+    """(bytes kept between forward and backward, kernels of a step with what is computed again)."""
+    kind, neutral = config.parallel.checkpointing, replace(config, parallel=Parallel())
+    whole, blocks = _traces(neutral, batch, pixels)
+    if kind == "none":
+        return whole.kept, whole.kernels
+    c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
+    inputs = batch * c.width * (2 * TEXT_TOKENS + 4 * tokens)                    # a block's: text bf16, images fp32
+    kept, kernels = max(0, whole.kept - sum(block.kept for block in blocks)), list(whole.kernels)
+    for block in blocks:
+        forward = block.kernels[: block.forward]
+        stay = [k for k in forward if kind == "selective" and _stays(k)]
+        kept += inputs + sum(sum(k.writes.values()) for k in stay)
+        kernels += [k for k in forward if k not in stay]
+    return kept + max(block.kept for block in blocks), kernels
+
+
+def _stays(kernel: Kernel) -> bool:
+    """Whether selective checkpointing keeps what a kernel writes; a product's output is a matrix."""
+    if kernel.op not in parallel.PRODUCTS:
+        return parallel.kept(kernel.op)
+    (_, _, rows, columns), *_ = kernel.writes
+    return parallel.kept(kernel.op, kernel.flops // (2 * rows * columns), columns)

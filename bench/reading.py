@@ -24,7 +24,7 @@ from train.data.plan import Plan
 from train.data.shards import Cache, Index, Sample, write_shard
 from train.engine.parallel import World
 from train.engine.reader import Reader
-from train.objectives.flow import Objective
+from train.objectives import Flow
 
 LATENT, ENCODERS = (16, 32, 32), ((77, 768, 768), (77, 1280, 1280), (77, 4096, 0))
 SHARE = 0.4
@@ -69,7 +69,7 @@ def random_cache(
 
 def samples_per_second(cache: Cache, batch: int, batches: int, ahead: int) -> float:
     buckets = cache.buckets("train")
-    objective = Objective(flow.by_name("rf/lognorm(0.00,1.00)"), 4096, 0.464, 0, (False, True, False))
+    objective = Flow(flow.by_name("rf/lognorm(0.00,1.00)"), 4096, 0.464, 0, (False, True, False))
     plan = Plan({name: len(bucket) for name, bucket in buckets.items()}, batch, 0)
     with Reader(plan, objective, buckets, World(torch.device("cpu")), 1, ahead) as reader:
         for step in range(5):

@@ -30,7 +30,7 @@ from train.engine.loop import train
 from train.engine.parallel import World
 from train.engine.reader import Reader
 from train.engine.throughput import Throughput, Watchdog
-from train.objectives.flow import Objective
+from train.objectives import Flow
 from train.recipes import RECIPES
 
 from .conftest import changed
@@ -77,7 +77,7 @@ def test_latents_of_unit_size(cache, config):
     latents = torch.stack([b[i].latent.double() for b in opened.buckets("train").values() for i in range(len(b))])
     unit = unit_of(opened)
     assert (unit.mean, unit.std) == pytest.approx((float(latents.mean()), float(latents.std(correction=0))), rel=1e-6)
-    plain, scaled = (Objective.of(changed(config, unit_latents=on), opened, flow.by_name("rf")) for on in (False, True))
+    plain, scaled = (Flow.of(changed(config, unit_latents=on), opened, flow.by_name("rf")) for on in (False, True))
     bucket = opened.buckets("train")["32x32"]
     a, b = (o.draw(bucket, np.arange(4), 0).x0.float() for o in (plain, scaled))
     torch.testing.assert_close(b, (a - unit.mean) / unit.std)
@@ -200,7 +200,7 @@ def resident():
 
 def test_memory_does_not_grow_while_a_hundred_thousand_are_read(hundred_thousand):
     buckets = hundred_thousand.buckets("train")
-    objective = Objective(flow.by_name("rf"), 2, 0.464, 0)
+    objective = Flow(flow.by_name("rf"), 2, 0.464, 0)
     plan = Plan({name: len(bucket) for name, bucket in buckets.items()}, 64, 0)
     with Reader(plan, objective, buckets, ALONE, 1, 2) as reader:
         seen = []

@@ -11,15 +11,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from mmdit import MMDiT
+from mmdit import MMDiT, flow
 from train.config import Ema, Optimizer, Samples, Validation
 from train.data.shards import Cache
-from train.engine import loop
 from train.engine.ema import EmaWeights
 from train.engine.loop import Budget, schedule, train
 from train.engine.storage import Reader
 from train.engine.validation import times, validate
-from train.objectives.flow import Objective
+from train.objectives import Flow
 
 from .conftest import changed
 
@@ -62,7 +61,7 @@ def same(one, two):
 def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, at):
     train(config)
     other = changed(config, run=tmp_path / "other")
-    draw = Objective.draw
+    draw = Flow.draw
 
     def dies(self, bucket, rows, step):
         if step == at:
@@ -70,7 +69,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, 
         return draw(self, bucket, rows, step)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Objective, "draw", dies)
+        patch.setattr(Flow, "draw", dies)
         train(other)
     train(other)
     one, two = (load_file(run / "model.safetensors") for run in (config.run, other.run))
@@ -179,8 +178,8 @@ def test_a_damaged_checkpoint_is_named(config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
-    loss = Objective.loss
-    monkeypatch.setattr(Objective, "loss", lambda *a: loss(*a) * float("nan"))
+    loss = Flow.loss
+    monkeypatch.setattr(Flow, "loss", lambda *a: (loss(*a)[0] * float("nan"), {}))
     with pytest.raises(ValueError, match=r"step 2: loss nan.* the last of 3 in a row; their samples are in"):
         train(changed(config, skip_nonfinite=2))
     found = json.loads((config.run / "nonfinite.json").read_text())
@@ -188,13 +187,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(config, monkeypatch):
-    loss, calls = Objective.loss, []
+    loss, calls = Flow.loss, []
 
     def once(*args):
         calls.append(args)
-        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+        return loss(*args)[0] * (float("nan") if len(calls) == 3 else 1.0), {}
 
-    monkeypatch.setattr(Objective, "loss", once)
+    monkeypatch.setattr(Flow, "loss", once)
     train(changed(config, validation=Validation(every=0, samples=4)))
     about = json.loads((config.run / "checkpoints" / "step-00000012" / "run.json").read_text())
     assert about["skipped"] == 1 and about["step"] == 12
@@ -220,7 +219,7 @@ def test_a_model_that_does_not_fit_the_cache_is_refused(config, change, message)
 
 def test_randomness_is_keyed_by_sample_not_by_batch(config):
     bucket = Cache(config.cache).buckets("train")["32x32"]
-    objective = Objective(loop.flow.by_name("rf/lognorm(0,1)"), 64, 0.464, seed=3)
+    objective = Flow(flow.by_name("rf/lognorm(0,1)"), 64, 0.464, seed=3)
     whole = objective.draw(bucket, np.arange(8), step=5)
     half = objective.draw(bucket, np.arange(4, 8), step=5)
     assert torch.equal(whole.noise[4:], half.noise) and torch.equal(whole.t[4:], half.t)
@@ -231,7 +230,7 @@ def test_randomness_is_keyed_by_sample_not_by_batch(config):
 
 def test_each_encoder_is_dropped_with_its_probability(config):
     bucket = Cache(config.cache).buckets("train")["32x32"]
-    objective = Objective(loop.flow.by_name("rf"), 64, 0.464, seed=0)
+    objective = Flow(flow.by_name("rf"), 64, 0.464, seed=0)
     dropped = [
         not objective.draw(bucket, np.array([i]), step).text.pooled.any() for step in range(40) for i in range(25)
     ]
@@ -246,7 +245,7 @@ def test_validation_grids():
 
 def test_validation_does_not_depend_on_the_batch(config):
     buckets = Cache(config.cache).buckets("val")
-    objective = Objective(loop.flow.by_name("rf"), 64, 0.464, seed=0)
+    objective = Flow(flow.by_name("rf"), 64, 0.464, seed=0)
     model = MMDiT(config.model)
     torch.nn.init.normal_(model.final_layer.unembed.linear.weight, std=0.1)
     one, two = (validate(model, objective, buckets, "paper", 10, batch) for batch in (10, 3))

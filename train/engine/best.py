@@ -24,7 +24,7 @@ class Best:
         self.config, self.world, self.extra = config, world, extra
         path = config.run / ABOUT
         found = json.loads(path.read_text()) if path.is_file() else {"step": 0, "loss": float("inf")}
-        # a run that goes on from before its best step makes it again
+        # a run that resumes from before its best step makes it again
         self.lowest = float(found["loss"]) if found["step"] <= step else float("inf")
 
     def offer(self, step: int, loss: float | None, model: nn.Module, ema: EmaWeights) -> None:

@@ -51,7 +51,7 @@ BUDGET = {"steps", "minutes"}
 
 
 def _another(changed: list[str], decides: dict[str, Any]) -> str | None:
-    """Why a run cannot go on with what has changed, or None. More steps are those that it would have taken if they had
+    """Why a run cannot resume with what has changed, or None. More steps are those that it would have taken if they had
     been asked for at first, unless the learning rate follows the budget."""
     if not changed or (set(changed) <= BUDGET and decides["optimizer"]["decay"] == "none"):
         return None

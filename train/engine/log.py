@@ -17,7 +17,7 @@ from train.config import Config
 
 
 def _wandb(config: Config) -> Any:
-    """One run in wandb for a run folder, which goes on where it was. Raises: ImportError without the package."""
+    """One run in wandb for a run folder, which resumes where it was. Raises: ImportError without the package."""
     try:
         import wandb
     except ImportError as error:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from mmdit import checkpoint as weights
-from mmdit import flow
 from mmdit.files import write_atomically
 from mmdit.sampling.sample import WEIGHTS
+from train import objectives
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
@@ -34,7 +34,7 @@ from train.engine.previews import Previews, sampling_extra
 from train.engine.reader import Reader
 from train.engine.stepping import Stepper, Taken
 from train.engine.throughput import Throughput, Watchdog
-from train.objectives.flow import Batch, Objective
+from train.objectives import Batch, Metrics
 
 
 @dataclass
@@ -82,7 +82,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
             print(f"started from {config.initial}" + (f"; left as initialised: {', '.join(left)}" if left else ""))
     optimizer = make_optimizer(model, config.optimizer)
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
-    objective = Objective.of(config, cache, flow.by_name(config.formulation, config.shift))
+    objective = objectives.of_run(config, cache)
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
@@ -114,9 +114,10 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
 
     def read() -> None:
         """Logs the steps since the last reading: here the host waits for the device."""
-        for taken, loss, norm in stepper.read():
+        for taken, loss, norm, metrics in stepper.read():
             bad.check(progress, taken.step, loss, norm, plan.at(taken.step))
-            values = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": taken.share * config.optimizer.lr}
+            values = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": taken.rate * config.optimizer.lr}
+            values |= {f"train/{name}": value for name, value in metrics.items()}
             log.write(taken.step + 1, **values)
             shown.advance(loss, taken.fraction)
 
@@ -126,16 +127,19 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
         over = budget.spent(progress.step)
         while not over and not stopped:
             loss, batches = torch.zeros((), device=device), reader.parts(progress.step)
+            metrics: Metrics = {}
             for i in range(parts):
                 parallel.reduce_gradients(model, i == parts - 1)
                 with throughput.waiting():
                     batch = next(batches)
+                share = batch.samples / config.batch
                 with autocast(config, device):
-                    part = objective.loss(model, batch) * (len(batch.t) / config.batch)
-                part.backward()
-                loss += part.detach()
-            share = schedule(config.optimizer, progress.step, budget.fraction(progress.step))
-            stepper(Taken(progress.step, share, budget.fraction(progress.step + 1)), loss)
+                    part, others = objective.loss(model, batch)
+                (part * share).backward()
+                loss += part.detach() * share
+                metrics = {name: metrics.get(name, 0) + value.detach() * share for name, value in others.items()}
+            rate = schedule(config.optimizer, progress.step, budget.fraction(progress.step))
+            stepper(Taken(progress.step, rate, budget.fraction(progress.step + 1)), loss, metrics)
 
             preview.settled = True
             progress.step += 1
@@ -187,7 +191,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 def tokens(batch: Batch, config: Config) -> tuple[int, int]:
     """Image and text tokens of a sample."""
-    height, width = batch.x0.shape[2:]
+    height, width = batch.latent_size
     return height * width // config.model.patch_size**2, batch.text_tokens
 
 

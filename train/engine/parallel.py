@@ -44,7 +44,7 @@ class World:
     mesh: DeviceMesh | None = None
     """Of the processes that shard a model, or (replicas, shards); None without torchrun."""
     side: Any = None
-    """A process group of its own for what goes on beside training, in a thread: checkpoints."""
+    """A process group of its own for what runs beside training, in a thread: checkpoints."""
     talk: Any = None
     """And one, of the CPUs, for what the main thread tells meanwhile: Gloo pairs what two threads send over one group
     as it comes, and nobody has to wait for a GPU."""
@@ -81,7 +81,7 @@ class World:
         return tensor.tolist()
 
     def added(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on the device: the host goes on."""
+        """The sum over all processes, on the device: the host does not wait."""
         if self.mesh is not None:
             dist.all_reduce(value)
         return value

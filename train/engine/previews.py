@@ -22,7 +22,7 @@ from train.engine.ema import EmaWeights
 from train.engine.log import Log
 from train.engine.parallel import World
 from train.engine.validation import validate
-from train.objectives.flow import Objective
+from train.objectives import Objective
 
 OBSERVED = 8
 """Held-out samples whose attention is looked at."""

@@ -11,7 +11,7 @@ import numpy as np
 from train.data.plan import Plan
 from train.data.shards import Bucket
 from train.engine.parallel import World
-from train.objectives.flow import Batch, Objective
+from train.objectives import Batch, Objective
 
 
 class Reader:
@@ -52,5 +52,5 @@ class Reader:
             self._queue.append(self._pool.submit(self._read, name, part, step))
 
     def _read(self, name: str, rows: np.ndarray, step: int) -> Batch:
-        batch = self.objective.draw(self.buckets[name], rows, step)
+        batch: Batch = self.objective.draw(self.buckets[name], rows, step)
         return batch.pinned() if self.world.device.type == "cuda" else batch

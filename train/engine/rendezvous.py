@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-WAIT = 0.01        # seconds between two looks
+WAIT = 0.01        # seconds between two polls
 
 
 def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:

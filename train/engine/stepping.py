@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from train.engine.parallel import World
+from train.objectives import Metrics
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Taken:
 
     step: int
     """Counted from 0."""
-    share: float
-    """Of the peak learning rates."""
+    rate: float
+    """Share of the peak learning rates."""
     fraction: float
     """Of the budget, after it."""
 
@@ -37,31 +38,31 @@ class Stepper:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, world: World) -> None:
         self._model, self._optimizer, self._clip, self._world = model, optimizer, clip, world
         self._peaks = [group["lr"] for group in optimizer.param_groups]
-        self._taken: list[tuple[Taken, Tensor]] = []
+        self._taken: list[tuple[Taken, tuple[str, ...], Tensor]] = []
 
-    def __call__(self, taken: Taken, loss: Tensor) -> None:
+    def __call__(self, taken: Taken, loss: Tensor, metrics: Metrics | None = None) -> None:
         """A step with the gradients that are there, or none if the loss or their norm is not finite.
 
-        Args: loss: this process's part of it, scalar; it is added up over the processes."""
-        loss = self._world.added(loss.double())
+        Args: loss, metrics: this process's part of them, scalars; they are added up over the processes."""
+        loss, *values = self._world.added(torch.stack([loss, *(metrics or {}).values()]).double()).unbind()
         norm = gradient_norm(self._model)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * taken.share
+            group["lr"] = peak * taken.rate
         found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         self._optimizer.grad_scale = (norm / self._clip).clamp(min=1) if self._clip else None        # type: ignore[attr-defined]
         self._optimizer.found_inf = found_inf                                                       # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._taken.append((taken, torch.stack([loss, norm.double()])))
+        self._taken.append((taken, tuple(metrics or {}), torch.stack([loss, norm.double(), *values])))
 
-    def read(self) -> Iterator[tuple[Taken, float, float]]:
-        """(step, loss, gradient norm) of the steps since the last reading. Waits for the device, once."""
+    def read(self) -> Iterator[tuple[Taken, float, float, dict[str, float]]]:
+        """(step, loss, gradient norm, metrics) of the steps since the last reading. Waits for the device, once."""
         if not self._taken:
             return
-        steps, values = zip(*self._taken, strict=True)
+        steps, names, values = zip(*self._taken, strict=True)
         self._taken.clear()
-        for taken, (loss, norm) in zip(steps, torch.stack(values).tolist(), strict=True):
-            yield taken, loss, norm
+        for taken, named, (loss, norm, *others) in zip(steps, names, torch.stack(values).tolist(), strict=True):
+            yield taken, loss, norm, dict(zip(named, others, strict=True))
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from train.config import Grid
 from train.data.shards import Bucket, Sample
 from train.engine.parallel import World
-from train.objectives.flow import Objective
+from train.objectives import Objective
 
 LEVELS = 8
 
@@ -46,7 +46,8 @@ def validate(
             for start in range(0, len(rows), batch):
                 part = rows[start : start + batch][rank::size]
                 asked = part or rows[:1]               # every process computes, or those that do would wait for it
-                total += objective.loss(model, objective.at(asked, t).to(device)).item() * len(part)
+                loss, _ = objective.loss(model, objective.at(asked, t).to(device))
+                total += loss.item() * len(part)
                 count += len(part)
         if world is not None:
             total, count = world.sums(total, count)

@@ -28,7 +28,7 @@ from train.engine.validation import validate
 from train.evaluate.critics import Clip, feature_network
 from train.evaluate.held_out import captions, pictures
 from train.evaluate.prompts import Task, compbench, fill, geneval
-from train.objectives.flow import Objective
+from train.objectives import Flow
 
 FILE = "evaluation.json"
 Network = Callable[[np.ndarray], np.ndarray]
@@ -169,7 +169,7 @@ def compared(
 
 def validation(sampler: Sampler, config: Config, cache: Cache, batch: int) -> dict[str, float]:
     """Losses of the run's own formulation on the held-out samples it was validated on, and at its levels."""
-    objective = Objective.of(config, cache, sampler.formulation)
+    objective = Flow.of(config, cache, sampler.formulation)
     v, model = config.validation, sampler.model.eval()
     with autocast(config, next(model.parameters()).device):
         losses = validate(model, objective, cache.buckets("val"), v.grid, v.samples, batch)

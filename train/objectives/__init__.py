@@ -1,1 +1,16 @@
-"""What is trained for: batches drawn and their loss."""
+"""What a model is trained for. One file each; the loop knows the protocol alone."""
+
+from __future__ import annotations
+
+from mmdit.flow import by_name
+from train.config import Config
+from train.data.shards import Cache
+from train.objectives.flow import Flow
+from train.objectives.protocol import Batch, Metrics, Objective
+
+__all__ = ["Batch", "Flow", "Metrics", "Objective", "of_run"]
+
+
+def of_run(config: Config, cache: Cache) -> Objective:
+    """The objective of a run."""
+    return Flow.of(config, cache, by_name(config.formulation, config.shift))

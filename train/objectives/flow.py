@@ -1,5 +1,4 @@
-"""One training example's randomness, and the loss. Keyed by (seed, step, sample id): no batch, process count or resume
-point changes what a sample sees."""
+"""Pretraining and fine-tuning: the loss of a formulation on samples of a cache."""
 
 from __future__ import annotations
 
@@ -17,11 +16,12 @@ from mmdit.encoders import Conditioning, assemble
 from mmdit.flow import Formulation
 from train.config import Config
 from train.data.shards import Bucket, Cache, Sample, unit_of
+from train.objectives.protocol import Metrics
 
 AS_STORED = Unit()
 
 
-class Batch(NamedTuple):
+class FlowBatch(NamedTuple):
     """What the model is trained on in one step."""
 
     x0: Tensor
@@ -35,20 +35,28 @@ class Batch(NamedTuple):
     text_tokens: int = 0
     """Of a sample that are read, on average: of two text streams padding is not, for one is padded to all its room."""
 
-    def to(self, device: torch.device) -> Batch:
+    @property
+    def samples(self) -> int:
+        return len(self.t)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.x0.shape[2], self.x0.shape[3]
+
+    def to(self, device: torch.device) -> FlowBatch:
         """On a device, in fp32 from there on: half as much is copied."""
         x0, noise, t, context, lengths, pooled = (v.to(device, non_blocking=True) for v in (*self[:3], *self.text))
         conditioning = Conditioning(context.float(), lengths, pooled.float())
         return self._replace(x0=x0.float(), noise=noise, t=t, text=conditioning)
 
-    def pinned(self) -> Batch:
+    def pinned(self) -> FlowBatch:
         """In memory from which a GPU copies while it computes."""
         x0, noise, t, context, lengths, pooled = (v.pin_memory() for v in (*self[:3], *self.text))
         return self._replace(x0=x0, noise=noise, t=t, text=Conditioning(context, lengths, pooled))
 
 
 @dataclass(frozen=True)
-class Objective:
+class Flow:
     """Draws batches and computes the loss of a formulation."""
 
     formulation: Formulation
@@ -64,14 +72,14 @@ class Objective:
     """How latents are scaled."""
 
     @classmethod
-    def of(cls, config: Config, cache: Cache, formulation: Formulation) -> Objective:
+    def of(cls, config: Config, cache: Cache, formulation: Formulation) -> Flow:
         """Of a run."""
         beside = tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"])
         model = config.model
         unit = unit_of(cache) if config.unit_latents else AS_STORED
         return cls(formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split, unit)
 
-    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> Batch:
+    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> FlowBatch:
         """The batch of a step."""
         samples = [bucket[int(row)] for row in rows]
         keys = [(step, s.id) for s in samples]
@@ -81,14 +89,14 @@ class Objective:
         keep = keyed.uniforms(encoders, self.seed, "encoder dropout", keys) >= self.dropout
         return self._batch(samples, t, keep, "noise", keys)
 
-    def at(self, samples: Sequence[Sample], t: float) -> Batch:
+    def at(self, samples: Sequence[Sample], t: float) -> FlowBatch:
         """Samples at one time, with all text and noise that never changes: for validation."""
         keys = [(round(t * 1e6), s.id) for s in samples]
         return self._batch(samples, torch.full((len(samples),), t), None, "validation noise", keys)
 
     def _batch(
         self, samples: Sequence[Sample], t: Tensor, keep: Tensor | None, purpose: str, keys: list[tuple[int, int]]
-    ) -> Batch:
+    ) -> FlowBatch:
         x0 = self.latents.encode(torch.stack([s.latent for s in samples]))
         noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
         features = [s.features for s in samples]
@@ -96,10 +104,10 @@ class Objective:
         read = conditioning.context.shape[1]
         if conditioning.lengths.ndim == 2:
             read = round(float(conditioning.lengths.sum(1).float().mean()))
-        return Batch(x0, noise, t, conditioning, read)
+        return FlowBatch(x0, noise, t, conditioning, read)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean weighted squared error of the batch, scalar fp32."""
+    def loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, Metrics]:
+        """Mean weighted squared error of the batch."""
         z, target = self.formulation.training_pair(batch.x0, batch.noise, batch.t)
         output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths)
-        return self.formulation.loss(output, target, batch.t)
+        return self.formulation.loss(output, target, batch.t), {}

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 from mmdit import backbones
 from mmdit.config import MMDiTConfig
 from mmdit.embeddings import FREQUENCIES, FinalLayer, VectorEmbedder, patch_embed, timestep_features
+from rfkernels.layers import fill_a
 from rfkernels.nn import Modulation
+
+ENDS = ("modulation.", "final_layer.", "stages.out.")
 
 
 def fill(name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """Writes the initial value of the parameter `name`: Xavier for every projection, N(0, 0.02) for the time and pooled
     embedders, zero for biases, modulations and what ends a residual of convolutions or the model (each block starts as
-    the identity, the model as zero), one for norm weights. From torch's global generator unless one is given."""
-    if name.endswith("norm.weight"):
+    the identity, the model as zero), one for norm weights; adapters begin at nothing. From torch's global generator
+    unless one is given."""
+    if name.endswith("lora_a"):
+        fill_a(tensor, generator)
+    elif name.endswith("norm.weight"):
         tensor.fill_(1.0)
-    elif name.endswith(("bias", "conv2.weight")) or name.startswith(("modulation.", "final_layer.", "stages.out.")):
+    elif name.endswith(("bias", "conv2.weight", "lora_b")) or name.startswith(ENDS):
         tensor.zero_()
     elif name.startswith(("time_embed.", "pooled_embed.")):
         tensor.normal_(std=0.02, generator=generator)

@@ -212,6 +212,6 @@ def _write_one(path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str
 def _write_parts(file: BinaryIO, name: str, tensor: Planned) -> None:
     start = file.tell()
     for part in tensor.parts():
-        file.write(part.to(DTYPES[tensor.entry.dtype]).contiguous().cpu().view(torch.uint8).numpy().data)
+        file.write(part.to(DTYPES[tensor.entry.dtype]).cpu().reshape(-1).view(torch.uint8).numpy().data)
     written = file.tell() - start
     assert written == tensor.entry.bytes, f"{name}: {written} bytes, planned {tensor.entry.bytes}"

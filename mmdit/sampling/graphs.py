@@ -96,7 +96,7 @@ class Graphs:
         except torch.OutOfMemoryError:
             self.captured.clear()
             self._full = True
-            warnings.warn("no GPU memory for CUDA graphs: sampling goes on without them", stacklevel=2)
+            warnings.warn("no GPU memory for CUDA graphs: sampling continues without them", stacklevel=2)
 
 
 _of: WeakKeyDictionary[MMDiT, Graphs] = WeakKeyDictionary()

@@ -70,7 +70,7 @@ class Settings:
 
     @property
     def guided(self) -> bool:
-        """Whether text is held against none."""
+        """Whether text is compared with none."""
         return self.guidance > 1
 
     def times(self, formulation: flow.Formulation, start: float = 1.0) -> Tensor:

@@ -35,6 +35,11 @@ _native = _gelu_operator("gelu_backward_native", None)
 _triton = _gelu_operator("gelu_backward", launch.gelu_backward)
 
 
+def gelu_backward(on_cpu: bool) -> Callable[..., Any]:
+    """(h, da, value, bias) -> (gelu(h), dh, the sum of dh over rows), of rows [N, hidden]; empty if not asked for."""
+    return _native if on_cpu else _triton
+
+
 def _differentiable(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dy: Tensor) -> Any:
     """Gradients that have a graph: the pre-activation that was kept has none of its own."""
     return pullback(reference.gelu_mlp, (x, w1, b1, w2, b2), (dy,))
@@ -63,7 +68,7 @@ class _GeluMlp(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         gradients: list[Tensor | None] = [None] * 5
         if dx or dw1 or db1 or dw2:
-            a, dh, bias = (_native if ctx.native else _triton)(h.view(-1, h.shape[-1]), rows @ w2, dw2, db1)
+            a, dh, bias = gelu_backward(ctx.native)(h.view(-1, h.shape[-1]), rows @ w2, dw2, db1)
             gradients[0] = (dh @ w1).view(x.shape) if dx else None
             gradients[1] = dh.t() @ x.reshape(-1, x.shape[-1]) if dw1 else None
             gradients[2] = bias if db1 else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rfkernels import checks, dispatch, native
 from rfkernels.layers import plain
-from rfkernels.mlp import fused, reference
+from rfkernels.mlp import fused, low_rank, reference
 from rfkernels.triton_support import INTERPRETED, interpreted, refuses_triton
 
 
@@ -31,6 +31,8 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module |
     checked = _check(x, *layers, **named)
     if checked is None:
         fc1, fc2 = _ordered(layers, named)
+        if low_rank.takes(fc1, fc2):
+            return low_rank.gelu_mlp(x, fc1, fc2)
         return fc2(F.gelu(fc1(x), approximate="tanh"))
     return dispatch.run("gelu_mlp", *checked)
 

@@ -13,7 +13,7 @@ import rfkernels
 from rfkernels import checks
 from rfkernels.bias import linear
 from rfkernels.joint_attention.stream import Rope, Stream
-from rfkernels.layers import Device, plain
+from rfkernels.layers import Device, adapted, plain
 
 
 class StreamAttention(nn.Module):
@@ -62,17 +62,22 @@ class StreamAttention(nn.Module):
         """x [B, S, dim] as a stream for `rfkernels.joint_attention`; see Stream for the other arguments."""
         heads = (-1, self.heads, self.head_dim)
         q, k = (norm if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        if queries and plain(self.qkv):
+        low_rank = adapted(self.qkv)
+        readable = low_rank or plain(self.qkv)
+        if queries and readable:
             whole = (3, *heads[1:])
             qkv = linear(x, self.qkv.weight, self.qkv.bias, whole, before="joint_attention")
+            qkv = qkv + self.qkv.low_rank(x).unflatten(-1, whole) if low_rank else qkv              # type: ignore[operator]
             return Stream.packed(qkv, q, k, lengths, rope)
         if queries:
             return Stream.packed(self.qkv(x).unflatten(-1, heads), q, k, lengths, rope)
-        if not plain(self.qkv):
+        if not readable:
             return Stream.packed(self.qkv(x).unflatten(-1, heads)[:, :, 1:], None, k, lengths, rope, queries=False)
         inner = self.heads * self.head_dim          # keys and values only: a third of the projection is not needed
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
-        kv = F.linear(x, self.qkv.weight[inner:], bias).unflatten(-1, heads)
+        kv = F.linear(x, self.qkv.weight[inner:], bias)
+        kv = kv + self.qkv.low_rank(x, inner) if low_rank else kv                                   # type: ignore[operator]
+        kv = kv.unflatten(-1, heads)
         return Stream.packed(kv, None, k, lengths, rope, queries=False)
 
     def project(self, attended: Tensor) -> Tensor:
@@ -80,10 +85,12 @@ class StreamAttention(nn.Module):
         out = attended.flatten(2)
         if self.proj is None:
             return out
-        if plain(self.proj):
-            return linear(out, self.proj.weight, self.proj.bias, before="gated_adaln")
-        projected: Tensor = self.proj(out)
-        return projected
+        low_rank = adapted(self.proj)
+        if low_rank or plain(self.proj):
+            projected = linear(out, self.proj.weight, self.proj.bias, before="gated_adaln")
+            return projected + self.proj.low_rank(out) if low_rank else projected                   # type: ignore[operator]
+        called: Tensor = self.proj(out)
+        return called
 
     def extra_repr(self) -> str:
         norm, out = "" if self.q_norm else ", qk_norm=False", "" if self.proj else ", project_out=False"

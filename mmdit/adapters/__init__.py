@@ -1,0 +1,18 @@
+"""Low-rank adapters (LoRA): layers, and files in the formats that people exchange.
+
+    adapter = adapters.read("style.safetensors")            # diffusers, kohya, ComfyUI or ours
+    adapters.load(model, adapter.times(0.8))                # on top of the weights, which are not touched
+    adapters.save(adapter, "folder", model.config, format="diffusers")
+
+`layers` has the layer, `lora` which layers are meant, `parts` low-rank parts apart from any model, `formats` the files.
+"""
+
+from mmdit.adapters.formats import FORMATS, read, save
+from mmdit.adapters.layers import LoraLinear, layers, off
+from mmdit.adapters.lora import PRESETS, Lora, attach
+from mmdit.adapters.parts import Adapter, Part, load, merge, of_model
+
+__all__ = [
+    "FORMATS", "PRESETS", "Adapter", "Lora", "LoraLinear", "Part", "attach", "layers", "load", "merge", "of_model",
+    "off", "read", "save",
+]  # fmt: skip

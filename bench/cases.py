@@ -1,4 +1,4 @@
-"""The ops and the block at SD3's shapes, and every way to compute them that they are held against."""
+"""The ops and the block at SD3's shapes, and every way to compute them that they are compared with."""
 
 from __future__ import annotations
 

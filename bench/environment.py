@@ -126,5 +126,5 @@ def ceilings() -> Ceilings:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a device copy, read plus written: the ceiling that bandwidths are held against."""
+    """Bytes per second of a device copy, read plus written: the ceiling that bandwidths are compared with."""
     return ceilings().copy

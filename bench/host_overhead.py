@@ -46,7 +46,7 @@ def with_gradients(call: Callable[[], object], leaves: list[Tensor]) -> Call:
 
 
 def ops() -> dict[str, tuple[Call, list[Tensor], Call, list[Tensor]]]:
-    """Of each op: rfkernels' call and what it has gradients of; the PyTorch call it is held against and its."""
+    """Of each op: rfkernels' call and what it has gradients of; the PyTorch call it is compared with and its."""
     x, branch = (torch.randn(1, 1, 64, requires_grad=True) for _ in range(2))
     v = torch.randn(1, 64, requires_grad=True)
     text, image = (torch.randn(1, 1, 3, 1, 64, requires_grad=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The model and its blocks at the sizes of the paper, and the ways to run them that are held against each other."""
+"""The model and its blocks at the sizes of the paper, and the ways to run them that are compared with each other."""
 
 from __future__ import annotations
 

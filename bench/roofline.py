@@ -120,7 +120,7 @@ MEASURED_AS = {"eager": "eager", "compiled": "compile", "fused": "ours"}
 
 def measurements(size: Size, step: str, name: str, folder: Path) -> dict[str, float]:
     """Seconds by way, from the newest results of this machine; empty where there are none. On a CPU the fused kernels
-    do not run, so nothing is held against their prediction."""
+    do not run, so nothing is compared with their prediction."""
     results = results_of(name, folder)
     if results is None:
         return {}

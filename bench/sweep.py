@@ -201,13 +201,13 @@ def main(out: Path, minutes: float = 8.0, only: str = "", candidates: Path | Non
                 found = out / f"{name.lower().replace(' ', '_')}.json"              # whenever this is stopped
                 write_atomically(found, (json.dumps(kept, indent=1) + "\n").encode())
     if stopped:
-        print("stopped by the clock: run again to go on")
+        print("stopped by the clock: run again to continue")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description="Sweep launch settings on this GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for sweep.json and the launch table")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this long; the next run goes on (8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this long; the next run continues (8)")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--candidates", type=Path, help="try only the settings in this file of bench.device.precompile")
     main(**vars(parser.parse_args()))

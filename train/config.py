@@ -14,7 +14,7 @@ from mmdit.files import read_json
 
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
         "skip_nonfinite", "read_ahead", "wandb", "keep_best", "log_every")  # fmt: skip
-"""What may change when a run goes on: it does not decide the weights."""
+"""What may change when a run resumes: it does not decide the weights."""
 Grid = Literal["paper", "midpoints", "mlperf"]
 
 
@@ -108,7 +108,7 @@ class Config:
     """A training run. Exactly one of `steps` and `minutes` is its budget."""
 
     run: Path
-    """Run folder; a run found there goes on."""
+    """Run folder; a run found there resumes."""
     cache: Path
     """Precomputed data (python -m train precompute)."""
     model: MMDiTConfig = field(default_factory=presets.tiny)
@@ -217,7 +217,7 @@ class Config:
             raise ValueError(f"{path} is not the configuration of a run ({error})") from error
 
     def decides(self) -> dict[str, Any]:
-        """The part of the configuration that decides the weights: a run can only go on with the same."""
+        """The part of the configuration that decides the weights: a run can only resume with the same."""
         values = json.loads(self.to_json())
         for name in SIDE:
             values.pop(name)

@@ -203,7 +203,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "bench/results"),
                         help="folder of the archive ($OUT, else bench/results)")  # fmt: skip
     parser.add_argument("--pretend", action="store_true", help="on a CPU: kernels interpreted, tiny shapes")
-    parser.add_argument("--earlier", type=Path, help="archive of a call before, to go on from")
+    parser.add_argument("--earlier", type=Path, help="archive of a call before, to continue from")
     parser.add_argument("--candidates", type=Path,
                         help="settings to sweep, of bench.device.precompile on another machine")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all parts together ({SECONDS:.0f})")

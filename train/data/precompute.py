@@ -1,4 +1,4 @@
-"""Images and captions into shards: decode, fit into a bucket, encode, write. Interrupted, it goes on where it was; with
+"""Images and captions into shards: decode, fit into a bucket, encode, write. Interrupted, it resumes where it was; with
 torchrun its processes share the blocks (train/data/blocks.py), and the cache is the same for any number of them.
 """
 

@@ -3,7 +3,7 @@
     GenEval         OUT/00000/metadata.jsonl  OUT/00000/samples/00000.png ...  OUT/00000/grid.png
     T2I-CompBench   OUT/samples/a green bench and a blue bowl_000000.png ...
 
-Interrupted, they go on with the first prompt that is not whole; a picture depends on the weights, the sampler's
+Interrupted, they resume at the first prompt that is not whole; a picture depends on the weights, the sampler's
 settings and its place alone. What it was drawn with is kept in OUT/drawn-with.json.
 """
 

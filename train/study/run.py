@@ -1,4 +1,4 @@
-"""A study's runs, several at a time. What is finished has a row; the rest begins or goes on when it is run again."""
+"""A study's runs, several at a time. What is finished has a row; the rest begins or resumes when it is run again."""
 
 from __future__ import annotations
 

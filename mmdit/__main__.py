@@ -144,6 +144,8 @@ def convert(
         max_shard_bytes: Beyond, shards and an index are written.
         heads: Attention heads, where the tensors do not tell (no QK-norm, not the released models' one per block).
     """
+    if layout != "diffusers" and destination.is_dir():
+        raise ValueError(f"destination is {destination}, a folder; expected a file for layout {layout}")
     for line in left_behind(checkpoint.open_checkpoint(source).extra) if layout != "native" else ():
         print(f"warning: {line}, which layout {layout} cannot say", file=sys.stderr)
     known = {} if heads is None else {"heads": heads}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit import keyed
+from mmdit import keyed, numbers
 
 
 class Autoencoder(Protocol):
@@ -118,10 +118,11 @@ class KL:
 
     def __init__(
         self, folder: str, *, posterior: str = "mode", dtype: str = "float32", tiled: bool = False,
-        device: str = "cpu", weights: str | None = None,
+        device: str = "cpu", weights: str | None = None, settings: str | None = None,
     ) -> None:  # fmt: skip
         from mmdit.checkpoint.tensors import variant
-        from mmdit.encoders.pretrained import fingerprint_of
+        from mmdit.encoders.pretrained import fingerprint_of, settings_of
+        from mmdit.files import naming, read_object
 
         if posterior not in ("mode", "sample") or dtype not in ("float32", "bfloat16"):
             raise ValueError(
@@ -136,10 +137,17 @@ class KL:
         self._weights = fingerprint_of(Path(folder))
         if weights is not None and weights != self._weights:
             raise ValueError(f"autoencoder kl: the weights in {folder} are {self._weights}, not {weights}")
-        self.model: Any = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype),
-            variant=variant(Path(folder)),
-        )  # fmt: skip
+        self._settings = settings_of(folder)
+        if settings is not None and settings != self._settings:
+            raise ValueError(f"autoencoder kl: the configuration of {folder} is another")
+        read_object(Path(folder) / "config.json")
+        with naming(folder):
+            self.model: Any = AutoencoderKL.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype),
+                variant=variant(Path(folder)), low_cpu_mem_usage=False,
+            )  # fmt: skip
+            numbers.above("scaling_factor", self.model.config.scaling_factor, 0)
+            numbers.between("shift_factor", self.model.config.shift_factor or 0.0)
         self.model.eval().requires_grad_(False).to(device)
         if tiled:
             self.model.enable_tiling()
@@ -177,7 +185,8 @@ class KL:
 
     def spec(self) -> dict[str, Any]:
         settings = {"posterior": self.posterior, "dtype": self.dtype, "tiled": self.tiled}
-        return {"kind": "kl", "folder": self.folder, "weights": self._weights} | settings
+        found = {"kind": "kl", "folder": self.folder, "weights": self._weights, "settings": self._settings}
+        return found | settings
 
 
 AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace, "kl": KL, "unit": Scaled}

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mmdit import numbers
+
 Backbone = Literal["joint", "cross", "uvit"]
 
 
@@ -55,10 +57,11 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         # From JSON a tuple comes as a list; hashing and comparing want the tuple.
         object.__setattr__(self, "dual_attention", tuple(self.dual_attention))
-        sizes = ("depth", "heads", "head_dim", "in_channels", "patch_size", "context_dim", "pooled_dim", "conv_blocks")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"MMDiTConfig: {name} is {getattr(self, name)}; expected at least 1")
+        for name in (
+            "depth", "heads", "head_dim", "in_channels", "patch_size", "context_dim", "pooled_dim", "conv_blocks",
+            "mlp_ratio", "context_split", "resolution", "max_height", "max_width", "position_base", "token_pixels",
+        ):  # fmt: skip
+            numbers.whole(f"MMDiTConfig: {name}", getattr(self, name), 1)
         if self.weight_sets not in (1, 2, 3):
             raise ValueError(f"MMDiTConfig: weight_sets is {self.weight_sets}; expected 1, 2 or 3")
         if self.backbone not in get_args(Backbone):

@@ -16,14 +16,34 @@ from typing import Any
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what reads or writes a file: whatever a library raises becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
+        plain = isinstance(error, (OSError, ValueError, ImportError))
+        if plain and str(path) in said and "\n" not in str(error).strip():
+            raise
+        kind = next((k for k in (FileNotFoundError, OSError, ImportError) if isinstance(error, k)), ValueError)
+        raise kind(f"{path}: {said if plain else f'{type(error).__name__}: {said}'}") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; at the end it is on disk and takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a path to write to; at the end it is on disk and takes the place of `path`. What fails, as on a full disk,
+    leaves nothing behind. Raises: OSError that names the file."""
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if not partial.is_dir():
+            partial.unlink(missing_ok=True)
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -65,15 +85,28 @@ def read_json(path: Path) -> Any:
     """Raises: ValueError that names the file; FileNotFoundError."""
     try:
         return json.loads(read_text(path))
-    except ValueError as error:                              # UnicodeDecodeError and JSONDecodeError are both
+    except (ValueError, RecursionError) as error:            # UnicodeDecodeError and JSONDecodeError are both
         raise ValueError(f"{path} is no JSON that can be read ({error})") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """JSON of named values. Raises: ValueError that names the file; FileNotFoundError."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds JSON of the kind {type(found).__name__}; expected an object")
+    return found
+
+
 def decode(content: bytes) -> str:
-    """Text of UTF-8, with or without a byte order mark, or of UTF-16 with one. Raises: UnicodeDecodeError."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    return content.decode("utf-8-sig")
+    """Text of UTF-8, with or without a byte order mark, or of UTF-16 or UTF-32 with one.
+
+    Raises: UnicodeDecodeError; ValueError for NUL, which no text has: it is that of another encoding."""
+    wide = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+            (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+    text = content.decode(next((name for mark, name in wide if content.startswith(mark)), "utf-8-sig"))
+    if "\0" in text:
+        raise ValueError("it holds NUL characters: UTF-16 or UTF-32 without a byte order mark?")
+    return text
 
 
 def read_text(path: Path) -> str:

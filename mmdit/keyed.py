@@ -58,7 +58,8 @@ def rounded(one: int, other: int) -> tuple[int, int]:
 def philox(pair: tuple[int, int], *key: int) -> np.random.Generator:
     """A generator of 128 bits of key, at the counter that up to three more integers give."""
     counter = [0, *(k & MASK for k in key), *[0] * (3 - len(key))]      # the lowest word counts the blocks drawn
-    return np.random.Generator(np.random.Philox(key=np.array(pair, dtype=np.uint64), counter=counter))
+    key_words, counter_words = (np.array(words, dtype=np.uint64) for words in (pair, counter))
+    return np.random.Generator(np.random.Philox(key=key_words, counter=counter_words))
 
 
 def normals(shape: Sequence[int], seed: int, purpose: str, keys: Iterable[tuple[int, ...]]) -> Tensor:

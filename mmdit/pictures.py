@@ -18,6 +18,7 @@ SAID_IN_INFO = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats whose `info` has one of ORIENTATIONS where they say how a picture is turned: asking further takes as long as
 decoding a small one."""
 ORIENTATIONS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0        # of a TIFF; Pillow heeds it in 8 bits alone
 NO_RANGE = ("I", "F")                      # numbers without a largest one: no picture until somebody says how bright
 
 
@@ -44,6 +45,8 @@ def shown(image: Image.Image) -> Image.Image:
 
     if getattr(image, "n_frames", 1) > 1:
         image.seek(0)
+    tiles = getattr(image, "tile", None)
+    raw = str(tiles[0][3]) if tiles else ""                               # before loading, which forgets it
     image.load()
     if image.format not in SAID_IN_INFO or any(name in image.info for name in ORIENTATIONS):
         image = ImageOps.exif_transpose(image)
@@ -52,11 +55,25 @@ def shown(image: Image.Image) -> Image.Image:
     if image.mode in WIDE_GREY:
         hidden = image.info.get("transparency")
         wide = np.asarray(image).astype(np.uint16)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            wide = 65535 - wide
         grey = (wide >> 8).astype(np.uint8)
         if isinstance(hidden, int):
             grey = np.where(wide == hidden, 255, grey).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
+    colour = image.format == "PNG" and image.mode != "P" and not isinstance(image.info.get("transparency", b""), bytes)
+    if colour and ";" in raw:
+        image.info["transparency"] = _rescaled(image.info["transparency"], raw)
     whole = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+
+
+def _rescaled(colour: int | tuple[int, ...], raw: str) -> int | tuple[int, ...]:
+    """The colour of a PNG that is transparent, in 8 bits: Pillow brings the samples to those, and leaves this as the
+    file has it. raw: Pillow's name of the file's samples: "L;2", "RGB;16B"."""
+    bits = int("".join(filter(str.isdigit, raw.partition(";")[2])) or 8)
+    values = np.atleast_1d(colour).tolist()
+    scaled = [value >> 8 if bits == 16 else value * 255 // ((1 << bits) - 1) for value in values]
+    return scaled[0] if isinstance(colour, int) else tuple(scaled)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from mmdit import keyed, numbers, presets
 from mmdit.config import MMDiTConfig
@@ -15,6 +15,8 @@ from mmdit.files import read_json
 SIDE = ("run", "cache", "samples", "checkpoint_every", "keep", "device", "threads", "validation", "parallel",
         "skip_nonfinite", "read_ahead", "wandb", "keep_best", "log_every")  # fmt: skip
 """What may change when a run resumes: it does not decide the weights."""
+OptimizerKind = Literal["adamw", "muon"]
+MOST_THREADS = 1024
 Grid = Literal["paper", "midpoints", "mlperf"]
 
 
@@ -22,7 +24,7 @@ Grid = Literal["paper", "midpoints", "mlperf"]
 class Optimizer:
     """AdamW as in the paper, or Muon."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: OptimizerKind = "adamw"
     """muon: Muon for the matrices inside blocks, AdamW for the rest."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
@@ -163,18 +165,20 @@ class Config:
         if not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
         self._check_numbers()
-        least_one = {name: getattr(self, name) for name in ("batch", "keep", "log_every", "checkpoint_every")}
+        least_one: dict[str, Any] = {
+            name: getattr(self, name) for name in ("batch", "keep", "log_every", "checkpoint_every")
+        }
         least_one |= {"ema.every": self.ema.every, "samples.steps": self.samples.steps}
         least_one |= {"parallel.replicas": self.parallel.replicas, "parallel.accumulate": self.parallel.accumulate}
         least_one |= {"parallel.prefetch": self.parallel.prefetch}
         least_one |= {"validation.samples": self.validation.samples, "steps": 1 if self.steps is None else self.steps}
         for name, value in least_one.items():
-            if value < 1:
-                raise ValueError(f"Config: {name} is {value}; expected at least 1")
-        if self.read_ahead < 0:
-            raise ValueError(f"Config: read_ahead is {self.read_ahead}; expected 0 or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"Config: minutes is {self.minutes}; expected a number above 0")
+            numbers.whole(f"Config: {name}", value, 1)
+        if self.minutes is not None:
+            numbers.above("Config: minutes", self.minutes, 0)
+        for name, value in (("threads", self.threads), ("read_ahead", self.read_ahead)):
+            numbers.whole(f"Config: {name}", value, 0)
+            numbers.between(f"Config: {name}", value, 0, MOST_THREADS)
 
     def _check_numbers(self) -> None:
         """What cannot be meant, here and in the parts. Raises: ValueError, TypeError."""
@@ -188,17 +192,24 @@ class Config:
         for name, value in (("samples.guidance", samples.guidance), ("optimizer.weight_decay", optimizer.weight_decay),
                             ("optimizer.clip", optimizer.clip)):  # fmt: skip
             numbers.between(f"Config: {name}", value, 0)
-        for name, share in (("ema.decay", self.ema.decay), ("optimizer.betas", max(optimizer.betas)),
-                            ("optimizer.betas", min(optimizer.betas))):  # fmt: skip
-            numbers.between(f"Config: {name}", share, 0, 1)
+        numbers.between("Config: ema.decay", self.ema.decay, 0, 1)
+        if len(optimizer.betas) != 2:
+            raise ValueError(f"Config: optimizer.betas is {optimizer.betas}; expected two numbers")
+        for beta in optimizer.betas:
+            numbers.between("Config: optimizer.betas", beta, 0, 1)
+            if beta == 1:
+                raise ValueError(f"Config: optimizer.betas is {optimizer.betas}; expected numbers below 1")
+        if optimizer.kind not in get_args(OptimizerKind):
+            wanted = ", ".join(get_args(OptimizerKind))
+            raise ValueError(f"Config: optimizer.kind is {optimizer.kind!r}; expected one of {wanted}")
         for name, whole in (("optimizer.warmup", optimizer.warmup), ("validation.every", self.validation.every),
                             ("samples.every", samples.every), ("samples.count", samples.count),
-                            ("threads", self.threads), ("skip_nonfinite", self.skip_nonfinite)):  # fmt: skip
+                            ("skip_nonfinite", self.skip_nonfinite)):  # fmt: skip
             numbers.whole(f"Config: {name}", whole, 0)
         keyed.checked(self.seed)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+        return json.dumps(dataclasses.asdict(self), indent=1, default=_plain)
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -222,6 +233,11 @@ class Config:
         for name in SIDE:
             values.pop(name)
         return values
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, a number of NumPy as Python's."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def with_defaults(decides: dict[str, Any]) -> dict[str, Any]:

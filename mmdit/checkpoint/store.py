@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit import numbers
 from mmdit.checkpoint.layouts import LAYOUTS, OTHER_PARTS, POSITIONS, SD3_PREFIX, Piece, detect, infer, pieces
 from mmdit.checkpoint.tensors import DTYPES, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
 from mmdit.config import MMDiTConfig
-from mmdit.files import read_json, write_atomically
+from mmdit.files import naming, read_object, write_atomically
 from mmdit.model import MMDiT
 
 FORMAT = "rfkernels.mmdit"
@@ -130,7 +131,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Tensor], **kno
                 raise ValueError(f"{tensors.where}: tensor {name} belongs to nothing that is known")
             others[part] = others.get(part, 0) + 1
     if own:
-        config = MMDiTConfig.from_dict({**_own(tensors, "config"), **known})
+        with naming(tensors.where):
+            config = MMDiTConfig.from_dict({**_own(tensors, "config"), **known})
     elif layout == "native":
         if not known:
             raise ValueError(f"{tensors.where}: no configuration in its metadata; give its fields (depth=, ...)")
@@ -138,7 +140,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Tensor], **kno
     else:
         shapes = {n.removeprefix(prefix): e.shape for n, e in tensors.entries.items() if n.startswith(prefix)}
         beside = {} if path is None else _config_beside(path)
-        config = infer(layout, shapes, {**beside, **known}, tensors.where)
+        with naming(tensors.where):
+            config = infer(layout, shapes, {**beside, **known}, tensors.where)
     return Checkpoint(tensors, layout, prefix, config, extra, others)
 
 
@@ -168,10 +171,12 @@ def _config_beside(path: Path) -> dict[str, Any]:
     file = path.with_name("config.json")
     if not file.is_file():
         return {}
-    values = read_json(file)
+    values = read_object(file)
     if values.get("_class_name", "SD3Transformer2DModel") != "SD3Transformer2DModel":
         raise ValueError(f"{file} describes a {values['_class_name']}; expected SD3Transformer2DModel")
     names = {"num_attention_heads": "heads", "attention_head_dim": "head_dim"}
+    for name in names.keys() & values.keys():
+        numbers.whole(f"{file}: {name}", values[name], 1)
     return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
 
 

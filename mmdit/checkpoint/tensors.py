@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmdit.files import replacing, write_atomically
+from mmdit.files import read_object, replacing, write_atomically
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,7 +69,9 @@ class Source:
     @staticmethod
     def _shards(index: Path) -> list[Path]:
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
+            names = list(read_object(index)["weight_map"].values())
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError("its shards are no names of files beside it")
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} is no index of shards: {type(error).__name__} {error}") from error
         paths = [index.with_name(name) for name in dict.fromkeys(names)]

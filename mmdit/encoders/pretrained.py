@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint.tensors import variant
 from mmdit.encoders.features import TextFeatures
+from mmdit.files import naming
 
 CLIP_TOKENS = 77
+SETTINGS = (".json", ".txt", ".model")
+"""What files of a network's and a tokenizer's folder end in, besides weights."""
 
 
 def transformers() -> Any:
@@ -24,6 +28,25 @@ def transformers() -> Any:
     except ImportError as error:
         raise ImportError("CLIP and T5 need the extra: pip install 'rfkernels[encoders]'") from error
     return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' report of what it loaded: what matters of it is in the error."""
+    log = logging.getLogger("transformers")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def settings_of(*folders: str | Path) -> str:
+    """Of what else decides a network's output: its configuration, and a tokenizer's files."""
+    digest = hashlib.sha256()
+    for path in sorted({path for folder in folders for path in Path(folder).glob("*") if path.suffix in SETTINGS}):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -52,20 +75,30 @@ class _Pretrained:
     dim: int
     pooled_dim: int
 
-    def __init__(self, folder: str, tokenizer: str, max_tokens: int, dtype: str | None, weights: str | None) -> None:
+    def __init__(
+        self, folder: str, tokenizer: str, max_tokens: int, dtype: str | None, weights: str | None,
+        settings: str | None,
+    ) -> None:  # fmt: skip
         self.folder, self.tokenizer_folder, self.max_tokens, self._dtype = folder, tokenizer, max_tokens, dtype
         self._weights = fingerprint_of(Path(folder))
         if weights is not None and weights != self._weights:
             raise ValueError(f"text encoder {self.kind}: the weights in {folder} are {self._weights}, not {weights}")
-        package = transformers()
-        wanted = getattr(torch, dtype) if dtype else "auto"
-        self.model: nn.Module = self._model_class(package).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=wanted, variant=variant(Path(folder))
-        )
-        self.model.eval().requires_grad_(False)
         if not Path(tokenizer).is_dir():
             raise FileNotFoundError(f"text encoder {self.kind}: {tokenizer} is no folder with a tokenizer")
-        self._tokenizer = package.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self._settings = settings_of(folder, tokenizer)
+        if settings is not None and settings != self._settings:
+            raise ValueError(f"text encoder {self.kind}: the configuration or tokenizer of {folder} is another")
+        package, kind = transformers(), variant(Path(folder))
+        wanted = getattr(torch, dtype) if dtype else "auto"
+        with naming(folder), quiet():
+            self.model: nn.Module = self._model_class(package).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=wanted, variant=kind
+            )
+        self.model.eval().requires_grad_(False)
+        with naming(tokenizer):
+            self._tokenizer = package.AutoTokenizer.from_pretrained(
+                tokenizer, local_files_only=True, trust_remote_code=False
+            )
 
     def _model_class(self, package: Any) -> Any:
         raise NotImplementedError
@@ -100,7 +133,7 @@ class _Pretrained:
     def spec(self) -> dict[str, Any]:
         where = {"kind": self.kind, "folder": self.folder, "tokenizer": self.tokenizer_folder}
         sizes = {"dim": self.dim, "pooled_dim": self.pooled_dim, "max_tokens": self.max_tokens}
-        return where | {"weights": self._weights, "dtype": self._dtype} | sizes
+        return where | {"weights": self._weights, "settings": self._settings, "dtype": self._dtype} | sizes
 
 
 class Clip(_Pretrained):
@@ -119,8 +152,9 @@ class Clip(_Pretrained):
     def __init__(
         self, folder: str, tokenizer: str, *, projected: bool = True, beside: bool = False,
         max_tokens: int = CLIP_TOKENS, dtype: str | None = None, weights: str | None = None,
+        settings: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(folder, tokenizer, max_tokens, dtype, weights)
+        super().__init__(folder, tokenizer, max_tokens, dtype, weights, settings)
         config: Any = self.model.config
         self.projected, self.beside = projected, beside
         self.dim = config.hidden_size
@@ -150,9 +184,9 @@ class T5(_Pretrained):
 
     def __init__(
         self, folder: str, tokenizer: str, *, max_tokens: int = 256, dtype: str | None = None,
-        weights: str | None = None,
+        weights: str | None = None, settings: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(folder, tokenizer, max_tokens, dtype, weights)
+        super().__init__(folder, tokenizer, max_tokens, dtype, weights, settings)
         config: Any = self.model.config
         self.dim = config.d_model
 

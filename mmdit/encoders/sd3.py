@@ -15,7 +15,7 @@ import torch
 
 from mmdit.encoders.features import Conditioning, TextFeatures, assemble
 from mmdit.encoders.pretrained import CLIP_TOKENS, T5, Clip, _Pretrained
-from mmdit.files import read_json
+from mmdit.files import read_object
 
 
 class Sd3Text:
@@ -92,7 +92,9 @@ def from_folder(folder: Path, names: Sequence[str], make: Callable[..., Any]) ->
     """An encoder of a pipeline's folder, or None where it, or its entry in the index, is absent."""
     encoder, tokenizer = names
     index = folder / "model_index.json"
-    listed = read_json(index) if index.is_file() else {}
-    if not (folder / encoder).is_dir() or listed.get(encoder, [""])[0] is None:
+    listed = read_object(index).get(encoder, [""]) if index.is_file() else [""]
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{index}: {encoder} is {listed!r}; expected a library and a class")
+    if not (folder / encoder).is_dir() or listed[0] is None:
         return None
     return make(str(folder / encoder), str(folder / tokenizer))

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mmdit import numbers
+
 
 class Density(Protocol):
     def sample(self, u: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"LogitNormal: std is {self.std}; expected a number above 0")
+        numbers.between("LogitNormal: mean", self.mean)
+        numbers.above("LogitNormal: std", self.std, 0)
 
     def sample(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -99,8 +101,7 @@ class Shifted:
     alpha: float
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"Shifted: alpha is {self.alpha}; expected a number above 0")
+        numbers.above("Shifted: alpha", self.alpha, 0)
 
     def sample(self, u: Tensor) -> Tensor:
         return shift_time(self.density.sample(u), self.alpha)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mmdit import numbers
+
 SIGMA_DATA = 0.5
 """Standard deviation of the data that EDM reckons with."""
 
@@ -131,8 +133,8 @@ class Normal:
     std: float
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"Normal: std is {self.std}; expected a number above 0")
+        numbers.between("Normal: mean", self.mean)
+        numbers.above("Normal: std", self.std, 0)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (self.mean + self.std * torch.special.ndtri(t))

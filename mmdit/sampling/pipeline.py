@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mmdit import autoencoder as vae
-from mmdit import checkpoint, flow, keyed, pictures
+from mmdit import checkpoint, flow, keyed, numbers, pictures
 from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
 from mmdit.encoders.sd3 import from_folder
-from mmdit.files import read_json, replacing, write_atomically
+from mmdit.files import read_object, replacing, write_atomically
 from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, bar, denoise
@@ -61,12 +61,17 @@ def as_images(pictures: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pictures]
 
 
+def _plain(value: Any) -> Any:
+    """A number or numbers of NumPy or PyTorch as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
     """Atomically, with the parameters as JSON in the text chunk "parameters"."""
     from PIL import PngImagePlugin
 
     chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("parameters", json.dumps(parameters))
+    chunk.add_text("parameters", json.dumps(parameters, default=_plain))
     with replacing(path) as partial:
         image.save(partial, format="PNG", pnginfo=chunk)
 
@@ -129,9 +134,12 @@ class Pipeline:
         )  # fmt: skip
         kl = vae.KL(str(root / "vae"), dtype=vae_dtype, tiled=tiled, device=str(device))
         scheduler = root / "scheduler" / "scheduler_config.json"
-        shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
+        shift = read_object(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
+        numbers.above(f"{scheduler}: shift", shift, 0)
         file = root / "transformer" / "config.json"
-        side = read_json(file).get("sample_size") if file.is_file() else None
+        side = read_object(file).get("sample_size") if file.is_file() else None
+        if side is not None:
+            numbers.whole(f"{file}: sample_size", side, 1)
         return cls(model, text, kl, shift=shift, size=None if side is None else (side * kl.factor, side * kl.factor))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -201,9 +209,13 @@ class Pipeline:
         Raises: ValueError that names the argument.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
+        least_one = {"num_images_per_prompt": num_images_per_prompt, "batch": batch, "height": height, "width": width}
+        for name, value in least_one.items():
+            numbers.whole(f"Pipeline: {name}", value, 1)
+        numbers.between("Pipeline: strength", strength, 0, 1)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        height, width = height or self.size[0], width or self.size[1]
         self._check(prompts, negatives, height, width, unconditional, latents, image, mask_image, strength)
         values = {"steps": num_inference_steps, "guidance": guidance_scale, "shift": self.shift}
         chosen = Settings(**{**values, "schedule": "sd3_release", **settings})

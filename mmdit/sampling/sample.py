@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mmdit import autoencoder, checkpoint, flow, keyed, numbers
 from mmdit.config import MMDiTConfig
 from mmdit.encoders import Conditioning, TextEncoder, assemble, build
+from mmdit.files import naming
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.sampling import graphs
@@ -224,7 +225,8 @@ class Sampler:
             path = path / WEIGHTS
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = checkpoint.open_checkpoint(path)
-        return cls.from_extra(opened.model(device), opened.extra)
+        with naming(path):
+            return cls.from_extra(opened.model(device), opened.extra)
 
     @classmethod
     def from_extra(cls, model: MMDiT, extra: dict[str, Any]) -> Sampler:
@@ -272,7 +274,9 @@ class Sampler:
         """
         if not prompts:
             raise ValueError("no prompts given; expected at least one")
-        height, width = size or self.size
+        height, width = self.size if size is None else size
+        for name, value in (("batch", batch), ("height", height), ("width", width)):
+            numbers.whole(name, value, 1)
         cell = self.autoencoder.factor * self.model.config.patch_size
         if height % cell or width % cell or height < cell or width < cell:
             raise ValueError(f"size is {height} x {width}; expected multiples of {cell}")

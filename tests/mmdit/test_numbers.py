@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mmdit import flow, presets
 from mmdit.sampling.sample import Settings
 from train.config import Config, Ema, Optimizer, Parallel, Samples, Validation
 from train.data.settings import Precompute
@@ -36,11 +38,15 @@ def test_what_can_be_meant_passes():
      ("optimizer.betas", {"optimizer": Optimizer(betas=(0.9, 1.5))}), ("ema.decay", {"ema": Ema(decay=NAN)}),
      ("optimizer.clip", {"optimizer": Optimizer(clip=-1.0)}), ("optimizer.warmup", {"optimizer": Optimizer(warmup=-1)}),
      ("validation.every", {"validation": Validation(every=-1)}), ("threads", {"threads": -1}),
+     ("optimizer.betas", {"optimizer": Optimizer(betas=(0.9, NAN))}), ("batch", {"batch": 2.5}),
+     ("optimizer.betas", {"optimizer": Optimizer(betas=(1.0, 0.9))}),
+     ("optimizer.kind", {"optimizer": Optimizer(kind="sgd")}), ("minutes", {"steps": None, "minutes": INF}),
+     ("keep", {"keep": 1.5}), ("threads", {"threads": 100000}), ("read_ahead", {"read_ahead": 10**6}),
      ("parallel.timeout_minutes", {"parallel": Parallel(timeout_minutes=0.0)})),
 )  # fmt: skip
 def test_of_a_run(name, settings):
     with pytest.raises(ValueError, match=f"^Config: {name} is "):
-        Config(run=Path("run"), cache=Path("cache"), steps=1, **settings)
+        Config(run=Path("run"), cache=Path("cache"), **{"steps": 1, **settings})
 
 
 @pytest.mark.parametrize("seed", (None, 1.5, [3]))
@@ -54,3 +60,21 @@ def test_a_runs_seed_is_an_integer(seed):
 def test_of_precompute(name, value):
     with pytest.raises(ValueError, match=f"^precompute: {name} is "):
         Precompute(**{name: value})
+
+
+@pytest.mark.parametrize("name", ("rf/lognorm(nan,1)", "rf/lognorm(inf,1)", "rf/lognorm(0,inf)", "edm(nan,1)"))
+def test_of_a_formulation(name):
+    with pytest.raises(ValueError, match=r"is (nan|inf); expected a"):
+        flow.by_name(name)
+
+
+@pytest.mark.parametrize("name, value", (("mlp_ratio", 0), ("token_pixels", 0), ("max_height", -16), ("depth", "4"),
+                                         ("heads", 1.5), ("context_split", -1)))  # fmt: skip
+def test_of_a_model(name, value):
+    with pytest.raises(ValueError, match=f"^MMDiTConfig: {name} is "):
+        presets.tiny(**{name: value})
+
+
+def test_numbers_of_other_libraries_are_kept_as_numbers():
+    config = Config(run=Path("run"), cache=Path("cache"), steps=1, seed=np.int64(3))
+    assert Config.from_json(config.to_json()).seed == 3

@@ -110,3 +110,17 @@ def test_lab_is_converted(tmp_path):
     made = ImageCms.profileToProfile(Image.fromarray(COLOURS), srgb, lab, outputMode="LAB")
     made.save(tmp_path / "a.tif")
     assert abs(np.asarray(pictures.opened(tmp_path / "a.tif")).astype(int) - COLOURS).mean() < 4
+
+
+@pytest.mark.parametrize("depth, kind, row, clear", [
+    (2, 0, b"\x55", struct.pack(">H", 1)), (4, 0, b"\x55", struct.pack(">H", 5)),
+    (16, 2, struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC), struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)),
+])  # fmt: skip
+def test_the_clear_colour_of_a_png_is_white_in_every_depth(depth, kind, row, clear):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, depth, kind, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    file = io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+    assert pictures.shown(Image.open(file)).getpixel((0, 0)) == (255, 255, 255)

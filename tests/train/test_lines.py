@@ -19,7 +19,7 @@ from train.data.sources import open_source
 from train.evaluate.prompts import compbench
 
 CUTTING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"             # where str.splitlines cuts, besides newlines
-CAPTIONS = st.text(st.characters(exclude_categories=["Cs"])) | st.text(CUTTING + "a b")
+CAPTIONS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.text(CUTTING + "a b")
 
 
 def captions_through(folder, captions, source):

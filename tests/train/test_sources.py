@@ -38,7 +38,7 @@ def captions(cache):
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 NAMES = st.text("ab. é\u2028", min_size=1, max_size=6).filter(lambda name: name.strip(". ") and name[0] != ".")
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20)
 FILES = st.dictionaries(
     st.tuples(st.sampled_from(("", "one/", "one/two/", "__MACOSX/", ".hidden/")), NAMES),
     st.tuples(st.sampled_from((".png", ".PNG", ".txt", ".synthetic.txt", ".md", "", "._", "broken")), TEXTS),

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmdit.files import decode
+from mmdit.files import decode, naming
 from mmdit.pictures import SUFFIXES
 from train.data.folders import why_left
 from train.data.records import CAPTIONS, SYNTHETIC, DataError, Record, Records, printable, texts_of
@@ -83,19 +83,21 @@ def _members(path: Path, found: Records) -> list[tuple[str, Place]]:
     try:
         with tarfile.open(path, "r:") as tar:
             members = list(tar)
+            end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: not a complete, uncompressed tar archive ({error})") from error
-    files = {posixpath.normpath(m.name): (m.offset_data, m.size) for m in members if m.isfile()}
-    named = [(m.name, (m.offset_data, m.size)) for m in members if m.isfile()]
-    for m in members:
-        if m.islnk() or m.issym():
-            beside = "" if m.islnk() else posixpath.dirname(m.name)       # a symbolic link starts where it stands
-            target = posixpath.normpath(posixpath.join(beside, m.linkname))
-            if target in files:
-                named.append((m.name, files[target]))
-            else:
-                found.passed["a link to nothing in its archive"] += 1
-        elif not (m.isfile() or m.isdir()):
+    _check_end(path, end)
+    last = {posixpath.normpath(m.name): m for m in members}               # of several of one name tar takes the last
+    found.passed["an earlier file of one name"] += sum(not m.isdir() for m in members) - sum(
+        not m.isdir() for m in last.values()
+    )
+    named: list[tuple[str, Place]] = []
+    for m in last.values():
+        if (to := _followed(m, last)) is not None and to.isfile():
+            named.append((m.name, (to.offset_data, to.size)))
+        elif m.islnk() or m.issym():
+            found.passed["a link to nothing in its archive"] += 1
+        elif not m.isdir():
             found.passed["no file"] += 1
     kept = []
     for name, place in named:
@@ -106,6 +108,35 @@ def _members(path: Path, found: Records) -> list[tuple[str, Place]]:
     return kept
 
 
+def _check_end(path: Path, end: int) -> None:
+    """Raises: DataError unless zeros follow a tar's last member: tarfile takes a damaged header, or the end of the
+    first of two archives in one file, for the end of all."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(1 << 20)
+        while rest:
+            if rest.strip(b"\0"):
+                raise DataError(f"{path}: its last member ends at byte {end}, but more follows: is it damaged, or two?")
+            rest = file.read(1 << 20)
+    if path.stat().st_size < end + 512:
+        raise DataError(f"{path}: cut off after byte {end}: a tar ends with zeros")
+
+
+def _followed(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """What a member is in the end, links to links followed; None of one that leads nowhere."""
+    for _ in range(len(members)):
+        if not (member.islnk() or member.issym()):
+            return member
+        beside = "" if member.islnk() else posixpath.dirname(member.name)  # a symbolic link starts where it stands
+        target = posixpath.normpath(posixpath.join(beside, member.linkname))
+        if target.startswith("/") and member.islnk():                      # as tar strips it of members
+            target = target.lstrip("/")
+        if target not in members:
+            return None
+        member = members[target]
+    return None
+
+
 def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
     """Captions of a tar's sample, from its .json and its .txt. Raises: ValueError."""
     def read(name: str) -> str:
@@ -113,7 +144,10 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
         archive.seek(offset)
         return decode(archive.read(size))
 
-    loaded = json.loads(read("json")) if "json" in parts else {}
+    try:
+        loaded = json.loads(read("json")) if "json" in parts else {}
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     entry: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
     for name, into in (("txt", "caption"), ("caption", "caption"), ("synthetic.txt", "synthetic_caption")):
         if name in parts:
@@ -142,7 +176,8 @@ def parquet(path: Path, split: str | None) -> Records:
         wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in columns]
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
-            texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
+            with naming(path):
+                texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
             for row, entry in enumerate(texts):
                 said = texts_of(entry)
                 opener = partial(_bytes_in, path, group, row)
@@ -155,7 +190,7 @@ def parquet(path: Path, split: str | None) -> Records:
 @lru_cache(maxsize=2)
 def _row_group(path: Path, group: int) -> list[Any]:
     """Its images; of all files the last two, as records are read in order."""
-    with _table(path) as table:
+    with _table(path) as table, naming(path):
         found: list[Any] = table.read_row_group(group, columns=["image"]).column("image").to_pylist()
     return found
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mmdit.files import write_atomically
+from mmdit.files import claimed, read_object, write_atomically
+from train.data.records import DataError
 from train.data.shards import Bucket, Index, Sample, captions_of, damage, write_shard
 
 QUARANTINE = "quarantine"
@@ -39,7 +41,12 @@ class Block:
     def load(cls, cache: Path, number: int) -> Block:
         """As it was left, or a new one."""
         path = cls.path(cache, number)
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls(number)
+        if not path.is_file():
+            return cls(number)
+        try:
+            return cls(**read_object(path))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}): remove it, and precompute makes its block anew") from error
 
     def save(self, cache: Path) -> None:
         write_atomically(self.path(cache, self.number), json.dumps(asdict(self)).encode())
@@ -92,9 +99,15 @@ def check(cache: Path, *, take_out: bool = False, make_anew: bool = False) -> li
     Args:
         take_out: move them to CACHE/quarantine and out of the index; the cache can be used without them.
         make_anew: besides, call their blocks and the cache unfinished, so that precompute makes what they held anew.
-    Raises: DataError if there is no index, or it is damaged."""
+    Raises: DataError if there is no index, or it is damaged; InUse if the cache is to be changed and another process
+        fills it."""
     index = Index.load(cache)
-    blocks = {int(path.stem): Block.load(cache, int(path.stem)) for path in (cache / "blocks").glob("*.json")}
+    with claimed(cache) if take_out or make_anew else nullcontext():
+        return _checked(cache, index, take_out, make_anew)
+
+
+def _checked(cache: Path, index: Index, take_out: bool, make_anew: bool) -> list[str]:
+    blocks = {int(path.stem): Block.load(cache, int(path.stem)) for path in (cache / "blocks").glob("*[0-9].json")}
     listed = index.shards if index.complete else gathered(blocks[number] for number in sorted(blocks))
     found = []
     for bucket, entry in tqdm([(b, e) for b, es in listed.items() for e in es], desc=f"verify {cache}", disable=None):

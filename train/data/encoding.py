@@ -12,6 +12,7 @@ from train.data.settings import Precompute
 from train.data.shards import INDEX, Index
 from train.engine.parallel import World
 
+OWN = ("words", "minilm")
 RELEASED = {"clip_l": "", "clip_g": "_2", "t5": "_3"}          # and what their folders' names end in
 
 
@@ -35,6 +36,8 @@ def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.A
 
 def build_encoder(config: Precompute, name: str, device: torch.device) -> encoders.TextEncoder:
     if name not in RELEASED:
+        if name not in OWN:
+            raise DataError(f"text encoder {name!r} is unknown; expected one of {', '.join((*OWN, *RELEASED))}")
         return encoders.build({"kind": name, **({"max_tokens": config.max_words} if name == "words" else {})})
     if config.pipeline is None:
         raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")

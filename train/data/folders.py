@@ -38,7 +38,10 @@ def suffix_of(path: str) -> str:
 def files_below(folder: Path, passed: Counter[str]) -> list[str]:
     """Relative to it, in order; linked folders too, each folder once."""
     found, seen, whole = [], set(), len(os.path.join(folder, ""))
-    for here, folders, names in os.walk(folder, followlinks=True):
+    def stop(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for here, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders.sort()
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
@@ -62,7 +65,7 @@ def _reason(path: str) -> str:
 def _with_sidecars(folder: Path) -> Records:
     found = Records()
     pictures: list[str] = []
-    texts: set[str] = set()
+    texts: dict[str, str] = {}                                     # by the name in lower case after the first part
     used: set[str] = set()
     for path in files_below(folder, found.passed):
         suffix = suffix_of(path)
@@ -73,23 +76,29 @@ def _with_sidecars(folder: Path) -> Records:
                 pictures.append(path)
             else:
                 found.passed["a link to nothing"] += 1
-        elif path.endswith(".txt"):
-            texts.add(path)
+        elif suffix == ".txt":
+            texts[_sidecar(path)] = path
         else:
             found.passed[_reason(path)] += 1
     for path in pictures:
-        files = [file if (file := os.path.splitext(path)[0] + kind) in texts else None for kind in SIDECARS]
+        files = [texts.get(os.path.splitext(path)[0] + kind) for kind in SIDECARS]
         used.update(file for file in files if file)
         try:
             captions = [read_text(folder / file) if file else None for file in files]
             said = texts_of(dict(zip(("caption", "synthetic"), captions, strict=True)))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:                                   # UnicodeDecodeError is one
             said = {"caption": None, "synthetic": None, "problem": f"its caption cannot be read ({error})"}
         found.append(_record(folder, path, None, said))
     found.files = len(pictures) + len(used)
-    if left := len(texts - used):
+    if left := len(set(texts.values()) - used):
         found.passed["a caption without a picture"] += left
     return found
+
+
+def _sidecar(path: str) -> str:
+    """A caption's file by its name with the suffix in lower case."""
+    end = next((kind for kind in reversed(SIDECARS) if path.lower().endswith(kind)), "")
+    return path[: -len(end)] + end
 
 
 def _record(folder: Path, path: str, split: str | None, said: dict[str, str | None]) -> Record:
@@ -110,7 +119,8 @@ def _listed(folder: Path, splits: Mapped) -> Records:
     taken: set[str] = set()
     for where, name, split, said in _lines(folder / METADATA, splits):
         inside = PurePosixPath(name)
-        if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts or not name:
+        odd = not name or "\0" in name or not _encodable(name)
+        if odd or inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
             raise DataError(f"{where}: file_name is {name!r}; expected a path below {folder}")
         listed.add(str(inside))
         if split == LEFT_OUT:
@@ -126,11 +136,19 @@ def _listed(folder: Path, splits: Mapped) -> Records:
     return found
 
 
+def _encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, str, str | None, dict[str, str | None]]]:
     """(where it stands, file_name, split, texts) of each."""
     try:
         lines = read_lines(path)
-    except UnicodeDecodeError as error:
+    except ValueError as error:                                                  # UnicodeDecodeError is one
         told = f"{path} is neither UTF-8 nor UTF-16 with a byte order mark ({error}): save it as UTF-8"
         raise DataError(told) from error
     for number, line in enumerate(lines, 1):
@@ -142,7 +160,7 @@ def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, str, str | None, d
             name = entry["file_name"]
             if not isinstance(name, str):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{where}: expected JSON with file_name") from error
         split = entry.get("split")
         yield where, name, None if split is None else named(split, splits, where), texts_of(entry)

@@ -175,12 +175,13 @@ class _Work:
                 raise DataError(f"{record.key}: no caption")
             stamp = record.stamp()
             image, digest = record.read()
+            height, width = _closest(image.height / image.width, self.config.buckets)
+            pixels = fit_into(image, height, width)
         except DataError as error:
-            return error
+            return error if record.key in str(error) else DataError(f"{record.key}: {error}")
         file = {} if stamp is None or digest is None else {"stamp": stamp, "digest": digest}
-        height, width = _closest(image.height / image.width, self.config.buckets)
         bucket = f"{split_of(record, self.config.val_share)}/{height}x{width}"
-        return i, record, bucket, fit_into(image, height, width), file
+        return i, record, bucket, pixels, file
 
     def _encode(self, batch: list[Image]) -> list[Sample]:
         latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels, _ in batch]))).cpu()
@@ -227,11 +228,27 @@ def _begin(cache: Path, settings: dict) -> Index:
         index.save(cache)
         return index
     index = Index.load(cache)
+    settings = _as_known(settings, index.settings)
     if index.fingerprint != Index(settings).fingerprint:
         changed = sorted(k for k in settings if index.settings.get(k) != settings[k])
         raise DataError(f"{cache} was made with other settings ({', '.join(changed)} differ): choose another --cache")
     index.complete = False
     return index
+
+
+def _as_known(settings: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what an older version's cache says nothing of: which configuration a network had."""
+
+    def known(part: Any, before: Any) -> Any:
+        if not isinstance(part, dict) or not isinstance(before, dict) or "settings" in before:
+            return part
+        return {name: value for name, value in part.items() if name != "settings"}
+
+    encoders = former.get("encoders", [])
+    pairs = zip(settings["encoders"], encoders, strict=True) if len(encoders) == len(settings["encoders"]) else ()
+    found = [known(part, before) for part, before in pairs] or settings["encoders"]
+    vae = known(settings["autoencoder"], former.get("autoencoder"))
+    return {**settings, "encoders": found, "autoencoder": vae}
 
 
 def _digest(records: list[Record]) -> str:

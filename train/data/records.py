@@ -51,17 +51,19 @@ class Record:
                     return pictures.shown(image), digest_of(found)
             return pictures.shown(found), None
         except Exception as error:                       # Pillow raises OSError, SyntaxError, ValueError, struct.error
-            raise DataError(f"{self.key}: not a readable image ({type(error).__name__}: {error})") from error
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise DataError(f"{self.key}: not a readable image ({type(error).__name__}: {said})") from error
 
     def stamp(self) -> str | None:
-        """Size and time of its file, which change when somebody writes it: cheap to ask."""
+        """Size and times of its file, which change when somebody writes it: cheap to ask. The second is that of the
+        last change of any kind, which nobody can set back."""
         if self.file is None:
             return None
         try:
             status = os.stat(self.file)
-        except OSError:
+        except (OSError, ValueError):
             return "gone"
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
     def digest(self) -> str | None:
         """Of the file, None of a picture that is drawn, or that cannot be opened."""
@@ -112,6 +114,8 @@ def texts_of(entry: dict[str, Any]) -> dict[str, str | None]:
     """caption, synthetic and problem of a Record, from metadata."""
     caption, synthetic = _first(entry, CAPTIONS), _first(entry, SYNTHETIC)
     for text in (caption, synthetic):
+        if "\0" in (text or ""):
+            return {"caption": None, "synthetic": None, "problem": "its caption holds NUL characters"}
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:

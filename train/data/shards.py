@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmdit import numbers
 from mmdit.autoencoder import Unit
 from mmdit.encoders import TextFeatures, fingerprint
-from mmdit.files import read_lines, write_atomically
+from mmdit.files import read_lines, read_object, write_atomically
 from train.data.records import DataError
 
 VERSION = 2
@@ -77,17 +78,28 @@ class Index:
         if not path.is_file():
             raise DataError(f"{cache} is not a precomputed cache (no {INDEX}); make it with python -m train precompute")
         try:
-            body = json.loads(path.read_text())
+            body = read_object(path)
             index = cls(body["settings"], body["complete"], body["shards"])
             written = (body["version"], body["fingerprint"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}); precompute again into an empty folder") from error
+            _check_entries(body["shards"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error!r}); precompute again into an empty folder") from error
         if written != (VERSION, index.fingerprint):
             raise DataError(
                 f"{path}: fingerprint {written[1]} (version {written[0]}) does not match its settings "
                 f"({index.fingerprint}, version {VERSION}): the cache is stale; precompute again into an empty folder"
             )
         return index
+
+
+def _check_entries(shards: dict[str, list[dict[str, Any]]]) -> None:
+    """Raises: KeyError, TypeError, AttributeError or ValueError unless it lists shards by bucket."""
+    for bucket, entries in shards.items():
+        for entry in entries:
+            if not isinstance(entry["file"], str) or not isinstance(entry["sha256"], str):
+                raise TypeError(f"a shard of {bucket} without a name")
+            for name in ("bytes", "samples"):
+                numbers.whole(f"{name} of {entry['file']}", entry[name], 0)
 
 
 def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -110,8 +122,16 @@ def write_shard(cache: Path, file: str, samples: Sequence[Sample]) -> dict[str, 
 
 
 def captions_of(shard: Path) -> list[dict[str, Any]]:
-    """{"id", "key", "caption", ...} of each sample."""
-    return [json.loads(line) for line in read_lines(shard.with_suffix(".jsonl"))]
+    """{"id", "key", "caption", ...} of each sample. Raises: DataError."""
+    file = shard.with_suffix(".jsonl")
+    try:
+        found = [json.loads(line) for line in read_lines(file)]
+        if all({"id", "key", "caption"} <= entry.keys() for entry in found):
+            return found
+        reason = "an entry lacks id, key or caption"
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        reason = str(error)
+    raise DataError(f"{file} is damaged ({reason}): run python -m train verify --repair, then precompute again")
 
 
 class Cache:
@@ -186,9 +206,12 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
         return f"has {path.stat().st_size} bytes, the index says {entry['bytes']}"
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         return "its checksum differs from the index"
-    captions = path.with_suffix(".jsonl")
-    if not captions.is_file() or len(read_lines(captions)) != entry["samples"]:
-        return f"its captions in {captions.name} are missing or cut off"
+    try:
+        captions = captions_of(path)
+    except DataError:
+        captions = []
+    if len(captions) != entry["samples"]:
+        return f"its captions in {path.with_suffix('.jsonl').name} are missing, damaged or cut off"
     return None
 
 
@@ -217,10 +240,13 @@ class Bucket:
         tensors = self._open(number)
         i = row - int(self.starts[number])
         features = []
-        for e in range((len(tensors) - 2) // 3):
-            start, stop = tensors[f"{e}.offsets"][i : i + 2].tolist()
-            features.append(TextFeatures(tensors[f"{e}.tokens"][start:stop], tensors[f"{e}.pooled"][i]))
-        return Sample(int(tensors["ids"][i]), "", "", tensors["latents"][i], features)
+        try:
+            for e in range((len(tensors) - 2) // 3):
+                start, stop = tensors[f"{e}.offsets"][i : i + 2].tolist()
+                features.append(TextFeatures(tensors[f"{e}.tokens"][start:stop], tensors[f"{e}.pooled"][i]))
+            return Sample(int(tensors["ids"][i]), "", "", tensors["latents"][i], features)
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(f"{self.files[number]}: not a shard of samples ({error!r})") from error
 
     def captions(self) -> list[str]:
         """All captions, row by row."""

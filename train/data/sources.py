@@ -36,15 +36,18 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
     if name == "openmoji":
         return Records(openmoji.records())
     known, found = mapped(splits), Records()
-    for path in (paths := _paths(name, found.passed)):
-        if path.is_dir():
-            found.join(folders.read(path, known))
-            if not found:
-                found = Records()
-                paths = _archives_below(path, found.passed)
-    for path, split in zip(paths, of_archives(paths, known), strict=True):
-        if path.is_dir():
+    archives: list[Path] = []
+    for path in _paths(name, found.passed):
+        if not path.is_dir():
+            archives.append(path)
             continue
+        below = folders.read(path, known)
+        if not below and (inside := _archives_below(path)):
+            below = Records()
+            _count_beside(path, set(inside), below.passed)
+            archives += [path / file for file in inside]
+        found.join(below)
+    for path, split in zip(archives, of_archives(archives, known), strict=True):
         if split == LEFT_OUT:
             found.passed["an archive of a split that is left out"] += 1
         else:
@@ -77,19 +80,21 @@ def _paths(name: str, passed: Counter[str]) -> list[Path]:
 
 def _of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
     """Its archives, or itself where it has none, or lists its pictures."""
-    archives = sorted(p for p in folder.iterdir() if p.suffix in READERS and not p.name.startswith("._"))
+    archives = sorted(p for p in folder.iterdir() if _is_archive(p) and not p.name.startswith("._"))
     if not archives or (folder / folders.METADATA).is_file():
         return [folder]
     _count_beside(folder, {path.name for path in archives}, passed)
     return archives
 
 
-def _archives_below(folder: Path, passed: Counter[str]) -> list[Path]:
+def _is_archive(path: Path) -> bool:
+    return folders.suffix_of(path.name) in READERS and not path.is_dir()
+
+
+def _archives_below(folder: Path) -> list[str]:
     """Of a folder without pictures: a clone of a hub's data set."""
     files = folders.files_below(folder, Counter())
-    found = [path for path in files if folders.suffix_of(path) in READERS and folders.why_left(path) is None]
-    _count_beside(folder, set(found), passed)
-    return [folder / path for path in found]
+    return [path for path in files if folders.suffix_of(path) in READERS and folders.why_left(path) is None]
 
 
 def _count_beside(folder: Path, archives: set[str], passed: Counter[str]) -> None:
@@ -102,9 +107,10 @@ def _count_beside(folder: Path, archives: set[str], passed: Counter[str]) -> Non
 
 
 def _reader(path: Path) -> Callable[[Path, str | None], Records]:
-    if path.suffix not in READERS:
+    suffix = folders.suffix_of(path.name)
+    if suffix not in READERS:
         raise DataError(f"source {str(path)!r} is neither a folder nor a .tar or .parquet")
-    return READERS[path.suffix]
+    return READERS[suffix]
 
 
 def _shapes(copies: int) -> Iterator[Record]:
@@ -135,10 +141,18 @@ def _scenes(copies: int) -> Iterator[Record]:
 DRAWN: dict[str, Callable[[int], Iterator[Record]]] = {"shapes": _shapes, "scenes": _scenes}
 
 
+MOST_PIXELS = 1 << 28         # of a picture on its way: one of 65,500 x 1 would need 17 GB to cover a square
+
+
 def fit_into(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resized to cover height x width, then centre-cropped; uint8 [height, width, 3]."""
+    """Resized to cover height x width, then centre-cropped; uint8 [height, width, 3].
+
+    Raises: DataError for a picture so long and narrow that memory would not hold it."""
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size[0] * size[1] > MOST_PIXELS:
+        came = f"{image.width} x {image.height} pixels, which cover {width} x {height} as {size[0]} x {size[1]}"
+        raise DataError(f"{came}: too long and narrow")
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mmdit import checkpoint as weights
-from mmdit.files import write_atomically
+from mmdit.files import naming, read_object, write_atomically
 from train.config import Config
 from train.engine import parallel
 from train.engine.ema import EmaWeights
@@ -23,9 +23,9 @@ class Best:
     def __init__(self, config: Config, world: World, extra: dict[str, Any], step: int) -> None:
         self.config, self.world, self.extra = config, world, extra
         path = config.run / ABOUT
-        found = json.loads(path.read_text()) if path.is_file() else {"step": 0, "loss": float("inf")}
-        # a run that resumes from before its best step makes it again
-        self.lowest = float(found["loss"]) if found["step"] <= step else float("inf")
+        found = read_object(path) if path.is_file() else {"step": 0, "loss": float("inf")}
+        with naming(path):                            # a run that resumes from before its best step makes it again
+            self.lowest = float(found["loss"]) if found["step"] <= step else float("inf")
 
     def offer(self, step: int, loss: float | None, model: nn.Module, ema: EmaWeights) -> None:
         """On all processes, after a validation of the average (None: there was none)."""

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmdit.config import MMDiTConfig
-from mmdit.files import write_atomically
+from mmdit.files import naming, read_object, write_atomically
 from train.config import with_defaults
 from train.engine.ema import EmaWeights
 from train.engine.parallel import World
@@ -175,10 +175,13 @@ class Checkpoints:
         if not found:
             return Progress()
         path = found[-1]
-        about = json.loads((path / ABOUT).read_text())
-        written = {k: v for k, v in with_defaults(about["decides"]).items() if k in decides or k in about["decides"]}
-        if "model" in written:                                       # fields that have come since are at their defaults
-            written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
+        about = read_object(path / ABOUT)
+        with naming(path / ABOUT):
+            progress = Progress(about["step"], about["seconds"], about["skipped"])
+            known = with_defaults(about["decides"])
+            written = {k: v for k, v in known.items() if k in decides or k in about["decides"]}
+            if "model" in written:                                   # fields that have come since are at their defaults
+                written["model"] = json.loads(json.dumps(MMDiTConfig.from_dict(written["model"]).to_dict()))
         changed = sorted(k for k in decides.keys() | written.keys() if written.get(k) != decides.get(k))
         if why := _another(changed, decides):
             raise ValueError(f"{self.folder.parent} holds a run with other settings ({', '.join(changed)}){why}")
@@ -202,5 +205,5 @@ class Checkpoints:
             owner, kind = name.rsplit(".", 1)
             parameter = parameters[owner]
             optimizer.state[parameter][kind] = value.to(parameter.device) if fused and kind == "step" else value
-        self._newest = about["step"]
-        return Progress(about["step"], about["seconds"], about["skipped"])
+        self._newest = progress.step
+        return progress

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdit.files import read_lines, write_atomically
+from mmdit.files import naming, read_lines, write_atomically
 from mmdit.sampling.sample import grid
 from train.config import Config
 
@@ -43,7 +43,8 @@ class Log:
         if not writes:
             return
         run.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        with naming(self.path):
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -73,7 +74,7 @@ class Log:
         self._append(self.run / "speed.jsonl", step, values)
 
     def _append(self, path: Path, step: int, values: dict[str, float]) -> None:
-        with path.open("a") as file:
+        with naming(path), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit.encoders.pretrained import quiet
+from mmdit.files import naming
+
 BATCH = 64         # pictures or captions at a time
 
 
@@ -44,9 +47,9 @@ class Clip:
         processor = getattr(transformers, pil if hasattr(transformers, pil) else "CLIPImageProcessor")
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder} is no folder of a CLIPModel")
-        self.model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        self.processor = processor.from_pretrained(folder, local_files_only=True)
+        self.model = _loaded(transformers.CLIPModel, folder, use_safetensors=True).eval().to(device)
+        self.tokenizer = _loaded(transformers.CLIPTokenizer, folder)
+        self.processor = _loaded(processor, folder)
         self.device = device
 
     def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
@@ -74,6 +77,12 @@ class Clip:
         tokens = self.tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(self.device)
         out: Tensor = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
         return out
+
+
+def _loaded(kind: Any, folder: str | os.PathLike[str], **more: Any) -> Any:
+    """From a folder; no pickle, no code that lies in it. Raises: an error that names it."""
+    with naming(folder), quiet():
+        return kind.from_pretrained(folder, local_files_only=True, **more)
 
 
 def _batched(items: Sequence[Any] | np.ndarray, of: Callable[[Any], Tensor]) -> Tensor:

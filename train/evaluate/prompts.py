@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mmdit.files import read_lines, replacing, write_atomically
+from mmdit.files import naming, read_lines, read_object, replacing, write_atomically
 from mmdit.sampling.sample import grid
 
 Draw = Callable[[list[str], int], np.ndarray]
@@ -41,7 +41,10 @@ def geneval(metadata: Path, out: Path, images: int = 4) -> Iterator[Task]:
     for i, line in enumerate(_lines(metadata)):
         try:
             prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if not isinstance(prompt, str) or "\0" in prompt:
+                raise TypeError
+            prompt.encode()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{metadata}, line {i + 1}: expected JSON with a "prompt"') from error
         folder = out / f"{i:05}"
         files = [folder / "samples" / f"{k:05}.png" for k in range(images)]
@@ -54,13 +57,14 @@ def compbench(prompts: Path, out: Path, images: int = 10) -> Iterator[Task]:
     Raises: ValueError for a prompt that cannot be a file's name, as its scripts want."""
     for i, line in enumerate(_lines(prompts)):
         prompt = line.split("\t")[0]
-        if "/" in prompt or len(prompt.encode()) > 230:
+        if "/" in prompt or "\0" in prompt or len(prompt.encode()) > 230:
             raise ValueError(f"{prompts}, line {i + 1}: {prompt!r} cannot be part of a file's name")
         yield Task(prompt, [out / "samples" / f"{prompt}_{i * images + k:06}.png" for k in range(images)])
 
 
 def _lines(path: Path) -> list[str]:
-    found = [line.strip() for line in read_lines(path) if line.strip()]
+    with naming(path):
+        found = [line.strip() for line in read_lines(path) if line.strip()]
     if not found:
         raise ValueError(f"{path} holds no prompts")
     return found
@@ -74,7 +78,7 @@ def fill(tasks: list[Task], draw: Draw, out: Path, about: dict[str, object]) -> 
     stamp = out / "drawn-with.json"
     prompts = hashlib.sha256(json.dumps([[task.prompt, len(task.files)] for task in tasks]).encode()).hexdigest()
     own = json.loads(json.dumps({**about, "prompts": prompts}))
-    if stamp.is_file() and (former := json.loads(stamp.read_text())) != own:
+    if stamp.is_file() and (former := read_object(stamp)) != own:
         differs = sorted(name for name in own.keys() | former.keys() if own.get(name) != former.get(name))
         raise ValueError(f"{out} holds pictures drawn with other {', '.join(differs)}; move it away or delete it")
     write_atomically(stamp, json.dumps(own, indent=1).encode())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 
+from mmdit import numbers
 from mmdit.files import claimed, write_atomically
 from mmdit.sampling.sample import Sampler, grid
 from train.config import Config
@@ -76,6 +77,9 @@ def evaluate(wanted: Evaluation) -> dict[str, float]:
     """`measure`, by one process at a time; the run itself may go on beside it."""
     if not (wanted.run / "config.json").is_file():
         raise FileNotFoundError(f"{wanted.run} is no run folder: it holds no config.json")
+    for name in ("images", "reference", "steps", "batch"):
+        numbers.whole(name, getattr(wanted, name), 1)
+    numbers.between("guidance", wanted.guidance, 0)
     with claimed(wanted.run, "evaluation.lock"):
         return measure(wanted)
 

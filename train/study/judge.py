@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdit import keyed
 from mmdit.autoencoder import to_float
-from mmdit.files import replacing
+from mmdit.files import naming, replacing
 from train.data import shapes
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,8 @@ def trained(folder: Path, seed: int = 0) -> Judge:
         torch.manual_seed(seed)
         judge = Judge()
     if path.is_file():
-        judge.load_state_dict(load_file(path))
+        with naming(path):
+            judge.load_state_dict(load_file(path))
         return judge.eval()
     everything = shapes.everything()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)

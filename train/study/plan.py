@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmdit.files import read_object
 from train import recipes
 from train.config import Config, Ema, Optimizer, Samples, Validation
 
@@ -115,4 +115,4 @@ def row_path(study: Study, job: Job) -> Path:
 
 def rows(study: Study) -> list[dict[str, Any]]:
     """Of all finished runs."""
-    return [json.loads(path.read_text()) for path in sorted((study.folder / "rows").glob("*.json"))]
+    return [read_object(path) for path in sorted((study.folder / "rows").glob("*.json"))]

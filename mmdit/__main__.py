@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 
 try:
-    from tyro.conf import Positional
+    from tyro.conf import Positional, UseAppendAction
 except ImportError:
     sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
 
 from mmdit import checkpoint, commands, numbers, pictures
+from mmdit.adapters.commands import lora as lora_command
+from mmdit.adapters.commands import put_on, weighted
 from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.sampling.pipeline import Pipeline, save_png
@@ -39,6 +41,7 @@ def sample(
     skip_blocks: tuple[int, ...] = (),
     graph: bool = True,
     device: str | None = None,
+    lora: UseAppendAction[tuple[str, ...]] = (),
     weights: Path | None = None,
     dtype: Dtype | None = None,
     negative: str = "",
@@ -69,6 +72,7 @@ def sample(
         skip_blocks: Skip-layer guidance: 7 8 9 for SD3.5 medium.
         graph: On a GPU, replay the model as a CUDA graph; --no-graph saves the memory that it keeps.
         device: cpu, cuda, ...; a GPU if there is one.
+        lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
         weights: Pipeline: the model's weights from another file, in any layout.
         dtype: Pipeline: of the model; as stored unless given.
         negative: Pipeline: negative prompt.
@@ -94,6 +98,8 @@ def sample(
             source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,
             offload=offload, tiled=tiled,
         )  # fmt: skip
+        for file, weight in map(weighted, lora):
+            pipe.load_lora(file, weight)
         height, width = size or (None, None)
         drawn = pipe(
             prompts, negative_prompt=negative, unconditional=unconditional, height=height, width=width, seed=seed,
@@ -105,12 +111,15 @@ def sample(
         print("wrote " + ", ".join(map(str, drawn.save(out))))
         return
     sampler = Sampler.load(source, device)
+    for note in put_on(sampler.model, lora):
+        print(f"note: {note}", file=sys.stderr)
     settings |= {"steps": sampler.steps if steps is None else steps}
     settings |= {"guidance": sampler.guidance if guidance is None else guidance}
     images = sampler(prompts, seed=seed, size=size, progress=True, **settings)
     scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
     picture = grid(images, scale=scale, margin=0 if len(images) == 1 else 2)
-    save_png(picture, out, {"prompts": prompts, "seed": seed, "size": list(images.shape[1:3]), **settings})
+    save_png(picture, out, {"prompts": prompts, "seed": seed, "size": list(images.shape[1:3]), "lora": list(lora),
+                           **settings})  # fmt: skip
     print(f"wrote {out}")
 
 
@@ -175,6 +184,7 @@ def inspect(source: Positional[Path], config: bool = False) -> None:
 
 PROG = "python -m mmdit"
 COMMANDS = {f.__name__: commands.flags(f, f"{PROG} {f.__name__}") for f in (sample, info, convert, inspect)}
+COMMANDS["lora"] = lora_command
 
 
 def main() -> None:

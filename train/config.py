@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from mmdit import keyed, numbers, presets
+from mmdit.adapters import Lora
 from mmdit.config import MMDiTConfig
 from mmdit.files import read_json
 
@@ -123,6 +124,8 @@ class Config:
     """Scale latents to mean 0 and deviation 1, by the cache's own statistics."""
     initial: Path | None = None
     """Weights to start from, in any layout; norms of q and k that they lack start at one."""
+    adapter: Lora = field(default_factory=Lora)
+    """Train low-rank adapters of `initial` instead of the whole model."""
     batch: int = 64
     """Samples per step."""
     steps: int | None = None
@@ -133,6 +136,8 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     encoder_dropout: float = 0.464
     """Probability of zeroing each text encoder, independently. With three encoders 0.464 leaves 10 % unconditional."""
+    caption_dropout: float = 0.0
+    """Probability of zeroing all of them at once."""
     validation: Validation = field(default_factory=Validation)
     samples: Samples = field(default_factory=Samples)
     log_every: int = 10
@@ -162,8 +167,11 @@ class Config:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
-        if not 0 <= self.encoder_dropout <= 1:
-            raise ValueError(f"Config: encoder_dropout is {self.encoder_dropout}; expected a probability")
+        for name in ("encoder_dropout", "caption_dropout"):
+            numbers.between(f"Config: {name}", getattr(self, name), 0, 1)
+        if self.adapter.rank and (self.initial is None or self.optimizer.kind != "adamw"):
+            came = f"initial is {self.initial} and optimizer.kind {self.optimizer.kind}"
+            raise ValueError(f"Config: {came}; an adapter needs the weights that it adapts, and AdamW")
         self._check_numbers()
         least_one: dict[str, Any] = {
             name: getattr(self, name) for name in ("batch", "keep", "log_every", "checkpoint_every")

@@ -7,12 +7,12 @@
 `layers` has the layer, `lora` which layers are meant, `parts` low-rank parts apart from any model, `formats` the files.
 """
 
-from mmdit.adapters.formats import FORMATS, read, save
+from mmdit.adapters.formats import FORMATS, about, is_file, read, save
 from mmdit.adapters.layers import LoraLinear, layers, off
 from mmdit.adapters.lora import PRESETS, Lora, attach
-from mmdit.adapters.parts import Adapter, Part, load, merge, of_model
+from mmdit.adapters.parts import Adapter, Part, load, merge, of_model, remove
 
 __all__ = [
-    "FORMATS", "PRESETS", "Adapter", "Lora", "LoraLinear", "Part", "attach", "layers", "load", "merge", "of_model",
-    "off", "read", "save",
+    "FORMATS", "PRESETS", "Adapter", "Lora", "LoraLinear", "Part", "about", "attach", "is_file", "layers", "load",
+    "merge", "of_model", "off", "read", "remove", "save",
 ]  # fmt: skip

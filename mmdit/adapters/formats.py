@@ -27,7 +27,7 @@ from torch import Tensor
 from mmdit import presets
 from mmdit.adapters.parts import Adapter, Part, block_diagonal, disjoint, overlapping
 from mmdit.checkpoint.layouts import pieces
-from mmdit.checkpoint.store import swap
+from mmdit.checkpoint.store import fingerprint, swap
 from mmdit.checkpoint.tensors import NAMES, Entry, Planned, Source, write
 from mmdit.config import MMDiTConfig
 
@@ -50,6 +50,7 @@ REFUSED = (
     (r"\.(diff|diff_b|set_weight|reshape_weight|w_norm|b_norm)$", "whole weights beside low-rank ones"),
     (r"\.lora_B\.bias", "LoRA with a bias"),
 )
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 
 
@@ -107,13 +108,14 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor], config: MMDiTCon
     Raises: FileNotFoundError; ValueError that names every tensor which is not understood, has no partner, holds NaN or
         belongs to another kind of adapter: a file is read whole or not at all.
     """
-    if not isinstance(source, Mapping) and Path(source).is_dir():
-        source = Path(source) / "pytorch_lora_weights.safetensors"
-    file = Source(source)
+    file = Source(source if isinstance(source, Mapping) else _file(source))
     _refuse_others(file)
     if file.metadata.get("format") == NATIVE:
         return _native(file)
     modules, others = _modules(file)
+    if not modules:
+        said = f": {len(others)} tensors are for text encoders" if others else ""
+        raise ValueError(f"{file.where} is no LoRA that can be read: no low-rank tensors for the model{said}")
     config = config or _among_released(modules, file)
     known = spelled(config)
     problems = [f"unknown module {name}" for name in modules if name not in known]
@@ -127,8 +129,6 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor], config: MMDiTCon
         problem, part = _part(name, tensors, place, file.metadata)
         problems += [problem] if problem else []
         adapter.parts += [part] if part else []
-    if not modules:
-        problems.append("no low-rank tensors" + (f" but those of text encoders ({len(others)})" if others else ""))
     if problems:
         raise ValueError(f"{file.where} is no LoRA that can be read: " + "; ".join(problems[:20]))
     adapter.format = " and ".join(sorted(used))
@@ -137,10 +137,43 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor], config: MMDiTCon
     return _mend_split_qkv(adapter, file.metadata)
 
 
+def _file(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    return path / DIFFUSERS_FILE if path.is_dir() else path
+
+
 def config_of(source: str | os.PathLike[str]) -> MMDiTConfig | None:
     """Of the model that a file of ours says it is for."""
-    text = Source(source).metadata.get("config")
+    text = Source(_file(source)).metadata.get("config")
     return None if text is None else MMDiTConfig.from_dict(json.loads(text))
+
+
+def released(source: str | os.PathLike[str]) -> MMDiTConfig:
+    """The released model that a file of another program is for, by its names and sizes. Raises: ValueError."""
+    file = Source(_file(source))
+    return _among_released(_modules(file)[0], file)
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an adapter of ours."""
+    return Source(path).metadata.get("format") == NATIVE
+
+
+def about(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """(where the base of an adapter lies, how to sample) of a file that training wrote.
+
+    Raises: FileNotFoundError or ValueError if the base is not there or another."""
+    file = Source(path)
+    try:
+        base, extra = (json.loads(file.metadata[name]) for name in ("base", "extra"))
+        where, wanted = Path(base["path"]), base["base"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not say which model it is for: load it on one (--lora)") from error
+    if not where.exists():
+        raise FileNotFoundError(f"{path} is an adapter of {where}, which is not there")
+    if (found := fingerprint(where)) != wanted:
+        raise ValueError(f"{path} is an adapter of the weights {wanted}; {where} holds {found}")
+    return where, extra
 
 
 def _refuse_others(file: Source) -> None:
@@ -176,9 +209,9 @@ def _among_released(modules: Mapping[str, dict[str, Tensor]], file: Source) -> M
     """The released model whose layers have these names and sizes."""
     for config in (presets.sd35_medium(), presets.sd3_medium(), presets.sd35_large()):
         known = spelled(config)
-        if modules and all(name in known and _fits(tensors, known[name][1]) for name, tensors in modules.items()):
+        if all(name in known and _fits(tensors, known[name][1]) for name, tensors in modules.items()):
             return config
-    first = ", ".join(list(modules)[:3]) or "no low-rank tensors"
+    first = ", ".join(list(modules)[:3])
     raise ValueError(
         f"{file.where} fits none of the released models (sd3-medium, sd3.5-medium, sd3.5-large) by its names and sizes "
         f"({first}, ...); give the weights of its base model"
@@ -306,7 +339,7 @@ def save(
         raise ValueError("lora: the adapter has no low-rank parts to write")
     path = Path(path)
     if format == "diffusers" and path.suffix != ".safetensors":
-        path = path / "pytorch_lora_weights.safetensors"
+        path = path / DIFFUSERS_FILE
     made = {layer: disjoint(parts) for layer, parts in adapter.by_layer().items()}
     if format == "native":
         tensors, metadata = _as_native(made), {"format": NATIVE, "config": json.dumps(config.to_dict())}

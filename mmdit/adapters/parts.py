@@ -170,15 +170,21 @@ def _layer(base: nn.Linear, name: str, parts: list[Part]) -> LoraLinear:
     return made
 
 
+def remove(model: MMDiT) -> None:
+    """Takes the adapters off: the base is left, as it was."""
+    for name, layer in list(layers(model)):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        put(model, name, plain.train(layer.training))
+
+
 @torch.no_grad()
 def merge(model: MMDiT) -> None:
     """Adds the low-rank parts to the weights, in fp64 with one rounding, and takes the adapters off. Weights in 16 bits
     lose what is below their last digit: the adapter's file remains the better thing to keep."""
-    for name, layer in list(layers(model)):
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
-        plain.weight.copy_(plain.weight.double() + layer.delta().to(plain.weight.device))
-        put(model, name, plain.train(layer.training))
+    for _, layer in layers(model):
+        layer.weight.copy_(layer.weight.double() + layer.delta())
+    remove(model)
 
 
 # --- smaller ones -----------------------------------------------------------------------------------------------------

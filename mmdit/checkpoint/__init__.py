@@ -7,6 +7,6 @@
 `layouts` has the table, `tensors` the reading and writing.
 """
 
-from mmdit.checkpoint.store import Checkpoint, convert, load, open_checkpoint, save
+from mmdit.checkpoint.store import Checkpoint, convert, fingerprint, load, open_checkpoint, save
 
-__all__ = ["Checkpoint", "convert", "load", "open_checkpoint", "save"]
+__all__ = ["Checkpoint", "convert", "fingerprint", "load", "open_checkpoint", "save"]

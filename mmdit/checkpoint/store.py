@@ -18,7 +18,7 @@ from mmdit import numbers
 from mmdit.checkpoint.layouts import LAYOUTS, OTHER_PARTS, POSITIONS, SD3_PREFIX, Piece, detect, infer, pieces
 from mmdit.checkpoint.tensors import DTYPES, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
 from mmdit.config import MMDiTConfig
-from mmdit.files import naming, read_object, write_atomically
+from mmdit.files import digest_of, naming, read_object, write_atomically
 from mmdit.model import MMDiT
 
 FORMAT = "rfkernels.mmdit"
@@ -201,6 +201,12 @@ def load(
         tensors that are missing, unknown, misshaped or not finite: by name.
     """
     return open_checkpoint(source, **known).model(device, dtype, finite=finite)
+
+
+def fingerprint(source: str | os.PathLike[str]) -> str:
+    """Of a checkpoint's files: their headers and a thousandth of their bytes, evenly spread."""
+    path = locate(source)
+    return digest_of(Source.shards(path) if path.suffix == ".json" else [path])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Source:
             return
         path = Path(source)                                                                        # type: ignore[arg-type]
         self.where = str(path)
-        for shard in [path] if path.suffix != ".json" else self._shards(path):
+        for shard in [path] if path.suffix != ".json" else self.shards(path):
             file = _open(shard)
             self.metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -67,7 +67,8 @@ class Source:
             self._check_index(path)
 
     @staticmethod
-    def _shards(index: Path) -> list[Path]:
+    def shards(index: Path) -> list[Path]:
+        """The files that an index names. Raises: ValueError, FileNotFoundError."""
         try:
             names = list(read_object(index)["weight_map"].values())
             if not all(isinstance(name, str) and Path(name).name == name for name in names):

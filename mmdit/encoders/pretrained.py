@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint.tensors import variant
 from mmdit.encoders.features import TextFeatures
-from mmdit.files import naming
+from mmdit.files import digest_of, naming
 
 CLIP_TOKENS = 77
 SETTINGS = (".json", ".txt", ".model")
@@ -51,19 +51,10 @@ def settings_of(*folders: str | Path) -> str:
 
 def fingerprint_of(folder: Path) -> str:
     """Of the weights in a folder: their headers and a thousandth of their bytes, evenly spread."""
-    digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no safetensors; pickles are never loaded")
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for start in range(1 << 20, size, 1 << 22):
-                file.seek(start)
-                digest.update(file.read(1 << 12))
-    return digest.hexdigest()[:16]
+    return digest_of(files)
 
 
 class _Pretrained:

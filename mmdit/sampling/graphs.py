@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mmdit import adapters
 from mmdit.model import MMDiT
 from rfkernels import dispatch
 
@@ -103,8 +104,10 @@ _of: WeakKeyDictionary[MMDiT, Graphs] = WeakKeyDictionary()
 
 
 def of(model: MMDiT) -> Graphs:
-    """The graphs of a model, kept as long as it lives and its weights stay where they are; their values may change."""
+    """The graphs of a model, kept as long as it lives and its weights stay where they are; their values may change.
+    Adapters that are off have graphs of their own."""
     memory = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    memory += tuple(layer.enabled for _, layer in adapters.layers(model))
     if model not in _of or _of[model].memory != memory:
         _of[model] = Graphs(memory)
     return _of[model]

@@ -7,6 +7,7 @@ keyed by (seed, image), so a batch size changes nothing, and the unconditional t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit import adapters, checkpoint, flow, keyed, numbers, pictures
 from mmdit import autoencoder as vae
-from mmdit import checkpoint, flow, keyed, numbers, pictures
 from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
 from mmdit.encoders.sd3 import from_folder
 from mmdit.files import read_object, replacing, write_atomically
@@ -92,6 +93,8 @@ class Pipeline:
     ) -> None:  # fmt: skip
         self.model, self.text, self.autoencoder, self.shift = model, text, autoencoder, shift
         self.size = size or (model.config.resolution, model.config.resolution)
+        self.loras: list[tuple[str, float]] = []
+        """Files that were put on the model, with their strengths."""
 
     @classmethod
     def from_pretrained(
@@ -141,6 +144,19 @@ class Pipeline:
         if side is not None:
             numbers.whole(f"{file}: sample_size", side, 1)
         return cls(model, text, kl, shift=shift, size=None if side is None else (side * kl.factor, side * kl.factor))
+
+    def load_lora(self, source: str | os.PathLike[str], weight: float = 1.0) -> None:
+        """Puts a LoRA on the model, on top of those that are there: a file of diffusers, kohya, ComfyUI or ours. The
+        weights are not touched; `mmdit.adapters.remove(pipe.model)` takes all of them off.
+
+        Args: weight: its strength; any number, 1 as it was trained.
+        Raises: FileNotFoundError; ValueError for a file that is not understood, whole."""
+        numbers.between("Pipeline: weight", weight)
+        adapter = adapters.read(source, self.model.config)
+        for note in adapter.notes:
+            logging.getLogger(__name__).warning("%s: %s", source, note)
+        adapters.load(self.model, adapter.times(weight))
+        self.loras.append((str(source), weight))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """A folder that diffusers' StableDiffusion3Pipeline.from_pretrained reads: the model in diffusers' layout, the
@@ -240,6 +256,7 @@ class Pipeline:
             )  # fmt: skip
             drawn.append(vae.to_uint8(self.autoencoder.decode(z)))
         common = {**asdict(chosen), "height": height, "width": width, "seed": seed, "unconditional": unconditional}
+        common |= {"lora": [list(pair) for pair in self.loras]} if self.loras else {}
         common |= {"strength": strength if image is not None else None, "own_latents": latents is not None}
         parameters = [
             {"prompt": p, "negative_prompt": n, "image": i, **common, "skip_blocks": list(chosen.skip_blocks)}

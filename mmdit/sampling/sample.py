@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import autoencoder, checkpoint, flow, keyed, numbers
+from mmdit import adapters, autoencoder, checkpoint, flow, keyed, numbers
 from mmdit.config import MMDiTConfig
 from mmdit.encoders import Conditioning, TextEncoder, assemble, build
 from mmdit.files import naming
@@ -24,7 +24,7 @@ from mmdit.sampling import graphs
 if TYPE_CHECKING:
     from PIL import Image
 
-WEIGHTS = "model.safetensors"     # what a run folder offers for sampling
+WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"     # what a run folder offers for sampling
 MODULATION_BYTES = 1 << 30        # of all steps at once, at most
 
 
@@ -217,16 +217,24 @@ class Sampler:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Sampler:
-        """From a run folder or a weights file written by training. Raises: FileNotFoundError, ValueError."""
+        """From a run folder or a file written by training: a model's weights, or an adapter's, whose base lies where it
+        was. Raises: FileNotFoundError, ValueError."""
         path = Path(source)
         if path.is_dir():
-            if not (path / WEIGHTS).is_file():
+            found = next((path / name for name in (WEIGHTS, ADAPTER) if (path / name).is_file()), None)
+            if found is None:
                 raise FileNotFoundError(f"{path} holds no {WEIGHTS}: is it a run folder, and has the run saved yet?")
-            path = path / WEIGHTS
+            path = found
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        opened = checkpoint.open_checkpoint(path)
+        if adapters.is_file(path):
+            base, extra = adapters.about(path)
+            model = checkpoint.open_checkpoint(base).model(device)
+            adapters.load(model, adapters.read(path, model.config))
+        else:
+            opened = checkpoint.open_checkpoint(path)
+            model, extra = opened.model(device), opened.extra
         with naming(path):
-            return cls.from_extra(opened.model(device), opened.extra)
+            return cls.from_extra(model, extra)
 
     @classmethod
     def from_extra(cls, model: MMDiT, extra: dict[str, Any]) -> Sampler:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch import nn
-
-from mmdit import checkpoint as weights
 from mmdit.files import naming, read_object, write_atomically
+from mmdit.model import MMDiT
 from train.config import Config
-from train.engine import parallel
+from train.engine import weights
 from train.engine.ema import EmaWeights
 from train.engine.parallel import World
 
@@ -27,17 +25,12 @@ class Best:
         with naming(path):                            # a run that resumes from before its best step makes it again
             self.lowest = float(found["loss"]) if found["step"] <= step else float("inf")
 
-    def offer(self, step: int, loss: float | None, model: nn.Module, ema: EmaWeights) -> None:
+    def offer(self, step: int, loss: float | None, model: MMDiT, ema: EmaWeights) -> None:
         """On all processes, after a validation of the average (None: there was none)."""
         if not self.config.keep_best or loss is None or not loss < self.lowest:
             return
         self.lowest = loss
-        state = model.state_dict()
-        for name, tensors in ((RAW, state), (AVERAGED, {**state, **ema.weights})):
-            whole = parallel.gathered(tensors, self.world)
-            if self.world.main:
-                weights.save(
-                    model, self.config.run / name, weights=whole, extra=self.extra, max_shard_bytes=1 << 62   # type: ignore[arg-type]
-                )
+        for name, tensors in ((RAW, {}), (AVERAGED, ema.weights)):
+            weights.save(self.config.run / name, model, tensors, self.config, self.world, self.extra)
         if self.world.main:
             write_atomically(self.config.run / ABOUT, json.dumps({"step": step, "loss": loss}).encode())

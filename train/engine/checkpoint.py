@@ -29,7 +29,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.files import naming, read_object, write_atomically
 from train.config import with_defaults
 from train.engine.ema import EmaWeights
-from train.engine.parallel import World
+from train.engine.parallel import World, frozen, trained_state
 from train.engine.storage import Reader, Writer
 
 ABOUT = "run.json"
@@ -132,7 +132,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
         self.world.largest(0)                                            # the folder is there for everybody
         about = json.dumps({**asdict(progress), "processes": self.world.size, "decides": decides}, indent=1)
-        state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": _moments(model, optimizer)}
+        state = {"model": trained_state(model), "ema": dict(ema.weights), "optimizer": _moments(model, optimizer)}
         self._published.clear()
         self._writing = dcp.async_save(                                                             # type: ignore[assignment]
             state, storage_writer=Writer(partial), process_group=self.world.side, no_dist=self.world.mesh is None,
@@ -193,13 +193,13 @@ class Checkpoints:
                 owner, kind = name.rsplit(".", 1)
                 parameter = parameters[owner]
                 moments[name] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
-            state = {"model": model.state_dict(), "ema": dict(ema.weights), "optimizer": moments}
+            state = {"model": trained_state(model), "ema": dict(ema.weights), "optimizer": moments}
             dcp.load(state, storage_reader=Reader(path), process_group=self.world.side, no_dist=self.world.mesh is None)
         except (Exception, CheckpointException) as error:                # a bad file is any of many errors to DCP
             raise ValueError(
                 f"{path} is damaged ({_reason(error)}); remove it to resume from the checkpoint before it"
             ) from error
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=not frozen(model))
         fused = any(group.get("fused") for group in optimizer.param_groups)      # it wants its step there too
         for name, value in moments.items():
             owner, kind = name.rsplit(".", 1)

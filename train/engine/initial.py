@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from mmdit import checkpoint
 from mmdit.checkpoint.layouts import POSITIONS
@@ -16,15 +17,16 @@ from train.engine.parallel import like
 def start_from(model: MMDiT, source: str | os.PathLike[str]) -> list[str]:
     """Copies the weights of a checkpoint in any layout into a model, spread or not.
 
-    What the model has and the checkpoint has not may be norms of q and k, which stay at one, so that training begins
-    near where the other ended. The position table is taken if it has the same places and made anew if not, as for
-    another resolution.
+    Adapters are left alone. What the model has and the checkpoint has not may be norms of q and k, which stay at one,
+    so that training begins near where the other ended. The position table is taken if it has the same places and made
+    anew if not, as for another resolution.
     Returns: the names that were left as they were.
     Raises: ValueError for anything else that does not fit: all of it, by name.
     """
     opened = checkpoint.open_checkpoint(source)
     pieces = opened.pieces()
-    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    ours: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    ours = {name: value for name, value in ours.items() if not name.endswith((".lora_a", ".lora_b"))}
     shapes: dict[str, list[int]] = {}
     for piece in pieces:
         rows = shapes.get(piece.native, [0])[0] + piece.shape[0]

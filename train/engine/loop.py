@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdit import checkpoint as weights
 from mmdit.files import write_atomically
-from mmdit.sampling.sample import WEIGHTS
 from train import objectives
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
 from train.data.shards import Cache
-from train.engine import parallel
+from train.engine import parallel, weights
 from train.engine.best import Best
 from train.engine.budget import Budget, ProgressBar
 from train.engine.checkpoint import Checkpoints
@@ -75,7 +73,8 @@ def train_in(config: Config, world: World) -> Outcome:
 
 def _train(config: Config, world: World, cache: Cache) -> Outcome:
     device, parts = world.device, config.parallel.accumulate
-    model = parallel.build(config.model, config.parallel, world, config.seed, autocasts(config, device))
+    bf16 = autocasts(config, device)
+    model = parallel.build(config.model, config.parallel, world, config.seed, bf16, config.adapter)
     if config.initial is not None:
         left = start_from(model, config.initial)
         if world.main:
@@ -86,7 +85,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
-    decides = {**config.decides(), "data": cache.contents}
+    decides = {**config.decides(), "data": cache.contents, **weights.base_of(config)}
     checkpoints = Checkpoints(config.run / "checkpoints", config.keep, world)
     progress = checkpoints.restore(model, ema, optimizer, decides)
     log = Log(config, progress.step, world.main)
@@ -100,9 +99,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
 
     def save() -> None:
         checkpoints.save(model, ema, optimizer, progress, decides)
-        averaged = parallel.gathered({**model.state_dict(), **ema.weights}, world)
-        if world.main:                                              # one file, so that it is whole or the former one
-            weights.save(model, config.run / WEIGHTS, weights=averaged, extra=extra, max_shard_bytes=1 << 62)
+        weights.save(weights.file_of(config), model, ema.weights, config, world, extra)
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     stepper = Stepper(model, optimizer, config.optimizer.clip, world)
@@ -197,7 +194,7 @@ def tokens(batch: Batch, config: Config) -> tuple[int, int]:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Any:
     """AdamW, or Muon for the matrices inside blocks and AdamW for the rest. Weight decay is for matrices."""
-    named = dict(model.named_parameters())
+    named = parallel.trained(model)
     inside = {n for n, p in named.items() if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2}
     matrices = [p for n, p in named.items() if p.ndim >= 2 and n not in inside]
     vectors = [p for p in named.values() if p.ndim < 2]

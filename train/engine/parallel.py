@@ -27,11 +27,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmdit import adapters
+from mmdit.adapters import Lora
 from mmdit.config import MMDiTConfig
 from mmdit.files import InUse, claimed
 from mmdit.model import MMDiT, fill
 from train.config import Parallel
 from train.engine.rendezvous import fresh_store
+
+NO_ADAPTER = Lora()
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,21 @@ def world(device: str, parallel: Parallel) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def build(config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16: bool) -> MMDiT:
+def build(
+    config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16: bool, lora: Lora = NO_ADAPTER
+) -> MMDiT:
     """A model with initial weights that are the same on any number of processes.
 
-    In this order: activation checkpointing, compilation per block, sharding. Master weights are fp32; with `bf16` they
-    are gathered in bf16 and gradients reduced in fp32. Inputs are not cast: timesteps stay fp32.
+    In this order: adapters, activation checkpointing, compilation per block, sharding. Master weights are fp32; with
+    `bf16` they are gathered in bf16 and gradients reduced in fp32. What adapters leave frozen is stored in bf16 then,
+    and its values are not set. Inputs are not cast: timesteps stay fp32.
     """
     with torch.device("meta"):
         model = MMDiT(config)
+    if lora.rank:
+        adapters.attach(model, lora)
+        for parameter in frozen(model).values() if bf16 else ():
+            parameter.data = parameter.data.bfloat16()
     block: Any
     for block in model.blocks:
         if parallel.checkpointing == "full":
@@ -206,10 +217,28 @@ def _checkpointed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
     return checkpointed
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What optimizer, average and checkpoints hold."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without what is frozen, and then without buffers too: those are the base's."""
+    state = model.state_dict()
+    return {name: state[name] for name in trained(model)} if frozen(model) else state
+
+
 @torch.no_grad()
 def initialise(model: MMDiT, seed: int) -> None:
-    """Each parameter from a generator keyed by (seed, its name); a parameter is whole in memory one at a time."""
+    """Each parameter from a generator keyed by (seed, its name); a parameter is whole in memory one at a time. Of what
+    is frozen only the norms, which a base may lack: the rest is loaded."""
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not name.endswith("norm.weight"):
+            continue
         key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
         whole = torch.empty(parameter.shape)

@@ -70,6 +70,8 @@ class Flow:
     """With two text streams, where the second begins."""
     latents: Unit = AS_STORED
     """How latents are scaled."""
+    caption_dropout: float = 0.0
+    """Probability of zeroing all text encoders at once."""
 
     @classmethod
     def of(cls, config: Config, cache: Cache, formulation: Formulation) -> Flow:
@@ -77,7 +79,10 @@ class Flow:
         beside = tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"])
         model = config.model
         unit = unit_of(cache) if config.unit_latents else AS_STORED
-        return cls(formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split, unit)
+        return cls(
+            formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split, unit,
+            config.caption_dropout,
+        )  # fmt: skip
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> FlowBatch:
         """The batch of a step."""
@@ -87,6 +92,8 @@ class Flow:
         t = self.formulation.density.sample(u).float()
         encoders = len(samples[0].features)
         keep = keyed.uniforms(encoders, self.seed, "encoder dropout", keys) >= self.dropout
+        if self.caption_dropout:
+            keep &= keyed.uniforms(1, self.seed, "caption dropout", keys) >= self.caption_dropout
         return self._batch(samples, t, keep, "noise", keys)
 
     def at(self, samples: Sequence[Sample], t: float) -> FlowBatch:

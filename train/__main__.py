@@ -70,14 +70,15 @@ def recipes(arguments: list[str]) -> None:
 
     def main() -> None:
         """List the recipes: what each is for, its size and its budget."""
-        print(f"{'recipe':10s}  {'parameters':>10s}  {'pixels':>6s}  {'batch':>5s}  {'budget':>13s}  what for")
+        width = max(map(len, RECIPES))
+        print(f"{'recipe':{width}s}  {'parameters':>10s}  {'pixels':>6s}  {'batch':>5s}  {'budget':>13s}  what for")
         for name, recipe in RECIPES.items():
             config = recipe()
             parameters = sum(p.numel() for p in model_on_meta(config).parameters())
             size = f"{parameters / 1e9:.1f}B" if parameters > 5e8 else f"{parameters / 1e6:.1f}M"
             budget = f"{config.minutes:g} minutes" if config.steps is None else f"{config.steps:,} steps"
             pixels, what = config.model.resolution, commands.first_line(recipe)
-            print(f"{name:10s}  {size:>10s}  {pixels:6d}  {config.batch:5d}  {budget:>13s}  {what}")
+            print(f"{name:{width}s}  {size:>10s}  {pixels:6d}  {config.batch:5d}  {budget:>13s}  {what}")
 
     tyro.cli(main, prog=f"{PROG} recipes", args=arguments)
 

@@ -86,6 +86,26 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation (Diffusion-DPO, arXiv 2311.12908) on the formulation's output."""
+
+    beta: float = 500.0
+    """How far the model may leave its base: of mean squared errors, not of sums, which differ with the resolution."""
+    smoothing: float = 0.0
+    """Share of pairs whose order is taken to be wrong."""
+    weight: Literal["constant", "data", "noise"] = "constant"
+    """Of a time t: constant: 1; data: t^2, errors of the picture; noise: (1 - t)^2, of the noise, as published."""
+    safeguard: float | None = None
+    """mu of Diffusion-SDPO (arXiv 2511.03317), 0 to 1: keeps worse pictures' gradient from making better ones worse."""
+
+    def __post_init__(self) -> None:
+        numbers.above("Preference: beta", self.beta, 0)
+        numbers.between("Preference: smoothing", self.smoothing, 0, 0.5)
+        if self.safeguard is not None:
+            numbers.between("Preference: safeguard", self.safeguard, 0, 1)
+
+
+@dataclass(frozen=True)
 class Parallel:
     """How a run is spread over the processes that torchrun started; the weights do not depend on it."""
 
@@ -124,6 +144,10 @@ class Config:
     """Scale latents to mean 0 and deviation 1, by the cache's own statistics."""
     initial: Path | None = None
     """Weights to start from, in any layout; norms of q and k that they lack start at one."""
+    objective: Literal["flow", "preference"] = "flow"
+    """flow: pictures, by the formulation. preference: pairs of a better and a worse one (DPO), with an adapter."""
+    preference: Preference = field(default_factory=Preference)
+    """Of the objective preference."""
     adapter: Lora = field(default_factory=Lora)
     """Train low-rank adapters of `initial` instead of the whole model."""
     batch: int = 64
@@ -169,6 +193,8 @@ class Config:
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
         for name in ("encoder_dropout", "caption_dropout"):
             numbers.between(f"Config: {name}", getattr(self, name), 0, 1)
+        if self.objective == "preference" and not self.adapter.rank:
+            raise ValueError("Config: objective is preference and adapter.rank 0; the reference is the base without it")
         if self.adapter.rank and (self.initial is None or self.optimizer.kind != "adamw"):
             came = f"initial is {self.initial} and optimizer.kind {self.optimizer.kind}"
             raise ValueError(f"Config: {came}; an adapter needs the weights that it adapts, and AdamW")

@@ -12,7 +12,6 @@ from mmdit.__main__ import COMMANDS
 from mmdit.adapters.commands import weighted
 from mmdit.sampling.pipeline import Pipeline
 
-from .pipelines import make
 from .test_adapters import PRESETS, inputs, model_of
 from .test_lora_files import adapted, deltas, same
 
@@ -90,8 +89,8 @@ def test_a_strength_is_a_number(tmp_path):
         weighted("a.safetensors:strong")
 
 
-def test_a_pipeline_draws_with_it_and_says_so(tmp_path):
-    folder = make(tmp_path / "pipeline")
+def test_a_pipeline_draws_with_it_and_says_so(folders, tmp_path):
+    _, folder = folders()
     pipe = Pipeline.from_pretrained(folder)
     settings = {"num_inference_steps": 2, "height": 32, "width": 32, "progress": False}
     before = pipe("a cat", **settings).images[0]

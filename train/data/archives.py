@@ -155,6 +155,12 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
     return entry
 
 
+RANKED, LABELS = ("jpg_0", "jpg_1"), ("label_0", "label_1")
+PICTURES = (("image",), ("winner", "loser"), RANKED, ("edited_image", "original_image"), ("target", "source"))
+"""Columns of pictures: one; the better and the worse of two; Pick-a-Pic's two with their labels; InstructPix2Pix's
+picture edited and as it was."""
+
+
 def _table(path: Path) -> Any:
     try:
         from pyarrow import ArrowInvalid, parquet
@@ -171,36 +177,45 @@ def parquet(path: Path, split: str | None) -> Records:
     found = Records()
     with _table(path) as table:
         columns = table.schema_arrow.names
-        if "image" not in columns:
-            raise DataError(f"{path} has columns {', '.join(columns)}; expected image and caption or text")
-        wanted = [name for name in (*CAPTIONS, *SYNTHETIC) if name in columns]
+        pictures = next((names for names in PICTURES if set(names) <= set(columns)), None)
+        if pictures is None:
+            known = " or ".join(" and ".join(names) for names in PICTURES)
+            raise DataError(f"{path} has columns {', '.join(columns)}; expected {known}, and caption or text")
+        ranked = [name for name in LABELS if name in columns] if pictures == RANKED else []
+        wanted = [name for name in (*CAPTIONS, *SYNTHETIC, *ranked) if name in columns]
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             with naming(path):
                 texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
             for row, entry in enumerate(texts):
-                said = texts_of(entry)
-                opener = partial(_bytes_in, path, group, row)
+                said, order = texts_of(entry), pictures
+                if ranked:
+                    first, second = (entry.get(label) for label in LABELS)
+                    if {first, second} != {0, 1}:
+                        found.passed["a tie, or a pair that nobody has judged"] += 1
+                        continue
+                    order = pictures if first == 1 else pictures[::-1]
+                opener, beside, *_ = (*(partial(_bytes_in, path, group, row, name) for name in order), None)
                 found.append(Record(printable(f"{path.name}:{group}-{row}"), said["caption"], opener, split,
-                                    said["synthetic"], said["problem"], str(path)))  # fmt: skip
+                                    said["synthetic"], said["problem"], str(path), beside))  # fmt: skip
     found.files = len(found)
     return found
 
 
-@lru_cache(maxsize=2)
-def _row_group(path: Path, group: int) -> list[Any]:
-    """Its images; of all files the last two, as records are read in order."""
+@lru_cache(maxsize=4)
+def _row_group(path: Path, group: int, column: str) -> list[Any]:
+    """Its images; of all files the last few, as records are read in order."""
     with _table(path) as table, naming(path):
-        found: list[Any] = table.read_row_group(group, columns=["image"]).column("image").to_pylist()
+        found: list[Any] = table.read_row_group(group, columns=[column]).column(column).to_pylist()
     return found
 
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _bytes_in(path: Path, group: int, row: int) -> bytes:
+def _bytes_in(path: Path, group: int, row: int, column: str) -> bytes:
     with _ONE_AT_A_TIME:                                                       # threads that decode want the same group
-        cell = _row_group(path, group)[row]
+        cell = _row_group(path, group, column)[row]
     found = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(found, bytes):
         raise ValueError(f"its cell holds {'a path' if isinstance(cell, dict) else 'nothing'}, not a picture's bytes")

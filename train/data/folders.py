@@ -15,6 +15,8 @@ from train.data.records import DataError, Record, Records, printable, texts_of
 from train.data.splits import LEFT_OUT, Mapped, named
 
 METADATA = "metadata.jsonl"
+LISTED = (("file_name",), ("winner", "loser"), ("target", "source"))
+"""What a line of it names: a picture, the better and the worse of two, or a picture edited and as it was."""
 SIDECARS = (".txt", ".synthetic.txt")
 
 
@@ -101,10 +103,14 @@ def _sidecar(path: str) -> str:
     return path[: -len(end)] + end
 
 
-def _record(folder: Path, path: str, split: str | None, said: dict[str, str | None]) -> Record:
-    whole = os.path.join(folder, path)
-    return Record(printable(path), said["caption"], partial(_content, whole), split, said["synthetic"],
-                  said["problem"], whole)  # fmt: skip
+def _record(
+    folder: Path, path: str, split: str | None, said: dict[str, str | None], beside: str | None = None
+) -> Record:
+    whole, other = os.path.join(folder, path), None if beside is None else os.path.join(folder, beside)
+    return Record(
+        printable(path), said["caption"], partial(_content, whole), split, said["synthetic"], said["problem"], whole,
+        None if other is None else partial(_content, other), other,
+    )  # fmt: skip
 
 
 def _content(path: str) -> bytes:
@@ -117,23 +123,29 @@ def _listed(folder: Path, splits: Mapped) -> Records:
     found = Records()
     listed: set[str] = set()
     taken: set[str] = set()
-    for where, name, split, said in _lines(folder / METADATA, splits):
-        inside = PurePosixPath(name)
-        odd = not name or "\0" in name or not _encodable(name)
-        if odd or inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
-            raise DataError(f"{where}: file_name is {name!r}; expected a path below {folder}")
-        listed.add(str(inside))
+    for where, names, split, said in _lines(folder / METADATA, splits):
+        inside = [_inside(name, folder, where) for name in names]
+        listed.update(inside)
         if split == LEFT_OUT:
             found.passed["of a split that is left out"] += 1
         else:
-            taken.add(str(inside))
-            found.append(_record(folder, name, split, said))
+            taken.update(inside)
+            found.append(_record(folder, names[0], split, said, *names[1:]))
     found.files = 1 + len(taken)
     for path in files_below(folder, found.passed):
         if path not in listed and path != METADATA:
             why = f"not listed in {METADATA}" if suffix_of(path) in SUFFIXES else _reason(path)
             found.passed[why_left(path) or why] += 1
     return found
+
+
+def _inside(name: str, folder: Path, where: str) -> str:
+    """A listed path, in one spelling. Raises: DataError for one that is none, or leaves the folder."""
+    inside = PurePosixPath(name)
+    odd = not name or "\0" in name or not _encodable(name)
+    if odd or inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
+        raise DataError(f"{where}: file_name is {name!r}; expected a path below {folder}")
+    return str(inside)
 
 
 def _encodable(name: str) -> bool:
@@ -144,8 +156,8 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, str, str | None, dict[str, str | None]]]:
-    """(where it stands, file_name, split, texts) of each."""
+def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str | None, dict[str, str | None]]]:
+    """(where it stands, names of files, split, texts) of each."""
     try:
         lines = read_lines(path)
     except ValueError as error:                                                  # UnicodeDecodeError is one
@@ -157,10 +169,10 @@ def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, str, str | None, d
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-            name = entry["file_name"]
-            if not isinstance(name, str):
+            names = next([entry[key] for key in keys] for keys in LISTED if keys[0] in entry)
+            if not all(isinstance(name, str) for name in names):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{where}: expected JSON with file_name") from error
+        except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
+            raise DataError(f"{where}: expected JSON with file_name, winner and loser, or target and source") from error
         split = entry.get("split")
-        yield where, name, None if split is None else named(split, splits, where), texts_of(entry)
+        yield where, names, None if split is None else named(split, splits, where), texts_of(entry)

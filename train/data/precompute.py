@@ -63,6 +63,7 @@ def _precompute(config: Precompute, world: World, records: Records) -> Index:
         "synthetic": config.synthetic,
         "shard_size": config.shard_size,
     }
+    settings |= {"pictures": 2} if _pairs(records) else {}
     index = Index(settings)
     todo: list[int] = []
     if world.main:
@@ -105,7 +106,7 @@ def _finish(config: Precompute, index: Index, records: int) -> Index:
 
 
 Image = tuple[int, Record, str, np.ndarray, dict[str, str]]
-"""(id, record, bucket, pixels, its file's stamp and digest)"""
+"""(id, record, bucket, pixels of its pictures, its files' stamp and digest)"""
 
 
 class _Work:
@@ -174,9 +175,9 @@ class _Work:
             if not caption_of(record, self.config.synthetic):
                 raise DataError(f"{record.key}: no caption")
             stamp = record.stamp()
-            image, digest = record.read()
-            height, width = _closest(image.height / image.width, self.config.buckets)
-            pixels = fit_into(image, height, width)
+            images, digest = record.read()
+            height, width = _closest(images[0].height / images[0].width, self.config.buckets)
+            pixels = np.stack([fit_into(image, height, width) for image in images])
         except DataError as error:
             return error if record.key in str(error) else DataError(f"{record.key}: {error}")
         file = {} if stamp is None or digest is None else {"stamp": stamp, "digest": digest}
@@ -184,7 +185,9 @@ class _Work:
         return i, record, bucket, pixels, file
 
     def _encode(self, batch: list[Image]) -> list[Sample]:
-        latents = self.vae.encode(autoencoder.to_float(np.stack([pixels for *_, pixels, _ in batch]))).cpu()
+        images = np.stack([pixels for *_, pixels, _ in batch])                      # [B, pictures, H, W, 3]
+        latents = self.vae.encode(autoencoder.to_float(images.reshape(-1, *images.shape[2:]))).cpu()
+        latents = latents.unflatten(0, images.shape[:2]).flatten(1, 2)               # pictures beside in channels
         captions = [caption_of(record, self.config.synthetic) or "" for _, record, *_ in batch]
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._memory]
         if new:
@@ -249,6 +252,14 @@ def _as_known(settings: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
     found = [known(part, before) for part, before in pairs] or settings["encoders"]
     vae = known(settings["autoencoder"], former.get("autoencoder"))
     return {**settings, "encoders": found, "autoencoder": vae}
+
+
+def _pairs(records: Records) -> bool:
+    """Whether every record has two pictures. Raises: DataError if some have one."""
+    two = [record.beside is not None for record in records]
+    if any(two) and not all(two):
+        raise DataError(f"{records[two.index(False)].key} is one picture, {records[two.index(True)].key} a pair")
+    return any(two)
 
 
 def _digest(records: list[Record]) -> str:

@@ -37,19 +37,27 @@ class Record:
     """What is wrong with its captions, if they cannot be read."""
     file: str | None = None
     """Where it lies, itself or its archive."""
+    beside: Callable[[], Image.Image | bytes] | None = None
+    """A second picture of one caption: the one that was liked less, or the one to be edited."""
+    beside_file: str | None = None
 
     def image(self) -> Image.Image:
         """As RGB, read as `mmdit.pictures.shown` says. Raises: DataError if it cannot be decoded."""
-        return self.read()[0]
+        return self.read()[0][0]
 
-    def read(self) -> tuple[Image.Image, str | None]:
-        """(the image, a digest of its file; None of one that is drawn). Raises: DataError."""
+    def read(self) -> tuple[list[Image.Image], str | None]:
+        """(the image, or both; a digest of the files, None of what is drawn). Raises: DataError."""
+        images, digests = [], []
         try:
-            found = self.open()
-            if isinstance(found, bytes):
-                with Image.open(io.BytesIO(found)) as image:
-                    return pictures.shown(image), digest_of(found)
-            return pictures.shown(found), None
+            for opened in (self.open, self.beside):
+                found = None if opened is None else opened()
+                if isinstance(found, bytes):
+                    digests.append(digest_of(found))
+                    with Image.open(io.BytesIO(found)) as image:
+                        images.append(pictures.shown(image))
+                elif found is not None:
+                    images.append(pictures.shown(found))
+            return images, _joined(digests)
         except Exception as error:                       # Pillow raises OSError, SyntaxError, ValueError, struct.error
             said = (str(error).strip().splitlines() or [""])[0]
             raise DataError(f"{self.key}: not a readable image ({type(error).__name__}: {said})") from error
@@ -57,21 +65,29 @@ class Record:
     def stamp(self) -> str | None:
         """Size and times of its file, which change when somebody writes it: cheap to ask. The second is that of the
         last change of any kind, which nobody can set back."""
-        if self.file is None:
-            return None
-        try:
-            status = os.stat(self.file)
-        except (OSError, ValueError):
-            return "gone"
-        return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        files = [file for file in (self.file, self.beside_file) if file is not None]
+        return " ".join(map(_stamp, files)) or None
 
     def digest(self) -> str | None:
         """Of the file, None of a picture that is drawn, or that cannot be opened."""
         try:
-            found = self.open()
+            found = [opened() for opened in (self.open, self.beside) if opened is not None]
         except Exception:                                # the reading of it says what is wrong
             return None
-        return digest_of(found) if isinstance(found, bytes) else None
+        return _joined([digest_of(content) for content in found if isinstance(content, bytes)])
+
+
+def _stamp(file: str) -> str:
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return "gone"
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+
+
+def _joined(digests: list[str]) -> str | None:
+    """One digest of several."""
+    return digest_of("".join(digests).encode()) if len(digests) > 1 else digests[0] if digests else None
 
 
 def digest_of(content: bytes) -> str:
@@ -106,7 +122,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-CAPTIONS, SYNTHETIC = ("caption", "text"), ("synthetic_caption", "synthetic")
+CAPTIONS, SYNTHETIC = ("caption", "text", "instruction", "edit_prompt"), ("synthetic_caption", "synthetic")
 """Names under which metadata holds a caption, and one that a model wrote; the first that is there counts."""
 
 

@@ -42,5 +42,9 @@ def check_compatible(config: Config, cache: Cache) -> None:
                 f"the cache {config.cache} holds {height} x {width} images; the model's positions end at "
                 f"{model.max_height} x {model.max_width}"
             )
+    wanted, there = (2 if config.objective == "preference" else 1), settings.get("pictures", 1)
+    if wanted != there:
+        came = "pairs of pictures" if there == 2 else "single pictures"
+        raise ValueError(f"the cache {config.cache} holds {came}, which the objective {config.objective} does not take")
     if not cache.buckets("train"):
         raise DataError(f"{config.cache} holds no training samples")

@@ -17,6 +17,7 @@ from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
 from train.data.shards import Cache
 from train.engine import parallel, weights
+from train.engine.alarm import Alarm
 from train.engine.best import Best
 from train.engine.budget import Budget, ProgressBar
 from train.engine.checkpoint import Checkpoints
@@ -107,7 +108,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main, budget.fraction(progress.step))
-    interrupts = Interrupts("saving after this step")
+    interrupts, alarm = Interrupts("saving after this step"), Alarm(objective, world)
 
     def read() -> None:
         """Logs the steps since the last reading: here the host waits for the device."""
@@ -117,6 +118,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
             values |= {f"train/{name}": value for name, value in metrics.items()}
             log.write(taken.step + 1, **values)
             shown.advance(loss, taken.fraction)
+            alarm.heed(metrics)
 
     with interrupts, shown, watchdog, checkpoints.finished(), reader:
         model.train()

@@ -6,11 +6,13 @@ from mmdit.flow import by_name
 from train.config import Config
 from train.data.shards import Cache
 from train.objectives.flow import Flow
+from train.objectives.preference import Preferences
 from train.objectives.protocol import Batch, Metrics, Objective
 
-__all__ = ["Batch", "Flow", "Metrics", "Objective", "of_run"]
+__all__ = ["Batch", "Flow", "Metrics", "Objective", "Preferences", "of_run"]
 
 
 def of_run(config: Config, cache: Cache) -> Objective:
     """The objective of a run."""
-    return Flow.of(config, cache, by_name(config.formulation, config.shift))
+    flow = Flow.of(config, cache, by_name(config.formulation, config.shift))
+    return Preferences(flow, config.preference) if config.objective == "preference" else flow

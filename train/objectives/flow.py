@@ -84,8 +84,8 @@ class Flow:
             config.caption_dropout,
         )  # fmt: skip
 
-    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> FlowBatch:
-        """The batch of a step."""
+    def draw(self, bucket: Bucket, rows: np.ndarray, step: int, pictures: int = 1) -> FlowBatch:
+        """The batch of a step. Args: pictures: of a sample, which share its noise, time and text."""
         samples = [bucket[int(row)] for row in rows]
         keys = [(step, s.id) for s in samples]
         u = keyed.uniforms(1, self.seed, "time", keys)[:, 0]
@@ -94,18 +94,19 @@ class Flow:
         keep = keyed.uniforms(encoders, self.seed, "encoder dropout", keys) >= self.dropout
         if self.caption_dropout:
             keep &= keyed.uniforms(1, self.seed, "caption dropout", keys) >= self.caption_dropout
-        return self._batch(samples, t, keep, "noise", keys)
+        return self._batch(samples, t, keep, "noise", keys, pictures)
 
-    def at(self, samples: Sequence[Sample], t: float) -> FlowBatch:
+    def at(self, samples: Sequence[Sample], t: float, pictures: int = 1) -> FlowBatch:
         """Samples at one time, with all text and noise that never changes: for validation."""
         keys = [(round(t * 1e6), s.id) for s in samples]
-        return self._batch(samples, torch.full((len(samples),), t), None, "validation noise", keys)
+        return self._batch(samples, torch.full((len(samples),), t), None, "validation noise", keys, pictures)
 
     def _batch(
-        self, samples: Sequence[Sample], t: Tensor, keep: Tensor | None, purpose: str, keys: list[tuple[int, int]]
-    ) -> FlowBatch:
+        self, samples: Sequence[Sample], t: Tensor, keep: Tensor | None, purpose: str, keys: list[tuple[int, int]],
+        pictures: int,
+    ) -> FlowBatch:  # fmt: skip
         x0 = self.latents.encode(torch.stack([s.latent for s in samples]))
-        noise = keyed.normals(x0.shape[1:], self.seed, purpose, [(*key,) for key in keys])
+        noise = keyed.normals((x0.shape[1] // pictures, *x0.shape[2:]), self.seed, purpose, [(*key,) for key in keys])
         features = [s.features for s in samples]
         conditioning = assemble(features, self.context_dim, keep, self.beside, self.split)
         read = conditioning.context.shape[1]
@@ -118,3 +119,6 @@ class Flow:
         z, target = self.formulation.training_pair(batch.x0, batch.noise, batch.t)
         output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths)
         return self.formulation.loss(output, target, batch.t), {}
+
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        return None

@@ -57,5 +57,8 @@ class Objective(Protocol):
     def at(self, samples: Sequence[Sample], t: float) -> Any:
         """Samples at one time, with noise that never changes: for validation."""
 
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """What the user should know of a run whose metrics are these, averaged over a few steps."""
+
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """The mean over a batch's samples, scalar fp32, and what else is worth a curve."""

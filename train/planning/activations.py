@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdit import MMDiT, backbones
+from mmdit import MMDiT, adapters, backbones
+from mmdit.adapters import LoraLinear
 from mmdit.cost.counting import Kernel, Made, Trace, made_in, trace
 from mmdit.cost.flops import TEXT_TOKENS
 from train.config import Config, Parallel
@@ -18,8 +19,12 @@ from train.engine import parallel
 
 
 def model_on_meta(config: Config) -> MMDiT:
+    """The model of a run, its adapters attached."""
     with torch.device("meta"):
-        return MMDiT(config.model)
+        model = MMDiT(config.model)
+    if config.adapter.rank:
+        adapters.attach(model, config.adapter)
+    return model
 
 
 def as_trained(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +41,8 @@ def whole_model(config: Config, batch: int, pixels: int) -> Made:
     """A call of the model as it is trained, to be traced."""
     with made_in(torch.bfloat16):
         model = MMDiT(config.model)
+        if config.adapter.rank:
+            adapters.attach(model, config.adapter)
     c, side = config.model, pixels // (config.model.token_pixels // config.model.patch_size)
     normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
     context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
@@ -47,6 +54,8 @@ def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
     """A call of a block as it is trained, to be traced."""
     with made_in(torch.bfloat16):
         block = backbones.block(config.model, index)
+        if config.adapter.rank:
+            _adapt(block, config, index)
     c, tokens = config.model, (pixels // config.model.token_pixels) ** 2
     leaf = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
     texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
@@ -54,6 +63,17 @@ def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
     vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
     inputs = [*xs, *(v for half in vectors for v in half)]
     return as_trained(lambda *_: block(xs, vectors, [None] * len(xs))), inputs, list(block.parameters())
+
+
+def _adapt(block: nn.Module, config: Config, index: int) -> None:
+    """A block by itself gets the adapters that it has in its model."""
+    there = dict(adapters.layers(model_on_meta(config)))
+    block.requires_grad_(False)
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, nn.Linear) and (found := there.get(f"blocks.{index}.{name}")) is not None:
+            parent, _, own = name.rpartition(".")
+            made = LoraLinear.of(layer, found.rank, found.alpha, found.parts, found.dropout)
+            setattr(block.get_submodule(parent), own, made)
 
 
 @lru_cache(maxsize=8)

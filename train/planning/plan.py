@@ -62,9 +62,9 @@ def link(gpus: int) -> float:
     return NETWORK["within a node" if gpus <= PER_NODE else "between nodes"]
 
 
-def units(model: MMDiT) -> dict[str, int]:
-    """Parameters of FSDP's units: each block, the stacked modulation, the rest."""
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+def units(model: MMDiT, trained: bool = False) -> dict[str, int]:
+    """Parameters of FSDP's units, or those that are trained: each block, the stacked modulation, the rest."""
+    count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)  # noqa: E731
     found = {f"block {i}": count(block) for i, block in enumerate(model.blocks)}
     found["modulation"] = count(model.modulation)
     found["rest"] = count(model) - sum(found.values())
@@ -75,28 +75,32 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
     """The forecast of a run at `pixels` squared on `layout.gpus` of a GPU."""
     model = model_on_meta(config)
     sizes, parameters = units(model), sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept, kernels = activations(config, layout.local, pixels)
-    shard = parameters / layout.shards
+    shard, frozen = trained / layout.shards, (parameters - trained) / layout.shards
     blocks = [n for unit, n in sizes.items() if unit.startswith("block")]
     ahead = config.parallel.prefetch * max(blocks)
     gathered = sizes["rest"] + ahead + max(sizes["modulation"], *blocks)       # what computes, and the next blocks
     memory = {
+        **({"frozen weights, bf16, sharded": 2 * frozen} if frozen else {}),
         "weights, fp32, sharded": 4 * shard,
         "gradients, fp32, sharded": 4 * shard,
         "AdamW's moments, fp32, sharded": 8 * shard,
         "average (EMA), fp32, sharded": 4 * shard,
         "gathered units, bf16": 2 * gathered,
-        "a unit's gradient before it is reduced, bf16 and fp32": 6 * max(sizes.values()),
+        "a unit's gradient before it is reduced, bf16 and fp32": 6 * max(units(model, trained=True).values()),
         f"activations of {layout.local} samples": float(kept),
     }
     if layout.accumulate > 1 and layout.gpus > 1:                # added up here, reduced after the last part
-        memory["gradients before they are reduced, whole, fp32"] = 4.0 * parameters
+        memory["gradients before they are reduced, whole, fp32"] = 4.0 * trained
     if layout.gpus == 1:
         memory["a unit's gradient before it is reduced, bf16 and fp32"] = 0.0
+        if frozen:                                       # nothing is gathered; autocast casts no weight that is bf16
+            memory["gathered units, bf16"] = 2.0 * trained
     share = (layout.shards - 1) / layout.shards
     sent = {
         "all-gather of weights, bf16, forward and backward": 2 * 2 * parameters * share * layout.accumulate,
-        "reduce-scatter of gradients, fp32": 4 * parameters * share,
+        "reduce-scatter of gradients, fp32": 4 * trained * share,
         "all-reduce over replicas, fp32": 8 * shard * (layout.replicas - 1) / layout.replicas,
     }
     gather, reduce, across = sent.values()                  # shards of one model are neighbours; replicas are not
@@ -106,5 +110,6 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
     compute += 4 * 8 * shard / ceiling.copy                                    # AdamW and the average: eight passes
     tokens = (pixels // config.model.token_pixels) ** 2
     flops = layout.local * layout.accumulate * training_flops(config.model, tokens).total
+    flops *= 2 / 3 if frozen else 1.0                                          # frozen weights have no gradient
     mfu, bound = flops / compute / sheet.flops, flops / max(compute, network) / sheet.flops
     return Plan(memory, sent, compute, network, mfu, bound)

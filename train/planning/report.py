@@ -9,6 +9,10 @@ from train.config import Config
 from train.planning.activations import activations, model_on_meta
 from train.planning.plan import PER_NODE, Layout, Plan, link, plan, units
 
+USABLE = 0.92               # of a GPU's memory; the rest: CUDA's context, workspaces, fragmentation
+SIZES = (16, 24, 32, 48, 80, 141, 192)
+"""Memories of GPUs that can be had, in GB."""
+
 
 def find_gpu(name: str) -> tuple[Gpu, str]:
     """Raises: ValueError for a GPU that is not known."""
@@ -21,7 +25,7 @@ def find_gpu(name: str) -> tuple[Gpu, str]:
 
 def advice(config: Config, layout: Layout, sheet: Gpu, found: Plan, name: str, pixels: int) -> list[str]:
     """Whether it fits, and the first changes that make it fit, each tried."""
-    room = 0.92 * sheet.memory                                   # the rest: CUDA's context, workspaces, fragmentation
+    room = USABLE * sheet.memory
     if found.total <= room:
         return [f"fits: {found.total / 1e9:.1f} of {sheet.memory / 1e9:.0f} GB"]
     lines = [f"does not fit: {found.total / 1e9:.1f} GB, {room / 1e9:.0f} of {sheet.memory / 1e9:.0f} can be used"]
@@ -48,7 +52,10 @@ def checkpointing(config: Config, layout: Layout, sheet: Gpu, name: str, pixels:
         kept, kernels = activations(changed, layout.local, pixels)
         took = sum(seconds(k, assumed(sheet, name)) for k in kernels)
         least = least or took
-        lines.append(f"  {kept / 1e9:8.2f} GB  {kind:9s}  kernels {took / least - 1:+.0%}")
+        total = plan(changed, layout, sheet, name, pixels).total
+        holds = next((f"a GPU of {size} GB" for size in SIZES if total <= USABLE * size * 1e9), "no single GPU")
+        costs = f"{kept / 1e9:8.2f} GB  {kind:9s}  kernels {took / least - 1:+.0%}"
+        lines.append(f"  {costs:40s}  {total / 1e9:6.1f} GB together: {holds}")
     return lines
 
 

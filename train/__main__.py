@@ -148,6 +148,9 @@ def score(arguments: list[str]) -> None:
             seed: Of the noise.
         """
         config = Config.of_run(run)
+        if config.adapter.rank:
+            _score_tuned(run, config, images, seed)
+            return
         there = (config.cache / INDEX).is_file()                     # shapes are scored without their cache
         if there and Index.load(config.cache).settings["source"] == "openmoji":
             found = score_emoji(run, steps=steps, guidance=guidance, seed=seed)
@@ -164,6 +167,42 @@ def score(arguments: list[str]) -> None:
         print(f"pictures: {run / 'held-out.png'} (left of each pair: drawn by rule; right: by the model)")
 
     tyro.cli(main, prog="python -m train score", args=arguments)
+
+
+def _score_tuned(run: Path, config: Config, images: int, seed: int) -> None:
+    from train.data import shapes
+    from train.evaluate.tuned import score_preference, score_word
+
+    if config.objective == "preference":
+        found = score_preference(run, images=images, seed=seed)
+        print(f"cleaner edges than the base's from the same noise: {found['wins']:.3f} of {found['compared']:.0%}")
+        for name in ("size", "colour", "shape", "position", "all", "edge", "iou"):
+            print(f"  {name:9s} {found[f'{name} before']:.3f} -> {found[f'{name} after']:.3f}")
+        print(f"pictures: {run / 'preference.png'} (left of each pair: the base; right: with the adapter)")
+        return
+    found = score_word(run, images=images, seed=seed)
+    print("pictures in which all is right, without and with the adapter")
+    for name, about in (("new", f"with the new word, {', '.join(shapes.NEW_COLOUR)}"), ("old", "the demo's held-out")):
+        print(f"  {about:28s} {found[f'{name} before']:.3f} -> {found[f'{name} after']:.3f}")
+    print(f"pictures: {run / 'word.png'} (left of each pair: the base; right: with the adapter)")
+
+
+def pairs(arguments: list[str]) -> None:
+    """Draw pairs with a demo's run: its pictures, and each with clean edges, which is better."""
+    from train.evaluate.tuned import make_pairs
+
+    def main(run: tyro.conf.Positional[Path], out: Path, images: int = 2, seed: int = 1) -> None:
+        """Draw pairs with a demo's run: its pictures, and each with clean edges, which is better.
+
+        Args:
+            run: Run folder of the recipe shapes.
+            out: Folder to write; precompute reads it as pairs.
+            images: Pictures drawn of each caption.
+            seed: Of the noise.
+        """
+        print(f"{out}: {make_pairs(run, out, images=images, seed=seed)} pairs")
+
+    tyro.cli(main, prog=f"{PROG} pairs", args=arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -201,7 +240,7 @@ def study(arguments: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, score, evaluate, study)}
+COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, score, pairs, evaluate, study)}
 
 
 def main() -> None:

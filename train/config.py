@@ -27,6 +27,11 @@ class Optimizer:
 
     kind: OptimizerKind = "adamw"
     """muon: Muon for the matrices inside blocks, AdamW for the rest."""
+    states: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of AdamW's moments. With fewer bits they are rounded at random (rfkernels.optim), and eps is at least 1e-8."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How trained weights are stored where a run computes in bf16; bf16 needs states of fewer bits, which round them at
+    random, so that small steps add up."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     lr: float = 1e-4
@@ -148,6 +153,10 @@ class Config:
     """flow: pictures, by the formulation. preference: pairs of a better and a worse one (DPO), with an adapter."""
     preference: Preference = field(default_factory=Preference)
     """Of the objective preference."""
+    prior: Path | None = None
+    """A cache of what the model is not to forget: beside each sample one of it is trained on."""
+    prior_weight: float = 1.0
+    """Of their loss."""
     adapter: Lora = field(default_factory=Lora)
     """Train low-rank adapters of `initial` instead of the whole model."""
     batch: int = 64
@@ -193,6 +202,7 @@ class Config:
             raise ValueError(f"Config: steps is {self.steps} and minutes is {self.minutes}; give exactly one of them")
         for name in ("encoder_dropout", "caption_dropout"):
             numbers.between(f"Config: {name}", getattr(self, name), 0, 1)
+        numbers.between("Config: prior_weight", self.prior_weight, 0)
         if self.objective == "preference" and not self.adapter.rank:
             raise ValueError("Config: objective is preference and adapter.rank 0; the reference is the base without it")
         if self.adapter.rank and (self.initial is None or self.optimizer.kind != "adamw"):
@@ -226,6 +236,10 @@ class Config:
         for name, value in (("samples.guidance", samples.guidance), ("optimizer.weight_decay", optimizer.weight_decay),
                             ("optimizer.clip", optimizer.clip)):  # fmt: skip
             numbers.between(f"Config: {name}", value, 0)
+        if optimizer.kind == "muon" and optimizer.states != "fp32":
+            raise ValueError(f"Config: optimizer.states is {optimizer.states}; of muon they are fp32")
+        if optimizer.weights == "bf16" and optimizer.states == "fp32":
+            raise ValueError("Config: optimizer.weights is bf16, optimizer.states fp32; expected states of fewer bits")
         numbers.between("Config: ema.decay", self.ema.decay, 0, 1)
         if len(optimizer.betas) != 2:
             raise ValueError(f"Config: optimizer.betas is {optimizer.betas}; expected two numbers")

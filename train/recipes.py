@@ -10,7 +10,7 @@ from typing import Any
 from mmdit import presets
 from mmdit.adapters import Lora
 from mmdit.config import MMDiTConfig
-from train.config import Config, Ema, Optimizer, Parallel, Samples, Validation
+from train.config import Config, Ema, Optimizer, Parallel, Preference, Samples, Validation
 
 UNCONDITIONAL = 0.1          # with one encoder, the share that 0.464 leaves unconditional with the paper's three
 
@@ -82,6 +82,43 @@ def openmoji() -> Config:
     )
 
 
+def shapes_word() -> Config:
+    """A new colour from 20 pictures, as a LoRA of the demo's model (make demo-tune)."""
+    return replace(
+        shapes(),
+        run=Path("runs/word"),
+        cache=Path("cache/new-colour"),
+        initial=Path("runs/shapes-0/model.safetensors"),
+        adapter=Lora(rank=8, targets=("all",)),
+        prior=Path("cache/shapes"),
+        batch=8,
+        minutes=None,
+        steps=400,
+        optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.99), warmup=20, decay="linear"),
+        ema=Ema(decay=0.9, every=5),
+        checkpoint_every=200,
+    )
+
+
+def shapes_preference() -> Config:
+    """Clean edges over ragged ones, by the demo's own pictures in pairs (make demo-tune)."""
+    return replace(
+        shapes(),
+        run=Path("runs/preference"),
+        cache=Path("cache/edges"),
+        initial=Path("runs/shapes-0/model.safetensors"),
+        adapter=Lora(rank=16, targets=("all",)),
+        objective="preference",
+        preference=Preference(beta=200.0, safeguard=0.6),
+        encoder_dropout=0.0,
+        minutes=None,
+        steps=400,
+        optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.99), warmup=20, decay="linear"),
+        ema=Ema(decay=0.9, every=5),
+        checkpoint_every=200,
+    )
+
+
 # --- the paper's ------------------------------------------------------------------------------------------------------
 
 DEPTHS = (15, 18, 21, 24, 30, 38)
@@ -129,6 +166,29 @@ def finetuning(depth: int, resolution: int) -> Config:
         samples=Samples(every=10_000, steps=50, guidance=5.0),
         checkpoint_every=1000,
         parallel=Parallel(checkpointing="selective"),
+    )
+
+
+def preferences(depth: int) -> Config:
+    """The paper's preferences (appendix C): DPO with LoRA of rank 128 on every linear layer.
+
+    From the weights at 1024 pixels, 4,000 steps of the 2B model and 2,000 of the 8B one. The paper does not give beta,
+    batch and learning rate; nor did anybody try these here.
+    """
+    return replace(
+        finetuning(depth, 1024),
+        run=Path(f"runs/dpo-d{depth}"),
+        cache=Path("cache/pairs"),
+        initial=Path(f"runs/d{depth}-1024/model.safetensors"),
+        adapter=Lora(rank=128, targets=("all",)),
+        objective="preference",
+        preference=Preference(beta=500.0),
+        encoder_dropout=0.0,
+        batch=128,
+        steps={24: 4000, 38: 2000}[depth],
+        optimizer=Optimizer(lr=1e-5, warmup=200),
+        ema=Ema(decay=0.99, every=1),
+        parallel=Parallel(checkpointing="full"),
     )
 
 
@@ -196,8 +256,11 @@ def _named(recipe: Callable[..., Config], *arguments: Any) -> Callable[[], Confi
 RECIPES: dict[str, Callable[[], Config]] = {
     "shapes": shapes,
     "openmoji": openmoji,
+    "shapes-word": shapes_word,
+    "shapes-preference": shapes_preference,
     **{f"d{depth}-256": _named(pretraining, depth) for depth in DEPTHS},
     **{f"d{depth}-{size}": _named(finetuning, depth, size) for depth in DEPTHS for size in MIXED},
+    **{f"dpo-d{depth}": _named(preferences, depth) for depth in (24, 38)},
     **{f"lora-{name}": _named(lora, name) for name in RELEASED},
     **{f"full-{name}": _named(full, name) for name in RELEASED},
 }

@@ -15,6 +15,8 @@ from rfkernels.joint_attention import join
 from rfkernels.joint_attention import launch as attention
 from rfkernels.joint_attention.layout import parse
 from rfkernels.mlp import launch as mlp
+from rfkernels.optim import launch as optim
+from rfkernels.optim.reference import Settings, empty_state
 from rfkernels.position import launch as position
 from rfkernels.position.launch import Patches
 from rfkernels.qk_norm import launch as qk
@@ -73,6 +75,16 @@ def flow_cases() -> Iterator[Case]:
         yield Case(f"{name}/latent", call, each * x.numel())
 
 
+def optimizer_cases() -> Iterator[Case]:
+    """A matrix of 1536 x 6144, fp32 and bf16, with gradients of its dtype. What is updated in place counts once."""
+    step, settings = _tensor(dtype=torch.float32), Settings(1e-4, 0.9, 0.999, 1e-8, 0.0, seed=0)
+    for states, each in (("bf16", 4), ("int8", 2)):
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            p = _tensor(1536, 6144, dtype=dtype)
+            call = partial(optim.adamw, p, p, empty_state(p, states), step, settings, step, step)
+            yield Case(f"adamw_{states}/{name}", call, (each + 2 * dtype.itemsize) * p.numel())
+
+
 def cases() -> Iterator[Case]:
     for width in WIDTHS:
         x, v = _tensor(BATCH, LENGTH, width), _tensor(BATCH, width)
@@ -103,6 +115,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"gelu_bwd/{4 * width}", partial(mlp.gelu_backward, h, h, True, True), 8 * h.numel())
         yield from patch_cases(width)
     yield from flow_cases()
+    yield from optimizer_cases()
     for dim in HEAD_DIMS:
         # Two streams, packed, both normalised. Excess of the forward: keys are read for their rstd first. Backward: its
         # second kernel reads k, v and dout again; the queries folded for each of the two streams are written and read.

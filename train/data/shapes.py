@@ -25,6 +25,8 @@ COLOURS = {
     "cyan": (50, 200, 215),
     "black": (25, 25, 25),
 }
+NEW_COLOUR = {"pink": (250, 120, 185)}           # in no caption of the data set; to be learned from a few pictures
+READ = COLOURS | NEW_COLOUR
 POSITIONS = {                                   # centre in pixels, (x, y)
     "at the top left": (9.5, 9.5),
     "at the top right": (22.5, 9.5),
@@ -83,8 +85,12 @@ def draw(what: Shape, rng: np.random.Generator) -> np.ndarray:
     """uint8 [SIDE, SIDE, 3]; rng jitters place and size."""
     x, y = np.array(POSITIONS[what.position]) + rng.uniform(-JITTER, JITTER, 2)
     half = SIZES[what.size] + rng.uniform(-SIZE_JITTER, SIZE_JITTER)
-    alpha = coverage(what.shape, x, y, half)[..., None]
-    return np.rint(BACKGROUND + alpha * (np.array(COLOURS[what.colour]) - BACKGROUND)).astype(np.uint8)
+    return _rendered(what.shape, what.colour, x, y, half)
+
+
+def _rendered(shape: str, colour: str, x: float, y: float, half: float) -> np.ndarray:
+    alpha = coverage(shape, x, y, half)[..., None]
+    return np.rint(BACKGROUND + alpha * (np.array(READ[colour]) - BACKGROUND)).astype(np.uint8)
 
 
 def everything() -> list[Shape]:
@@ -96,6 +102,13 @@ def split() -> tuple[list[Shape], list[Shape]]:
     shapes = everything()
     order = keyed.generator(0, "held-out shapes").permutation(len(shapes))
     return [shapes[i] for i in order[HELD_OUT:]], [shapes[i] for i in order[:HELD_OUT]]
+
+
+def in_new_colour() -> tuple[list[Shape], list[Shape]]:
+    """(20 to learn from, 40 held out): the combinations of a colour that no other caption has."""
+    shapes = [Shape(*parts) for parts in itertools.product(SIZES, NEW_COLOUR, SHAPES, POSITIONS)]
+    order = keyed.generator(0, "new colour").permutation(len(shapes))
+    return [shapes[i] for i in order[:20]], [shapes[i] for i in order[20:]]
 
 
 @dataclass(frozen=True)
@@ -147,12 +160,12 @@ def _colour(image: np.ndarray) -> str | None:
     if there.sum() < 8:
         return None
     middle = np.median(image[there], axis=0)
-    return min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - middle).sum()))
+    return min(READ, key=lambda name: float(np.abs(np.array(READ[name]) - middle).sum()))
 
 
 def _alpha(image: np.ndarray, colour: str) -> np.ndarray:
     """How much of each pixel has this colour rather than that of the background, in [0, 1]."""
-    direction = np.array(COLOURS[colour]) - BACKGROUND
+    direction = np.array(READ[colour]) - BACKGROUND
     return np.clip((image.astype(float) - BACKGROUND) @ direction / (direction @ direction), 0, 1)
 
 
@@ -161,6 +174,20 @@ def edges(image: np.ndarray, found: Found) -> tuple[float, float]:
 
     Edge error: by how many pixels its outline is off, on average: the area between the two over the perimeter.
     """
+    alpha, (at, least) = _alpha(image, found.colour), _fitted(image, found)
+    drawn = coverage(found.shape, *at)
+    both, either = np.minimum(drawn, alpha).sum(), max(np.maximum(drawn, alpha).sum(), 1e-9)
+    return least / (PERIMETERS[found.shape] * max(at[2], 0.5)), float(both / either)
+
+
+def redrawn(image: np.ndarray, found: Found) -> np.ndarray:
+    """The rendering that fits the shape in an image best: the same picture with clean edges, uint8 [SIDE, SIDE, 3]."""
+    at, _ = _fitted(image, found)
+    return _rendered(found.shape, found.colour, *at)
+
+
+def _fitted(image: np.ndarray, found: Found) -> tuple[np.ndarray, float]:
+    """((x, y, half) of the rendering that fits best, how much of all pixels is different)."""
     alpha, at = _alpha(image, found.colour), np.array([found.x, found.y, found.half])
 
     def difference(at: np.ndarray) -> float:
@@ -173,9 +200,7 @@ def edges(image: np.ndarray, found: Found) -> tuple[float, float]:
             at, least = tried, now
         else:
             step /= 2
-    drawn = coverage(found.shape, *at)
-    both, either = np.minimum(drawn, alpha).sum(), max(np.maximum(drawn, alpha).sum(), 1e-9)
-    return least / (PERIMETERS[found.shape] * max(at[2], 0.5)), float(both / either)
+    return at, least
 
 
 def read(image: np.ndarray) -> Shape | None:

@@ -23,10 +23,12 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
     """The records of a source, in a fixed order.
 
     Args:
-        name: "shapes", "scenes", "openmoji", a folder of images (with sidecar .txt files and .synthetic.txt for
-            captions that a model wrote, or a metadata.jsonl with file_name, caption or text, synthetic_caption, split),
-            or WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a glob, or a range such as
-            "set-{00000..00099}.tar". Of a folder without pictures, archives below it: a clone of a hub's data set.
+        name: "shapes", "scenes", "new-colour" or "openmoji"; a folder of images (with sidecar .txt files, and
+            .synthetic.txt for captions that a model wrote, or a metadata.jsonl with file_name, caption or text,
+            synthetic_caption and split); or WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a
+            glob, or a range such as "set-{00000..00099}.tar". Of a folder without pictures, archives below it: a clone
+            of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser, or target and source, in place
+            of file_name; parquet with those columns, or those of Pick-a-Pic or InstructPix2Pix.
         copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind.
         splits: what else a split's name may be, NAME=train, NAME=val or NAME=-, left out; see `splits.KNOWN`.
     Raises: DataError if there is nothing there.
@@ -114,8 +116,16 @@ def _reader(path: Path) -> Callable[[Path, str | None], Records]:
 
 
 def _shapes(copies: int) -> Iterator[Record]:
-    train, held_out = shapes.split()
-    for name, wanted, count in (("train", train, copies), ("val", held_out, 4)):
+    yield from _drawn(*shapes.split(), copies, 4)
+
+
+def _new_colour(copies: int) -> Iterator[Record]:
+    """Twenty pictures, whatever is asked."""
+    yield from _drawn(*shapes.in_new_colour(), 1, 1)
+
+
+def _drawn(train: list[shapes.Shape], held_out: list[shapes.Shape], copies: int, others: int) -> Iterator[Record]:
+    for name, wanted, count in (("train", train, copies), ("val", held_out, others)):
         for copy in range(count):
             for i, what in enumerate(wanted):
 
@@ -138,7 +148,9 @@ def _scenes(copies: int) -> Iterator[Record]:
                 yield Record(f"scenes/{name}/{tag}-{i}", prompt["prompt"], image, name)
 
 
-DRAWN: dict[str, Callable[[int], Iterator[Record]]] = {"shapes": _shapes, "scenes": _scenes}
+DRAWN: dict[str, Callable[[int], Iterator[Record]]] = {
+    "shapes": _shapes, "scenes": _scenes, "new-colour": _new_colour,
+}  # fmt: skip
 
 
 MOST_PIXELS = 1 << 28         # of a picture on its way: one of 65,500 x 1 would need 17 GB to cover a square

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmdit.config import MMDiTConfig
 from mmdit.files import naming, read_object, write_atomically
+from rfkernels.optim import AdamW
 from train.config import with_defaults
 from train.engine.ema import EmaWeights
 from train.engine.parallel import World, frozen, trained_state
@@ -73,6 +74,14 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+def _empty(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: str) -> Tensor:
+    """What a part of a parameter's state is read into."""
+    if kind == "step":
+        return torch.zeros(())
+    fresh: dict[str, Tensor] = optimizer.fresh(parameter) if isinstance(optimizer, AdamW) else {}
+    return fresh[kind] if fresh else torch.zeros_like(parameter)
 
 
 def _reason(error: BaseException) -> str:
@@ -192,7 +201,7 @@ class Checkpoints:
             for name in (key.removeprefix("optimizer.") for key in held if key.startswith("optimizer.")):
                 owner, kind = name.rsplit(".", 1)
                 parameter = parameters[owner]
-                moments[name] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+                moments[name] = _empty(optimizer, parameter, kind)
             state = {"model": trained_state(model), "ema": dict(ema.weights), "optimizer": moments}
             dcp.load(state, storage_reader=Reader(path), process_group=self.world.side, no_dist=self.world.mesh is None)
         except (Exception, CheckpointException) as error:                # a bad file is any of many errors to DCP
@@ -200,10 +209,11 @@ class Checkpoints:
                 f"{path} is damaged ({_reason(error)}); remove it to resume from the checkpoint before it"
             ) from error
         model.load_state_dict(state["model"], strict=not frozen(model))
-        fused = any(group.get("fused") for group in optimizer.param_groups)      # it wants its step there too
+        fused = isinstance(optimizer, AdamW) or any(group.get("fused") for group in optimizer.param_groups)
         for name, value in moments.items():
             owner, kind = name.rsplit(".", 1)
             parameter = parameters[owner]
-            optimizer.state[parameter][kind] = value.to(parameter.device) if fused and kind == "step" else value
+            there = fused and kind == "step"                              # it wants its step there too
+            optimizer.state[parameter][kind] = value.to(parameter.device) if there else value
         self._newest = progress.step
         return progress

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmdit.files import write_atomically
+from rfkernels.optim import AdamW
 from train import objectives
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
@@ -64,6 +65,8 @@ def train_in(config: Config, world: World) -> Outcome:
         torch.set_num_threads(config.threads)
     cache = Cache(config.cache)
     check_compatible(config, cache)
+    if config.prior is not None:
+        check_compatible(replace(config, cache=config.prior), Cache(config.prior))
     parts = config.parallel.accumulate
     if config.batch < world.size * parts:
         wanted = f"a sample for each of {world.size} x {parts} parts"
@@ -75,7 +78,8 @@ def train_in(config: Config, world: World) -> Outcome:
 def _train(config: Config, world: World, cache: Cache) -> Outcome:
     device, parts = world.device, config.parallel.accumulate
     bf16 = autocasts(config, device)
-    model = parallel.build(config.model, config.parallel, world, config.seed, bf16, config.adapter)
+    store = torch.bfloat16 if bf16 and config.optimizer.weights == "bf16" else torch.float32
+    model = parallel.build(config.model, config.parallel, world, config.seed, bf16, config.adapter, store)
     if config.initial is not None:
         left = start_from(model, config.initial)
         if world.main:
@@ -194,6 +198,9 @@ def tokens(batch: Batch, config: Config) -> tuple[int, int]:
     return height * width // config.model.patch_size**2, batch.text_tokens
 
 
+LEAST_EPS = 1e-8            # with states of few bits: below it a root that was rounded down would divide too much
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Any:
     """AdamW, or Muon for the matrices inside blocks and AdamW for the rest. Weight decay is for matrices."""
     named = parallel.trained(model)
@@ -201,6 +208,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Any:
     matrices = [p for n, p in named.items() if p.ndim >= 2 and n not in inside]
     vectors = [p for p in named.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if config.states != "fp32":
+        eps = max(config.eps, LEAST_EPS)
+        return AdamW(groups, config.lr, config.betas, eps, config.weight_decay, states=config.states)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if not inside:
         return adamw

@@ -140,13 +140,14 @@ def world(device: str, parallel: Parallel) -> Iterator[World]:
 
 
 def build(
-    config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16: bool, lora: Lora = NO_ADAPTER
-) -> MMDiT:
+    config: MMDiTConfig, parallel: Parallel, world: World, seed: int, bf16: bool, lora: Lora = NO_ADAPTER,
+    store: torch.dtype = torch.float32,
+) -> MMDiT:  # fmt: skip
     """A model with initial weights that are the same on any number of processes.
 
-    In this order: adapters, activation checkpointing, compilation per block, sharding. Master weights are fp32; with
-    `bf16` they are gathered in bf16 and gradients reduced in fp32. What adapters leave frozen is stored in bf16 then,
-    and its values are not set. Inputs are not cast: timesteps stay fp32.
+    In this order: adapters, activation checkpointing, compilation per block, sharding. Trained weights are stored as
+    `store`; with `bf16` they are gathered in bf16 and gradients reduced in fp32. What adapters leave frozen is stored
+    in bf16 then, and its values are not set. Inputs are not cast: timesteps stay fp32.
     """
     with torch.device("meta"):
         model = MMDiT(config)
@@ -154,6 +155,8 @@ def build(
         adapters.attach(model, lora)
         for parameter in frozen(model).values() if bf16 else ():
             parameter.data = parameter.data.bfloat16()
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.to(store)
     block: Any
     for block in model.blocks:
         if parallel.checkpointing == "full":

@@ -16,13 +16,14 @@ from mmdit.encoders import Conditioning, build
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, conditioned, denoise
 from train.config import Config
-from train.data.shards import Cache, unit_of
+from train.data.shards import Cache
 from train.engine import parallel
 from train.engine.ema import EmaWeights
 from train.engine.log import Log
 from train.engine.parallel import World
 from train.engine.validation import validate
 from train.objectives import Objective
+from train.objectives.flow import unit_for
 
 OBSERVED = 8
 """Held-out samples whose attention is looked at."""
@@ -50,7 +51,7 @@ def sampling_shift(config: Config) -> float:
 def autoencoder_of(config: Config, cache: Cache) -> dict[str, Any]:
     """The spec of what decodes what the model draws."""
     spec: dict[str, Any] = cache.settings["autoencoder"]
-    return {"kind": "unit", "of": spec, **asdict(unit_of(cache))} if config.unit_latents else spec
+    return {"kind": "unit", "of": spec, **asdict(unit_for(config, cache))} if config.unit_latents else spec
 
 
 class Previews:

@@ -7,12 +7,15 @@ from train.config import Config
 from train.data.shards import Cache
 from train.objectives.flow import Flow
 from train.objectives.preference import Preferences
+from train.objectives.prior import WithPrior
 from train.objectives.protocol import Batch, Metrics, Objective
 
-__all__ = ["Batch", "Flow", "Metrics", "Objective", "Preferences", "of_run"]
+__all__ = ["Batch", "Flow", "Metrics", "Objective", "Preferences", "WithPrior", "of_run"]
 
 
 def of_run(config: Config, cache: Cache) -> Objective:
     """The objective of a run."""
     flow = Flow.of(config, cache, by_name(config.formulation, config.shift))
-    return Preferences(flow, config.preference) if config.objective == "preference" else flow
+    if config.objective == "preference":
+        return Preferences(flow, config.preference)
+    return flow if config.prior is None else WithPrior(flow, Cache(config.prior), config.prior_weight)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdit import keyed
+from mmdit import checkpoint, keyed
 from mmdit.autoencoder import Unit
 from mmdit.encoders import Conditioning, assemble
 from mmdit.flow import Formulation
@@ -19,6 +19,17 @@ from train.data.shards import Bucket, Cache, Sample, unit_of
 from train.objectives.protocol import Metrics
 
 AS_STORED = Unit()
+
+
+def unit_for(config: Config, cache: Cache) -> Unit:
+    """How a run scales latents: as the weights that it starts from were trained, or else by its cache's statistics."""
+    if not config.unit_latents:
+        return AS_STORED
+    if config.initial is not None:
+        spec = checkpoint.open_checkpoint(config.initial).extra.get("autoencoder", {})
+        if spec.get("kind") == "unit":
+            return Unit(spec["mean"], spec["std"])
+    return unit_of(cache)
 
 
 class FlowBatch(NamedTuple):
@@ -78,7 +89,7 @@ class Flow:
         """Of a run."""
         beside = tuple(bool(spec.get("beside")) for spec in cache.settings["encoders"])
         model = config.model
-        unit = unit_of(cache) if config.unit_latents else AS_STORED
+        unit = unit_for(config, cache)
         return cls(
             formulation, model.context_dim, config.encoder_dropout, config.seed, beside, model.text_split, unit,
             config.caption_dropout,

@@ -13,6 +13,8 @@ from train.planning.activations import activations, model_on_meta
 NETWORK = {"within a node": 450e9, "between nodes": 50e9}
 """Bytes per second and GPU, each way: NVLink 4, and a 400 Gb/s adapter for each GPU; by their data sheets."""
 PER_NODE = 8
+MOMENTS = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0 + 8 / 256}
+"""Bytes of AdamW's two moments a parameter; with 8 bits two scales for 256 of them."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
     blocks = [n for unit, n in sizes.items() if unit.startswith("block")]
     ahead = config.parallel.prefetch * max(blocks)
     gathered = sizes["rest"] + ahead + max(sizes["modulation"], *blocks)       # what computes, and the next blocks
+    held = config.optimizer
+    stored = 2 if held.weights == "bf16" else 4
     memory = {
         **({"frozen weights, bf16, sharded": 2 * frozen} if frozen else {}),
-        "weights, fp32, sharded": 4 * shard,
-        "gradients, fp32, sharded": 4 * shard,
-        "AdamW's moments, fp32, sharded": 8 * shard,
+        f"weights, {held.weights}, sharded": stored * shard,
+        f"gradients, {held.weights}, sharded": stored * shard,
+        f"AdamW's moments, {held.states}, sharded": MOMENTS[held.states] * shard,
         "average (EMA), fp32, sharded": 4 * shard,
         "gathered units, bf16": 2 * gathered,
         "a unit's gradient before it is reduced, bf16 and fp32": 6 * max(units(model, trained=True).values()),

@@ -1,0 +1,76 @@
+"""Every command of docs/fine-tuning runs, on a small model with random weights."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmdit import checkpoint
+from mmdit.config import MMDiTConfig
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "fine-tuning" / "README.md").read_text()
+TINY = "--steps 2 --batch 2 --parallel.accumulate 1 --validation.samples 2 --samples.count 1 --samples.steps 1"
+
+
+def commands():
+    return [line.strip() for line in PAGE.splitlines() if line.startswith("    python -m")]
+
+
+def model_flags(config):
+    """That make a recipe's model another one."""
+    flags = []
+    for field in dataclasses.fields(MMDiTConfig):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--model.{'' if value else 'no-'}{name}")
+        elif isinstance(value, tuple):
+            flags.append(f"--model.{name} {' '.join(map(str, value))}")
+        else:
+            flags.append(f"--model.{name} {value}")
+    return " ".join(flags)
+
+
+def run(command, folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = shlex.split(command.replace("python", sys.executable, 1))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_commands_of_the_page_run(tmp_path):
+    from tests.mmdit.pipelines import made
+
+    base = tmp_path / "models" / "stable-diffusion-3.5-medium"
+    made((0, 1)).save_pretrained(base)
+    for folder in ("pictures", "pairs"):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        for path in (f"pictures/{i}.png", f"pairs/{i}-a.png", f"pairs/{i}-b.png"):
+            Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / path)
+        (tmp_path / f"pictures/{i}.txt").write_text("a photo of sks mug")
+    line = re.search(r'^    (\{"winner".*\})$', PAGE, re.M)[1]
+    lines = [line.replace('"0-', f'"{i}-') for i in range(4)]
+    (tmp_path / "pairs" / "metadata.jsonl").write_text("\n".join(lines))
+    flags = model_flags(checkpoint.open_checkpoint(base).config)
+    kinds = []
+    for command in commands():
+        kinds.append(" ".join(command.split()[2:4]))
+        command = command.replace("1024 1024", "32 32").replace("--device cuda", "")
+        if " train run " in command:
+            command += f" {TINY} {flags} --device cpu"
+        if " train plan " in command:
+            command += f" {flags}"
+        if " mmdit sample " in command:
+            command += " --size 32 32 --steps 1"
+        run(command, tmp_path)
+    assert {"train run", "train plan", "mmdit lora", "mmdit sample", "train precompute"} == set(kinds)
+    assert (tmp_path / "mug.png").is_file() and (tmp_path / "mine.safetensors").is_file()
+    assert (tmp_path / "lora-diffusers" / "pytorch_lora_weights.safetensors").is_file()

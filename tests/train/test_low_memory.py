@@ -57,7 +57,7 @@ def test_two_processes_and_one_store_the_same(config, tmp_path, launch):
     two = changed(one, run=tmp_path / "two")
     launch(two, 2)
     assert losses(two.run)[0] == pytest.approx(losses(one.run)[0], rel=1e-4)
-    train(changed(two, steps=6))                                          # and one process resumes what two have written
+    train(changed(two, optimizer=two.optimizer, steps=6))                 # and one process resumes what two wrote
     assert len(losses(two.run)[0]) == 6
 
 

@@ -23,6 +23,7 @@ from train.engine.alarm import Alarm
 from train.engine.loop import train
 from train.engine.parallel import World
 from train.objectives import Flow, Preferences
+from train.objectives.preference import stacked
 
 from . import launching
 from .conftest import changed
@@ -143,11 +144,11 @@ def test_the_loss_is_ln_2_at_first_to_the_last_digit(tuned, weight, smoothing):
 
 def test_a_pair_shares_noise_time_and_text(tuned):
     _, batch = batch_of(tuned)
-    stacked = batch.stacked()
-    for value in (stacked.noise, stacked.t, stacked.text.context):
+    both = stacked(batch)
+    for value in (both.noise, both.t, both.text.context):
         one, two = value.chunk(2)
         assert torch.equal(one, two)
-    assert stacked.noise.shape == stacked.x0.shape == (12, 12, 16, 16)
+    assert both.noise.shape == both.x0.shape == (12, 12, 16, 16)
 
 
 @pytest.mark.parametrize("weight", ("constant", "data", "noise"))
@@ -158,7 +159,7 @@ def test_the_loss_by_its_formula_in_fp64(tuned, weight, smoothing):
     for _, layer in adapters.layers(model):
         torch.nn.init.normal_(layer.lora_b, std=0.1)
     loss, metrics = objective.loss(model, batch)
-    s = batch.stacked()
+    s = stacked(batch)
     t = s.t.double().view(-1, 1, 1, 1)
     z = (1 - t) * s.x0.double() + t * s.noise.double()
     target = s.noise.double() - s.x0.double()
@@ -170,7 +171,7 @@ def test_the_loss_by_its_formula_in_fp64(tuned, weight, smoothing):
             v = model(z.float(), s.t, s.text.context, s.text.pooled, s.text.lengths).double()
         errors.append((v - target).square().mean((1, 2, 3)))
     ours, base = errors
-    w = {"constant": 1.0, "data": batch.pairs.t.double() ** 2, "noise": (1 - batch.pairs.t.double()) ** 2}[weight]
+    w = {"constant": 1.0, "data": batch.t.double() ** 2, "noise": (1 - batch.t.double()) ** 2}[weight]
     change = (ours - base).chunk(2)
     margin = -20.0 / 2 * w * (change[0] - change[1])
     expected = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()

@@ -83,8 +83,8 @@ def _edge(image: np.ndarray) -> float:
 
 
 def make_pairs(run: str | os.PathLike[str], out: Path, *, images: int = 2, seed: int = 1) -> int:
-    """Draws the demo's training captions and writes pairs: the rendering that fits a picture best, whose edges are clean,
-    is better than the picture. Left out are pictures that show something else. A folder that `precompute` reads.
+    """Draws the demo's training captions and writes pairs: the rendering that fits a picture best, whose edges are
+    clean, is better than the picture. Left out is what shows something else. A folder that `precompute` reads.
 
     Returns: how many pairs."""
     wanted = [what for what in shapes.split()[0] for _ in range(images)]

@@ -133,3 +133,21 @@ class Flow:
 
     def warning(self, metrics: dict[str, float]) -> str | None:
         return None
+
+
+@dataclass(frozen=True)
+class Around:
+    """An objective that draws by a `Flow` and has a loss of its own."""
+
+    flow: Flow
+
+    @property
+    def formulation(self) -> Formulation:
+        return self.flow.formulation
+
+    @property
+    def latents(self) -> Unit:
+        return self.flow.latents
+
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit import adapters
-from mmdit.autoencoder import Unit
 from mmdit.encoders import Conditioning
-from mmdit.flow import Formulation
 from train.config import Preference
 from train.data.shards import Bucket, Sample
-from train.objectives.flow import Flow, FlowBatch
+from train.objectives.flow import Around, FlowBatch
 from train.objectives.protocol import Metrics
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,63 +33,30 @@ WORSE = 0.03
 """Share of the reference's error by which better pictures may get worse before it is said."""
 
 
-class PairBatch(NamedTuple):
-    """Pairs, as batches of better and worse pictures that share noise, times and text."""
-
-    pairs: FlowBatch
-    """Of latents [B, 2 C, h, w]: the better picture's, then the worse one's."""
-
-    @property
-    def samples(self) -> int:
-        return self.pairs.samples
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        return self.pairs.latent_size
-
-    @property
-    def text_tokens(self) -> int:
-        return self.pairs.text_tokens
-
-    def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(self.pairs.to(device))
-
-    def pinned(self) -> PairBatch:
-        return PairBatch(self.pairs.pinned())
-
-    def stacked(self) -> FlowBatch:
-        """All better pictures, then all worse ones, [2 B, C, h, w]."""
-        twice = lambda tensor: torch.cat([tensor, tensor])  # noqa: E731
-        x0, noise, t, text, tokens = self.pairs
-        return FlowBatch(torch.cat(x0.chunk(2, 1)), twice(noise), twice(t), Conditioning(*map(twice, text)), tokens)
+def stacked(pairs: FlowBatch) -> FlowBatch:
+    """All better pictures, then all worse ones, [2 B, C, h, w], of latents [B, 2 C, h, w] that have both."""
+    twice = lambda tensor: torch.cat([tensor, tensor])  # noqa: E731
+    x0, noise, t, text, tokens = pairs
+    return FlowBatch(torch.cat(x0.chunk(2, 1)), twice(noise), twice(t), Conditioning(*map(twice, text)), tokens)
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """The objective of a run on pairs.
+class Preferences(Around):
+    """The objective of a run on pairs, whose pictures share noise, time and text.
 
-    Args: flow: draws times, noise and text, keyed by pair. chosen: the loss.
+    Args: flow: draws those, keyed by pair. chosen: the loss.
     """
 
-    flow: Flow
     chosen: Preference
 
-    @property
-    def formulation(self) -> Formulation:
-        return self.flow.formulation
+    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> FlowBatch:
+        return self.flow.draw(bucket, rows, step, pictures=2)
 
-    @property
-    def latents(self) -> Unit:
-        return self.flow.latents
+    def at(self, samples: Sequence[Sample], t: float) -> FlowBatch:
+        return self.flow.at(samples, t, pictures=2)
 
-    def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> PairBatch:
-        return PairBatch(self.flow.draw(bucket, rows, step, pictures=2))
-
-    def at(self, samples: Sequence[Sample], t: float) -> PairBatch:
-        return PairBatch(self.flow.at(samples, t, pictures=2))
-
-    def loss(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        pairs = batch.stacked()
+    def loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, Metrics]:
+        pairs = stacked(batch)
         z, target = self.formulation.training_pair(pairs.x0, pairs.noise, pairs.t)
         with adapters.off(model):                         # first: checkpointing computes again what was on at the time
             reference = self._output(model, z.detach().requires_grad_(torch.is_grad_enabled()), pairs).detach().float()
@@ -103,7 +67,7 @@ class Preferences:
         known = (reference - target).square().flatten(1).mean(1).chunk(2)
         errors = [residual.square().flatten(1).mean(1) for residual in (better, worse)]
         change = [error - before for error, before in zip(errors, known, strict=True)]
-        weight = WEIGHTS[self.chosen.weight](batch.pairs.t)
+        weight = WEIGHTS[self.chosen.weight](batch.t)
         margin = -self.chosen.beta / 2 * weight * (change[0] - change[1])
         smoothing = self.chosen.smoothing
         losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)

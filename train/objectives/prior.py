@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import keyed
-from mmdit.autoencoder import Unit
-from mmdit.flow import Formulation
 from train.data.records import DataError
 from train.data.shards import Bucket, Cache, Sample
-from train.objectives.flow import Flow, FlowBatch
+from train.objectives.flow import Around, FlowBatch
 from train.objectives.protocol import Metrics
 
 
@@ -48,23 +46,14 @@ class PriorBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WithPrior:
+class WithPrior(Around):
     """The objective of a run with a prior.
 
     Args: flow: of both kinds of samples. prior: a cache of pictures that the model is not to forget. weight: of theirs.
     """
 
-    flow: Flow
     prior: Cache
     weight: float
-
-    @property
-    def formulation(self) -> Formulation:
-        return self.flow.formulation
-
-    @property
-    def latents(self) -> Unit:
-        return self.flow.latents
 
     def _bucket(self, like: Tensor) -> Bucket:
         for bucket in self.prior.buckets("train").values():
@@ -89,6 +78,3 @@ class WithPrior:
         own, _ = self.flow.loss(model, batch.own)
         prior, _ = self.flow.loss(model, batch.prior)
         return own + self.weight * prior, {"own_loss": own, "prior_loss": prior}
-
-    def warning(self, metrics: dict[str, float]) -> str | None:
-        return None

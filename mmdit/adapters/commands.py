@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from mmdit import checkpoint, commands
 from mmdit.adapters import formats
 from mmdit.adapters.parts import Adapter, Part, disjoint, extracted, load, merge, truncated
+from mmdit.adapters.writing import save
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 
@@ -96,7 +97,7 @@ def convert(
         dtype: Of the result.
     """
     adapter, config = _read(file, base)
-    print(f"wrote {formats.save(adapter, destination, config, format=format, dtype=DTYPES[dtype])}")
+    print(f"wrote {save(adapter, destination, config, format=format, dtype=DTYPES[dtype])}")
 
 
 def merged(
@@ -154,7 +155,7 @@ def extract(
             left += float((rows - part.delta()).square().sum())
     if not parts:
         raise ValueError(f"{tuned} and {base} have the same linear layers: there is nothing to extract")
-    written = formats.save(Adapter(parts), destination, one.config, format=format, dtype=DTYPES[dtype])
+    written = save(Adapter(parts), destination, one.config, format=format, dtype=DTYPES[dtype])
     print(f"wrote {written}: rank {rank} holds {1 - left / whole:.1%} of the squared difference")
 
 
@@ -181,7 +182,7 @@ def resize(
     left = sum(_norm(block) ** 2 for block in map(_difference, *zip(*pairs, strict=True)))
     whole = sum(_norm(part) ** 2 for part in parts)
     wanted = format or (adapter.format if adapter.format in formats.FORMATS else "native")
-    written = formats.save(
+    written = save(
         Adapter(smaller, adapter.format, adapter.others), destination, config, format=wanted, dtype=DTYPES[dtype]
     )
     print(f"wrote {written}: rank {rank} holds {1 - left / max(whole, 1e-300):.1%} of the squared change")

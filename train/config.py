@@ -256,6 +256,18 @@ class Config:
             numbers.whole(f"Config: {name}", whole, 0)
         keyed.checked(self.seed)
 
+    @property
+    def pictures(self) -> int:
+        """Of a sample that the model is trained on: pairs have two, as has a sample with one of a prior beside it."""
+        return 2 if self.objective == "preference" or self.prior is not None else 1
+
+    @property
+    def flops_share(self) -> float:
+        """FLOPs of a sample over those of training a whole model on a picture: a forward is a third of that, a backward
+        to the inputs another. Frozen weights save the last third, a preference's reference is one more forward."""
+        each = (2 if self.adapter.rank else 3) + (1 if self.objective == "preference" else 0)
+        return self.pictures * each / 3
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=_plain)
 

@@ -201,3 +201,12 @@ def test_rank_16_on_the_8b_model_fits_24_gb():
     )
     found = plan(config, Layout(1, 1, 1, 1), H100, "H100 80GB HBM3", 1024)
     assert 17e9 < found.total < 20e9                                       # others measured 18.8 at rank 64
+
+
+def test_a_pair_costs_two_pictures_and_the_reference():
+    config = adapted(("all",))
+    pairs = dataclasses.replace(config, objective="preference")
+    one, two = (plan(c, Layout(1, 1, 1, 1), H100, "H100 80GB HBM3", 256) for c in (config, pairs))
+    kept = [value for p in (one, two) for name, value in p.memory.items() if name.startswith("activations")]
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.1)
+    assert [round(c.flops_share, 3) for c in (small(), config, pairs)] == [1.0, 0.667, 2.0]

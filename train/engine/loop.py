@@ -108,7 +108,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     stepper = Stepper(model, optimizer, config.optimizer.clip, world)
-    throughput = Throughput(config.model, world)
+    throughput = Throughput(config.model, world, config.flops_share)
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main, budget.fraction(progress.step))

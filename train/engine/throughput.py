@@ -24,8 +24,8 @@ class Throughput:
     """Images and tokens per second over all processes, share of the time spent waiting for data, model FLOPs over the
     GPUs' peak where their kind is known, and the most memory held."""
 
-    def __init__(self, config: MMDiTConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: MMDiTConfig, world: World, share: float = 1.0) -> None:
+        self.config, self.world, self.share = config, world, share
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.known = gpu(name) if name else None
         self._begin()
@@ -47,7 +47,7 @@ class Throughput:
         self._steps += 1
         self._images += images
         self._tokens += images * (image_tokens + text_tokens)
-        self._flops += images * training_flops(self.config, image_tokens, text_tokens).total
+        self._flops += images * self.share * training_flops(self.config, image_tokens, text_tokens).total
         if self._steps < EVERY:
             return {}
         seconds = time.perf_counter() - self._start

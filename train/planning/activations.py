@@ -88,7 +88,8 @@ def _traces(config: Config, batch: int, pixels: int) -> tuple[Trace, list[Trace]
 
 
 def activations(config: Config, batch: int, pixels: int) -> tuple[int, list[Kernel]]:
-    """(bytes kept between forward and backward, kernels of a step with what is computed again)."""
+    """(bytes kept between forward and backward, kernels of a step with what is computed again) of so many samples."""
+    batch *= config.pictures
     kind, neutral = config.parallel.checkpointing, replace(config, parallel=Parallel())
     whole, blocks = _traces(neutral, batch, pixels)
     if kind == "none":

@@ -111,9 +111,10 @@ def plan(config: Config, layout: Layout, sheet: Gpu, name: str, pixels: int) -> 
     network = (gather + reduce) / link(layout.shards) + across / link(layout.gpus)
     ceiling = assumed(sheet, name)
     compute = layout.accumulate * sum(seconds(k, ceiling) for k in kernels)
+    compute *= config.flops_share / (config.pictures * (2 if frozen else 3) / 3)                # a reference's forward
     compute += 4 * 8 * shard / ceiling.copy                                    # AdamW and the average: eight passes
     tokens = (pixels // config.model.token_pixels) ** 2
     flops = layout.local * layout.accumulate * training_flops(config.model, tokens).total
-    flops *= 2 / 3 if frozen else 1.0                                          # frozen weights have no gradient
+    flops *= config.flops_share
     mfu, bound = flops / compute / sheet.flops, flops / max(compute, network) / sheet.flops
     return Plan(memory, sent, compute, network, mfu, bound)

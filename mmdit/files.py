@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        if not partial.is_dir():
+    except BaseException as error:
+        with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from error
+        ours = isinstance(error, OSError) and error.filename in (None, str(partial), str(path), str(path.parent))
+        if not ours:                                                      # what is read meanwhile names itself
+            raise
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from error         # type: ignore[attr-defined]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

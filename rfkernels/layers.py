@@ -4,6 +4,7 @@ kind of adapter whose low-rank part ops take as it is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ Device = torch.device | str | int | None
 def plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
     """Whether a layer's weights are all there is to it: no adapter, no hook, no other class, no parametrisation, no
     quantised or distributed weight. If not, it is called."""
-    off = type(layer) is LoraLinear and not layer.enabled and kind is nn.Linear
-    return (type(layer) is kind or off) and _bare(layer)
+    switched_off = type(layer) is LoraLinear and not layer.enabled and kind is nn.Linear
+    return (type(layer) is kind or switched_off) and _bare(layer)
 
 
 def adapted(layer: nn.Module) -> bool:
@@ -73,11 +74,17 @@ class LoraLinear(nn.Linear):
     def _add(
         self, rank: int, alpha: float | None, parts: Sequence[int], dropout: float, device: torch.device | str | None
     ) -> None:
+        if rank < 1:
+            raise ValueError(f"LoraLinear: rank is {rank}; expected at least 1")
+        if not parts or self.out_features % len(parts):
+            raise ValueError(f"LoraLinear: {self.out_features} rows do not divide into {len(parts)} groups")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.parts, self.dropout, self.enabled = tuple(parts), dropout, True
         device = self.weight.device if device is None else device
         self.lora_a = nn.Parameter(torch.empty((max(parts) + 1) * rank, self.in_features, device=device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, device=device))
+        self.base_trained = self.weight.requires_grad
+        """Whether the base was, before it was frozen."""
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -89,10 +96,6 @@ class LoraLinear(nn.Linear):
         """A layer with the parameters of another, which are frozen, and a low-rank part, not initialised.
 
         Raises: ValueError if the rows do not divide into the groups, or the rank is not positive."""
-        if rank < 1:
-            raise ValueError(f"LoraLinear: rank is {rank}; expected at least 1")
-        if layer.out_features % len(parts):
-            raise ValueError(f"LoraLinear: {layer.out_features} rows do not divide into {len(parts)} groups")
         made: LoraLinear = cls.__new__(cls)
         nn.Module.__init__(made)
         made.in_features, made.out_features = layer.in_features, layer.out_features
@@ -117,27 +120,39 @@ class LoraLinear(nn.Linear):
         if len(self.parts) == 1:
             return (F.linear(h, self.lora_b[first:] if first else self.lora_b) * self.scaling).to(x.dtype)
         size = self.out_features // len(self.parts)
-        parts = self.parts[first // size :]
-        by_part = h.unflatten(-1, (-1, self.rank))                                    # [..., parts, rank]
-        if parts != tuple(range(by_part.shape[-2])):
-            by_part = by_part[..., list(parts), :]                                    # [..., groups, rank]
-        rows = self.lora_b[first:].unflatten(0, (len(parts), size))                   # [groups, rows, rank]
-        return (torch.einsum("...gr,gor->...go", by_part, rows).flatten(-2) * self.scaling).to(x.dtype)
+        skipped = first // size
+        by_group = _of_groups(h.unflatten(-1, (-1, self.rank)), self.parts[skipped:])  # [..., groups, rank]
+        rows = self.lora_b[skipped * size :].unflatten(0, (-1, size))                  # [groups, rows, rank]
+        out = torch.einsum("...gr,gor->...go", by_group, rows).flatten(-2)[..., first - skipped * size :]
+        return (out * self.scaling).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         base = super().forward(x)
         return base + self.low_rank(x) if self.enabled else base
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """What the low-rank part adds to the weight, [out, in] in fp64."""
-        a = self.lora_a.double().unflatten(0, (-1, self.rank))[list(self.parts)]      # [groups, rank, in]
-        b = self.lora_b.double().unflatten(0, (len(self.parts), -1))                  # [groups, rows, rank]
-        return (b @ a).flatten(0, 1) * self.scaling
+    def merge(self) -> None:
+        """Adds the low-rank part to the weight, in fp64 with one rounding, a group of rows at a time."""
+        size, rank = self.out_features // len(self.parts), self.rank
+        for i, part in enumerate(self.parts):
+            rows = self.weight[i * size : (i + 1) * size]
+            a, b = self.lora_a.unflatten(0, (-1, rank))[part], self.lora_b[i * size : (i + 1) * size]
+            rows.copy_(rows.double() + self.scaling * (b.double() @ a.double()))
 
     def extra_repr(self) -> str:
         parts = f", parts={max(self.parts) + 1}" if len(self.parts) > 1 else ""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}{parts}"
+
+
+def _of_groups(by_part: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Of each group what belongs to its part, [..., parts, rank] -> [..., groups, rank]. By slices: a list of indices
+    would be copied to a GPU at each call, which waits for it and cannot be captured."""
+    first, count = parts[0], by_part.shape[-2]
+    if first >= 0 and parts == tuple(range(first, first + len(parts))):
+        return by_part[..., first : first + len(parts), :]
+    runs = ((number % count, len(list(same))) for number, same in groupby(parts))
+    shape = by_part.shape[:-2]
+    return torch.cat([by_part[..., n : n + 1, :].expand(*shape, length, -1) for n, length in runs], -2)
 
 
 def fill_a(tensor: Tensor, generator: torch.Generator | None = None) -> None:

@@ -16,6 +16,7 @@ from train.data import costs
 from train.data.blocks import check
 from train.data.precompute import precompute as fill
 from train.data.settings import Precompute
+from train.data.shapes import SIDE
 from train.data.shards import INDEX, Index
 from train.engine.loop import train
 from train.planning.activations import model_on_meta
@@ -148,7 +149,7 @@ def score(arguments: list[str]) -> None:
             seed: Of the noise.
         """
         config = Config.of_run(run)
-        if config.adapter.rank:
+        if config.adapter.rank and config.model.resolution == SIDE:
             _score_tuned(run, config, images, seed)
             return
         there = (config.cache / INDEX).is_file()                     # shapes are scored without their cache
@@ -159,6 +160,8 @@ def score(arguments: list[str]) -> None:
             print(f"  recolourings never seen      {found['recoloured']:.3f}")
             print(f"pictures: {run / 'retrieval.png'} (left of each pair: asked for; right: by the model)")
             return
+        if config.model.resolution != SIDE:
+            raise ValueError(f"{run} is no run of a demo: it draws {config.model.resolution} pixels, they {SIDE}")
         result = score_shapes(run, images=images, steps=steps, guidance=guidance, seed=seed)
         print(f"held-out captions, {64 * images} pictures (chance: colour .125, position .2, size .5, shape .17)")
         units = {"edge": "pixels by which outlines are off", "iou": "of shapes with the rendering that fits best"}

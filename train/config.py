@@ -203,6 +203,8 @@ class Config:
         for name in ("encoder_dropout", "caption_dropout"):
             numbers.between(f"Config: {name}", getattr(self, name), 0, 1)
         numbers.between("Config: prior_weight", self.prior_weight, 0)
+        if self.objective == "preference" and self.prior is not None:
+            raise ValueError(f"Config: prior is {self.prior} and objective preference; expected one of the two")
         if self.objective == "preference" and not self.adapter.rank:
             raise ValueError("Config: objective is preference and adapter.rank 0; the reference is the base without it")
         if self.adapter.rank and (self.initial is None or self.optimizer.kind != "adamw"):
@@ -303,7 +305,8 @@ def _plain(value: Any) -> Any:
 def with_defaults(decides: dict[str, Any]) -> dict[str, Any]:
     """What an older version's `decides` said, with the defaults of settings that have come since."""
     defaults = Config(Path(), Path(), steps=1).decides()
-    nested = {name: {**defaults[name], **decides.get(name, {})} for name in ("optimizer", "ema")}
+    parts = (name for name, value in defaults.items() if isinstance(value, dict) and name != "model")
+    nested = {name: {**defaults[name], **decides.get(name, {})} for name in parts}
     return {**defaults, **decides, **nested}
 
 

@@ -30,6 +30,7 @@ from mmdit.checkpoint.layouts import pieces
 from mmdit.checkpoint.store import fingerprint, swap
 from mmdit.checkpoint.tensors import Source
 from mmdit.config import MMDiTConfig
+from mmdit.files import naming
 
 FORMATS = ("native", "diffusers", "kohya", "comfyui")
 NATIVE = "rfkernels.lora"
@@ -119,14 +120,14 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor], config: MMDiTCon
     config = config or _among_released(modules, file)
     known = spelled(config)
     problems = [f"unknown module {name}" for name in modules if name not in known]
-    adapter = Adapter([], others=others)
+    adapter, peft = Adapter([], others=others), _peft(file)
     used: set[str] = set()
     for name, tensors in modules.items():
         if name not in known:
             continue
         own, place = known[name]
         used.add(own)
-        problem, part = _part(name, tensors, place, file.metadata)
+        problem, part = _part(name, tensors, place, peft)
         problems += [problem] if problem else []
         adapter.parts += [part] if part else []
     if problems:
@@ -181,7 +182,7 @@ def _refuse_others(file: Source) -> None:
         for name in file.entries:
             if re.search(pattern, name):
                 raise ValueError(f"{file.where}: tensor {name} is of {what}")
-    if '"use_dora": true' in file.metadata.get(METADATA, "") or _peft(file.metadata).get("use_dora"):
+    if _peft(file).get("use_dora"):
         raise ValueError(f"{file.where} says use_dora: DoRA, whose weights are normalised, cannot be read")
 
 
@@ -224,13 +225,13 @@ def _fits(tensors: Mapping[str, Tensor], place: Place) -> bool:
 
 
 def _part(
-    name: str, tensors: Mapping[str, Tensor], place: Place, metadata: Mapping[str, str]
+    name: str, tensors: Mapping[str, Tensor], place: Place, peft: Mapping[str, Any]
 ) -> tuple[str | None, Part | None]:
     """(what is wrong, nothing) or (nothing, the part)."""
-    if tensors.keys() < {"a", "b"} or not {"a", "b"} <= tensors.keys():
+    if not {"a", "b"} <= tensors.keys():
         return f"{name} has {' and '.join(sorted(tensors))} alone", None
     a, b = tensors["a"], tensors["b"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not _fits(tensors, place):
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0] or not _fits(tensors, place):
         wanted = f"[r, {place.columns}] and [{place.rows}, r]"
         return f"{name} has shapes {list(a.shape)} and {list(b.shape)}, expected {wanted}", None
     if not all(torch.isfinite(t).all() for t in tensors.values()):
@@ -240,16 +241,26 @@ def _part(
         alpha = float(tensors["alpha"])
         scale = alpha / rank if alpha else 1.0                                  # kohya: an alpha of 0 is none
     else:
-        scale = _peft_scale(name, rank, _peft(metadata))
+        scale = _peft_scale(name, rank, peft)
+    if not math.isfinite(scale):
+        return f"{name} has an alpha that is no number", None
     return None, Part(place.layer, place.first, a, swap(b) if place.swapped else b, scale)
 
 
-def _peft(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The transformer's part of what diffusers keeps of PEFT's configuration."""
-    if METADATA not in metadata:
+def _peft(file: Source) -> dict[str, Any]:
+    """The transformer's part of what diffusers keeps of PEFT's configuration. Raises: ValueError."""
+    if METADATA not in file.metadata:
         return {}
-    found = json.loads(metadata[METADATA])
-    return {key.removeprefix("transformer."): value for key, value in found.items()}
+    with naming(file.where):
+        found = json.loads(file.metadata[METADATA])
+        if not isinstance(found, dict):
+            raise ValueError(f"{METADATA} is {type(found).__name__}; expected an object")
+        own = {key.removeprefix("transformer."): value for key, value in found.items()}
+        for key in ("alpha_pattern", "rank_pattern"):
+            for pattern in own.get(key) or {}:
+                if re.search(r"[^\w.\\\-^$]", pattern):      # regular expressions to PEFT; here names of modules
+                    raise ValueError(f"{key} has {pattern!r}, which is no module's name")
+        return own
 
 
 def _peft_scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
@@ -263,6 +274,8 @@ def _peft_scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
         return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
 
     alpha = patterned("alpha_pattern", config.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        return math.nan
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -33,7 +33,8 @@ class Lora:
     alpha: float | None = None
     """The low-rank part is multiplied by alpha / rank; None: alpha is the rank."""
     dropout: float = 0.0
-    """Of the low-rank part's input, in training."""
+    """Of the low-rank part's input, in training; drawn by PyTorch's own generator: such a run depends on the number of
+    processes and on resumes."""
     targets: tuple[str, ...] = ("attention",)
     """attention, blocks (attention and MLPs), all, or regular expressions for whole names of linear layers."""
     split_qkv: bool = True
@@ -44,10 +45,6 @@ class Lora:
         numbers.between("Lora: dropout", self.dropout, 0, 1)
         if self.alpha is not None:
             numbers.above("Lora: alpha", self.alpha, 0)
-
-    @property
-    def scaling(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def parts_of(model: MMDiT, name: str, split_qkv: bool) -> tuple[int, ...]:
@@ -85,6 +82,8 @@ def attach(model: MMDiT, lora: Lora) -> None:
     Raises: ValueError for rank 0 or a target that matches no layer."""
     if lora.rank < 1:
         raise ValueError(f"Lora: rank is {lora.rank}; expected at least 1")
+    if model.config.backbone != "joint":
+        raise ValueError(f"Lora: the backbone is {model.config.backbone}; adapters are for joint blocks")
     model.requires_grad_(False)
     for name in matching(model, lora.targets):
         parts = parts_of(model, name, lora.split_qkv)

@@ -114,7 +114,8 @@ def of_model(model: nn.Module) -> Adapter:
     """The low-rank parts of a model's layers, whatever device they are on; copies."""
     found: list[Part] = []
     for name, layer in layers(model):
-        found += of_layer(name, layer.parts, layer.scaling, layer.lora_a.detach().cpu(), layer.lora_b.detach().cpu())
+        a, b = (tensor.detach().cpu().clone() for tensor in (layer.lora_a, layer.lora_b))
+        found += of_layer(name, layer.parts, layer.scaling, a, b)
     return Adapter(found)
 
 
@@ -137,11 +138,14 @@ def load(model: MMDiT, *adapters: Adapter) -> None:
 
     Raises: ValueError for a layer that the model has not, or of another size."""
     every = Adapter([part for adapter in (of_model(model), *adapters) for part in adapter.parts])
+    there, made = dict(model.named_modules()), {}
     for name, parts in every.by_layer().items():
-        layer = model.get_submodule(name) if name in dict(model.named_modules()) else None
+        layer = there.get(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"adapter: the model has no linear layer {name}")
-        put(model, name, _layer(layer, name, parts))
+        made[name] = _layer(layer, name, parts)
+    for name, layer in made.items():                                      # all of them, or none
+        put(model, name, layer)
 
 
 def _layer(base: nn.Linear, name: str, parts: list[Part]) -> LoraLinear:
@@ -175,7 +179,7 @@ def remove(model: MMDiT) -> None:
     for name, layer in list(layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
-        put(model, name, plain.train(layer.training))
+        put(model, name, plain.train(layer.training).requires_grad_(layer.base_trained))
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def merge(model: MMDiT) -> None:
     """Adds the low-rank parts to the weights, in fp64 with one rounding, and takes the adapters off. Weights in 16 bits
     lose what is below their last digit: the adapter's file remains the better thing to keep."""
     for _, layer in layers(model):
-        layer.weight.copy_(layer.weight.double() + layer.delta())
+        layer.merge()
     remove(model)
 
 

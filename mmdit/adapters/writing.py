@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -70,9 +70,11 @@ def _as_native(made: Mapping[str, list[Part]]) -> dict[str, Tensor]:
 def _as_other(
     made: Mapping[str, list[Part]], config: MMDiTConfig, format: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    found = dict(_placed(made, places(config, "diffusers" if format == "diffusers" else "sd3")))
-    if not found:
-        raise ValueError(f"lora: none of {', '.join(list(made)[:3])}, ... has a name in the format {format}")
+    known = places(config, "diffusers" if format == "diffusers" else "sd3")
+    found = dict(_placed(made, known))
+    left = [name for name, parts in made.items() for part in parts if not _is_placed(part, known.values())]
+    if left:
+        raise ValueError(f"lora: {', '.join(sorted(set(left))[:5])} have no name in the format {format} of this model")
     tensors: dict[str, Tensor] = {}
     rank = max(part.rank for part in found.values())
     for name, part in found.items():
@@ -95,6 +97,13 @@ def _as_other(
         about = {"network_module": "networks.lora_sd3", "network_dim": str(rank), "network_alpha": str(rank)}
         return tensors, {f"ss_{key}": value for key, value in about.items()}
     return tensors, {"format": "pt"}
+
+
+def _is_placed(part: Part, known: Iterable[Place]) -> bool:
+    """Whether all of a part's rows stand somewhere."""
+    own = (place for place in known if place.layer == part.layer)
+    rows = sum(max(0, min(part.end, p.first + p.rows) - max(part.first, p.first)) for p in own)
+    return rows == part.end - part.first
 
 
 def _placed(made: Mapping[str, list[Part]], known: Mapping[str, Place]) -> Iterator[tuple[str, Part]]:

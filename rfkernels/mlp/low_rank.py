@@ -30,7 +30,7 @@ def takes(*layers: nn.Module) -> bool:
     on = [layer for layer in layers if adapted(layer)]
     others = [layer for layer in layers if layer not in on]
     frozen = all(plain(layer) and not any(p.requires_grad for p in layer.parameters()) for layer in others)
-    return bool(on) and frozen and all(map(simple, on))                                              # type: ignore[arg-type]
+    return len(on) > 0 and frozen and all(map(simple, on))                                              # type: ignore[arg-type]
 
 
 def gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
@@ -45,9 +45,15 @@ def gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return out
 
 
-def _tensors(layer: nn.Linear) -> Layer:
-    on = adapted(layer)
-    return layer.weight, layer.bias, layer.lora_a if on else None, layer.lora_b if on else None      # type: ignore[return-value]
+def _tensors(layer: nn.Module) -> Layer:
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if not isinstance(layer, LoraLinear) or not layer.enabled:
+        return weight, bias, None, None
+    factors: list[Tensor] = [layer.lora_a, layer.lora_b]
+    if not torch.is_autocast_enabled(weight.device.type):                 # which would give all of them one dtype
+        factors = [factor.to(weight.dtype) for factor in factors]
+    return weight, bias, factors[0], factors[1]
 
 
 def definition(scales: tuple[float, float], x: Tensor, *tensors: Tensor | None) -> Tensor:

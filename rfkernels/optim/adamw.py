@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,7 +93,8 @@ class AdamW(torch.optim.Optimizer):
         settings = Settings(
             float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, _first_row(parameter)
         )
-        run = launch.adamw if refuses_triton(given, gradient) is None and given.is_cuda else reference.adamw
+        kernel = given.is_cuda and given.is_contiguous() and refuses_triton(given, gradient) is None
+        run = launch.adamw if kernel else reference.adamw
         run(given, gradient.contiguous(), own, step, settings, self.grad_scale, self.found_inf)
 
 
@@ -101,8 +103,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[R, C]; a vector as rows of one element, as it is sharded."""
-    return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(-1, 1)
+    """[R, C], of no rows too; a vector as rows of one element, as it is sharded."""
+    return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
 def _sharded(parameter: Tensor) -> bool:

@@ -51,15 +51,22 @@ def _decoded(code, scale, CODES: tl.constexpr):
     return tl.where(code < 0, -value, value)
 
 
+@triton.jit
+def _one_less_power(x):
+    """1 - e^x for x <= 0, also near 0, where 1 - exp(x) has few digits left."""
+    series = 1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6))))
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
 @triton.jit(do_not_specialize=["count", "first_row", "seed"])
 def adamw_step(
     p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, step_ptr, grad_scale_ptr, found_inf_ptr,
-    count, columns, per_row, first_row, seed, lr, beta1, beta2, rest1, rest2, eps, decay,
+    count, columns, per_row, first_row, seed, lr, beta1, beta2, rest1, rest2, log1, log2, eps, decay,
     EIGHT: tl.constexpr, BF16: tl.constexpr, BF16_WEIGHT: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates `count` blocks of p, m and v in place; rest is 1 - beta, decay 1 - lr * weight_decay, of more digits than
-    fp32 would leave them."""
+    """Updates `count` blocks of p, m and v in place; rest is 1 - beta, log its logarithm, decay 1 - lr * weight_decay:
+    with more digits than fp32 arithmetic would leave them."""
     numbers = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     if CHECKED:                                                            # a step that is not taken touches nothing
         count = tl.where(tl.load(found_inf_ptr) > 0.5, 0, count)
@@ -69,7 +76,7 @@ def adamw_step(
     step = tl.load(step_ptr)
     g = tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32)
     if SCALED:
-        g = tl.div_rn(g, tl.load(grad_scale_ptr))
+        g = tl.div_rn(g, tl.load(grad_scale_ptr).to(tl.float32))
     m, v = tl.load(m_ptr + at, mask=there, other=0), tl.load(v_ptr + at, mask=there, other=0)
     if EIGHT:
         m = _decoded(m, tl.load(m_scale_ptr + numbers, mask=live, other=0.0), 127)
@@ -77,7 +84,7 @@ def adamw_step(
         v = r * r
     m = beta1 * m.to(tl.float32) + rest1 * g
     v = beta2 * v.to(tl.float32) + rest2 * g * g
-    first, second = 1.0 - tl.exp2(step * tl.log2(beta1)), 1.0 - tl.exp2(step * tl.log2(beta2))
+    first, second = _one_less_power(step * log1), _one_less_power(step * log2)
     p = tl.load(p_ptr + at, mask=there, other=0.0).to(tl.float32)
     p = decay * p - lr * tl.div_rn(tl.div_rn(m, first), tl.sqrt_rn(tl.div_rn(v, second)) + eps)
     key = _mixed(step.to(tl.uint32) ^ seed.to(tl.uint32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rfkernels.optim.reference import BLOCK, Settings
+from rfkernels.optim.reference import BLOCK, Settings, log
 from rfkernels.triton_support import kernels_of, on
 
 TILES = {True: (16, 8), False: (8, 4)}
@@ -34,7 +34,7 @@ def adamw(
             state.get("exp_avg_sq_scale", nothing), step, nothing if grad_scale is None else grad_scale,
             nothing if found_inf is None else found_inf,
             count, columns, per_row, s.first_row, s.seed & 0x7FFFFFFF, s.lr, s.beta1, s.beta2,
-            1 - s.beta1, 1 - s.beta2, s.eps, 1 - s.lr * s.weight_decay,
+            1 - s.beta1, 1 - s.beta2, log(s.beta1), log(s.beta2), s.eps, 1 - s.lr * s.weight_decay,
             EIGHT=eight, BF16=state["exp_avg"].dtype == torch.bfloat16,
             BF16_WEIGHT=parameter.dtype == torch.bfloat16, SCALED=grad_scale is not None,
             CHECKED=found_inf is not None, BLOCKS=blocks, BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,10 @@ def empty_state(parameter: Tensor, states: str) -> dict[str, Tensor]:
     return {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
 
 
+def log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
+
+
 @torch.no_grad()
 def adamw(
     parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor, settings: Settings,
@@ -100,6 +105,8 @@ def adamw(
     Args: step: scalar fp32, counted from 1. grad_scale, found_inf: scalars fp32, see README.md.
     """
     s, shape = settings, parameter.shape
+    if not parameter.numel():
+        return
     g = gradient.float() if grad_scale is None else gradient.float() / grad_scale
     eight = state["exp_avg"].dtype == torch.int8
     if eight:
@@ -108,7 +115,7 @@ def adamw(
     else:
         m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
     m, v = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g * g
-    first, second = 1 - torch.pow(s.beta1, step), 1 - torch.pow(s.beta2, step)
+    first, second = (-torch.expm1(step * log(beta)) for beta in (s.beta1, s.beta2))           # 1 - beta^step
     p = (1 - s.lr * s.weight_decay) * parameter.float() - s.lr * (m / first) / ((v / second).sqrt() + s.eps)
     bits = lambda what: noise(step, shape, s, what)  # noqa: E731
     made: dict[str, Tensor] = {}

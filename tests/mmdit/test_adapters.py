@@ -168,3 +168,43 @@ def test_compiled_whole_whether_on_or_off(kind):
         with adapters.off(model), torch.no_grad():
             torch.testing.assert_close(model(*x), base, rtol=1e-4, atol=1e-5)
     assert all(layer.lora_b.grad is not None for _, layer in adapters.layers(model))
+
+
+def test_no_index_goes_to_the_device():
+    """A list of indices would be copied to a GPU at each call, which waits for it and cannot be captured."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    config = PRESETS["sd35-medium"]
+    model, x = model_of(config), inputs(config)
+    adapters.attach(model, Lora(rank=2, targets=("all",)))
+    with torch.no_grad(), Watch():
+        model(*x)
+    assert len(seen) > 100 and not [name for name in seen if "index" in name or "lift" in name]
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was():
+    model = model_of(PRESETS["sd3"])
+    deep = model_of(presets.tiny(depth=3))
+    adapters.attach(deep, Lora(rank=2))
+    with pytest.raises(ValueError, match="has no linear layer"):
+        adapters.load(model, adapters.of_model(deep))
+    assert not list(adapters.layers(model))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    own = model_of(PRESETS["sd3"])
+    adapters.attach(own, Lora(rank=2))
+    adapters.load(model, adapters.of_model(own))
+    adapters.remove(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_other_backbones_are_refused():
+    model = MMDiT(presets.tiny(backbone="cross"))
+    with pytest.raises(ValueError, match="the backbone is cross; adapters are for joint blocks"):
+        adapters.attach(model, Lora(rank=2))

@@ -310,3 +310,39 @@ def test_our_file_names_its_base_and_holds_no_alpha(tmp_path):
         assert opened.metadata()["format"] == "rfkernels.lora"
         assert "blocks.0.image.attn.qkv[64:128].lora_b" in opened.keys()  # noqa: SIM118
     assert adapters.formats.config_of(file) == config
+
+
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        ("no json", "lora.safetensors: "), ("[1]", "is list; expected an object"),
+        ('{"transformer.lora_alpha": NaN, "transformer.r": 3}', "has an alpha that is no number"),
+        ('{"transformer.lora_alpha": "3", "transformer.r": 3}', "has an alpha that is no number"),
+        ('{"transformer.alpha_pattern": {"(a+)+$": 3}}', "which is no module's name"),
+    ],
+)  # fmt: skip
+def test_metadata_that_say_nothing_are_refused_with_the_file(about, message, tmp_path):
+    _, tensors = diffusers_file(tmp_path, PRESETS["sd3"], targets=("attention",))
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": about})
+    with pytest.raises(ValueError, match=message):
+        adapters.read(file, PRESETS["sd3"])
+
+
+def test_a_part_without_a_name_in_the_format_is_not_left_out(tmp_path):
+    config = PRESETS["sd3"]
+    adapter = adapters.of_model(adapted(config))
+    adapter.parts.append(replace(adapter.parts[0], layer="blocks.99.image.attn.proj"))
+    with pytest.raises(ValueError, match=r"blocks.99.image.attn.proj have no name in the format comfyui"):
+        adapters.save(adapter, tmp_path / "x.safetensors", config, format="comfyui")
+
+
+def test_a_part_of_half_of_keys_and_values_is_computed_in_the_last_block():
+    config = PRESETS["sd3"]
+    layer = "blocks.1.context.attn.qkv"
+    part = adapters.Part(layer, 0, torch.randn(2, 64), torch.randn(96, 2))
+    model, merged = model_of(config), model_of(config)
+    adapters.load(model, adapters.Adapter([part]))
+    with torch.no_grad():
+        merged.get_submodule(layer).weight[:96] += part.delta().float()
+    torch.testing.assert_close(model(*inputs(config)), merged(*inputs(config)), rtol=1e-4, atol=1e-5)

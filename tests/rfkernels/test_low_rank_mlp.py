@@ -107,3 +107,14 @@ def test_second_derivatives():
     one, two = one.double(), two.double()
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, a: rfkernels.gelu_mlp(x, one, two), (x, one.lora_a))
+
+
+def test_a_base_in_bf16_with_factors_in_fp32():
+    """Without autocast, as adapters are put on released weights."""
+    one, two = layers(dtype=torch.bfloat16)
+    x = torch.randn(2, 5, 16).bfloat16().requires_grad_()
+    out = rfkernels.gelu_mlp(x, one, two)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and one.lora_a.grad.dtype == torch.float32
+    expected, _ = in_fp64(x, (one, two))
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)

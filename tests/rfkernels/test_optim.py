@@ -147,6 +147,16 @@ def test_a_state_dict_goes_on_where_it_was():
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+def test_a_parameter_that_is_no_block_of_memory():
+    weight = torch.randn(5, 300)
+    parameters = [nn.Parameter(weight.clone()), nn.Parameter(weight.t().contiguous().t())]
+    for parameter in parameters:
+        torch.manual_seed(0)
+        parameter.grad = torch.randn(5, 300)
+        AdamW([parameter], lr=0.1, states="int8").step()
+    assert not parameters[1].is_contiguous() and torch.equal(*parameters)
+
+
 @pytest.mark.parametrize("wrong", ({"states": "int4"}, {"betas": (1.0, 0.9)}, {"lr": -1.0}, {"eps": 0.0}))
 def test_what_cannot_be_meant_is_refused(wrong):
     with pytest.raises(ValueError, match="AdamW: "):
@@ -189,7 +199,7 @@ def shards(rank, size, file, out):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
     mesh = dist.init_device_mesh("cpu", (size,))
     torch.manual_seed(0)
-    layers = [torch.randn(7, 300), torch.randn(10), torch.randn(4, 5, 60).bfloat16()]
+    layers = [torch.randn(7, 300), torch.randn(10), torch.randn(4, 5, 60).bfloat16(), torch.randn(1, 40)]
     parameters = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in layers]
     optimizer = AdamW(parameters, lr=1e-2, states="int8", seed=3)
     for step in range(3):

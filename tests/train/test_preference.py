@@ -84,9 +84,9 @@ def test_a_worse_picture_that_was_replaced_is_seen(folder, tuned):
         precompute(Precompute(source=str(folder), cache=tuned.cache, workers=1))
 
 
-@pytest.mark.parametrize("names", [("jpg_0", "jpg_1"), ("edited_image", "original_image")])
-def test_columns_of_others(names, tmp_path):
-    """Pick-a-Pic: by its labels, ties counted; InstructPix2Pix: edited first, the instruction as caption."""
+@pytest.mark.parametrize("names", [("jpg_0", "jpg_1"), ("winner", "loser")])
+def test_columns_of_pairs(names, tmp_path):
+    """Pick-a-Pic's by its labels, ties counted; without them nobody knows."""
     arrow = pytest.importorskip("pyarrow", reason="extra [parquet] is not installed")
     from pyarrow import parquet
 
@@ -94,11 +94,14 @@ def test_columns_of_others(names, tmp_path):
     if names[0] == "jpg_0":
         rows |= {"label_0": [1.0, 0.5, 0.0], "label_1": [0.0, 0.5, 1.0], "caption": ["a", "b", "c"]}
     else:
-        rows |= {"edit_prompt": ["a", "b", "c"]}
+        rows |= {"text": ["a", "b", "c"]}
     parquet.write_table(arrow.table(rows), tmp_path / "x.parquet")
     found = open_source(str(tmp_path / "x.parquet"))
     values = [[image.getpixel((0, 0))[0] for image in record.read()[0]] for record in found]
     if names[0] == "jpg_0":
+        parquet.write_table(arrow.table(rows).drop_columns("label_1"), tmp_path / "y.parquet")
+        with pytest.raises(DataError, match=r"y.parquet has no label_1"):
+            open_source(str(tmp_path / "y.parquet"))
         assert values == [[1, 11], [13, 3]] and found.passed == {"a tie, or a pair that nobody has judged": 1}
     else:
         assert values == [[1, 11], [2, 12], [3, 13]] and [r.caption for r in found] == ["a", "b", "c"]
@@ -180,16 +183,19 @@ def test_the_loss_by_its_formula_in_fp64(tuned, weight, smoothing):
 
 
 def test_the_safeguard_keeps_the_better_pictures_gradient_a_descent(tuned):
-    """Along the gradient of the loss the better pictures' error falls, also where it would rise without."""
+    """Of each pair by itself: what is left of the worse one's gradient along the better one's is (1 - mu) of that."""
     from train.objectives.preference import _held_back
 
     torch.manual_seed(0)
     better = torch.randn(4, 3)
-    worse = (3 * better + 0.1 * torch.randn(4, 3)).requires_grad_()
+    worse = (torch.tensor([[3.0], [5.0], [2.0], [9.0]]) * better + 0.1 * torch.randn(4, 3)).requires_grad_()
     held = _held_back(better, worse, 0.5)
     assert torch.equal(held, worse)                                                    # the value is not touched
     (gradient,) = torch.autograd.grad(held.square().sum() / 2, worse)
-    assert (better * gradient).sum() == pytest.approx(float(0.5 * better.square().sum()), rel=1e-5)
+    torch.testing.assert_close((better * gradient).sum(1), 0.5 * better.square().sum(1))
+    half = _held_back(better[:2], worse[:2], 0.5)
+    (alone,) = torch.autograd.grad(half.square().sum() / 2, worse)
+    assert torch.equal(alone[:2], gradient[:2])                                        # whatever its company
     opposed = (-better).requires_grad_()
     (gradient,) = torch.autograd.grad(_held_back(better, opposed, 0.5).square().sum() / 2, opposed)
     assert torch.equal(gradient, opposed)
@@ -220,6 +226,21 @@ def test_losses_do_not_depend_on_the_processes(processes, tuned, tmp_path, launc
     for name in ("train/loss", "train/better_over_reference"):
         assert of_run(spread.run, name) == pytest.approx(of_run(tuned.run, name), rel=1e-3, abs=1e-5)
     assert launching.losses(spread.run)[0]
+
+
+def test_evaluation_of_a_run_on_pairs_wants_single_pictures(tuned, config):
+    from train.evaluate.run import Evaluation, evaluate
+
+    train(changed(tuned, steps=1))
+    with pytest.raises(ValueError, match="holds pairs of pictures, which the objective flow does not take"):
+        evaluate(Evaluation(tuned.run, images=1, reference=1, steps=1))
+    found = evaluate(Evaluation(tuned.run, cache=config.cache, images=1, reference=1, steps=1))
+    assert any("validation" in name for name in found)
+
+
+def test_a_prior_beside_pairs_is_refused(tuned, config):
+    with pytest.raises(ValueError, match="expected one of the two"):
+        changed(tuned, prior=config.cache)
 
 
 def test_without_an_adapter_there_is_no_reference(tuned):

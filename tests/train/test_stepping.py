@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.engine.parallel import World
-from train.engine.stepping import Stepper, Taken
+from train.engine.stepping import Stepper, Taken, gradient_norm
 
 ALONE = World(torch.device("cpu"))
 
@@ -69,3 +69,12 @@ def test_the_host_never_waits():
             stepper(Taken(step, 1e-2, 0.0), torch.ones((), device="cuda"))
         with pytest.raises(RuntimeError):
             list(stepper.read())
+
+
+def test_the_norm_of_gradients_of_16_bits_has_32():
+    layer = torch.nn.Linear(64, 64).bfloat16()
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.cat([p.grad.double().flatten() for p in layer.parameters()]).norm()
+    norm = gradient_norm(layer)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -156,9 +156,8 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
 
 
 RANKED, LABELS = ("jpg_0", "jpg_1"), ("label_0", "label_1")
-PICTURES = (("image",), ("winner", "loser"), RANKED, ("edited_image", "original_image"), ("target", "source"))
-"""Columns of pictures: one; the better and the worse of two; Pick-a-Pic's two with their labels; InstructPix2Pix's
-picture edited and as it was."""
+PICTURES = (("image",), ("winner", "loser"), RANKED)
+"""Columns of pictures: one; the better and the worse of two; Pick-a-Pic's two, with their labels."""
 
 
 def _table(path: Path) -> Any:
@@ -181,7 +180,9 @@ def parquet(path: Path, split: str | None) -> Records:
         if pictures is None:
             known = " or ".join(" and ".join(names) for names in PICTURES)
             raise DataError(f"{path} has columns {', '.join(columns)}; expected {known}, and caption or text")
-        ranked = [name for name in LABELS if name in columns] if pictures == RANKED else []
+        ranked = list(LABELS) if pictures == RANKED else []
+        if missing := [name for name in ranked if name not in columns]:
+            raise DataError(f"{path} has no {' and no '.join(missing)}: which of its pictures is the better one?")
         wanted = [name for name in (*CAPTIONS, *SYNTHETIC, *ranked) if name in columns]
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -195,7 +196,8 @@ def parquet(path: Path, split: str | None) -> Records:
                         found.passed["a tie, or a pair that nobody has judged"] += 1
                         continue
                     order = pictures if first == 1 else pictures[::-1]
-                opener, beside, *_ = (*(partial(_bytes_in, path, group, row, name) for name in order), None)
+                opener = partial(_bytes_in, path, group, row, order[0])
+                beside = partial(_bytes_in, path, group, row, order[1]) if len(order) > 1 else None
                 found.append(Record(printable(f"{path.name}:{group}-{row}"), said["caption"], opener, split,
                                     said["synthetic"], said["problem"], str(path), beside))  # fmt: skip
     found.files = len(found)

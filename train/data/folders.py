@@ -15,8 +15,8 @@ from train.data.records import DataError, Record, Records, printable, texts_of
 from train.data.splits import LEFT_OUT, Mapped, named
 
 METADATA = "metadata.jsonl"
-LISTED = (("file_name",), ("winner", "loser"), ("target", "source"))
-"""What a line of it names: a picture, the better and the worse of two, or a picture edited and as it was."""
+LISTED = (("file_name",), ("winner", "loser"))
+"""What a line of it names: a picture, or the better and the worse of two."""
 SIDECARS = (".txt", ".synthetic.txt")
 
 
@@ -173,6 +173,6 @@ def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str | N
             if not all(isinstance(name, str) for name in names):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
-            raise DataError(f"{where}: expected JSON with file_name, winner and loser, or target and source") from error
+            raise DataError(f"{where}: expected JSON with file_name, or winner and loser") from error
         split = entry.get("split")
         yield where, names, None if split is None else named(split, splits, where), texts_of(entry)

@@ -38,7 +38,7 @@ class Record:
     file: str | None = None
     """Where it lies, itself or its archive."""
     beside: Callable[[], Image.Image | bytes] | None = None
-    """A second picture of one caption: the one that was liked less, or the one to be edited."""
+    """A second picture of one caption: the one that was liked less."""
     beside_file: str | None = None
 
     def image(self) -> Image.Image:
@@ -122,7 +122,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-CAPTIONS, SYNTHETIC = ("caption", "text", "instruction", "edit_prompt"), ("synthetic_caption", "synthetic")
+CAPTIONS, SYNTHETIC = ("caption", "text"), ("synthetic_caption", "synthetic")
 """Names under which metadata holds a caption, and one that a model wrote; the first that is there counts."""
 
 

@@ -27,8 +27,8 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
             .synthetic.txt for captions that a model wrote, or a metadata.jsonl with file_name, caption or text,
             synthetic_caption and split); or WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a
             glob, or a range such as "set-{00000..00099}.tar". Of a folder without pictures, archives below it: a clone
-            of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser, or target and source, in place
-            of file_name; parquet with those columns, or those of Pick-a-Pic or InstructPix2Pix.
+            of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser in place of file_name;
+            parquet with those columns, or Pick-a-Pic's.
         copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind.
         splits: what else a split's name may be, NAME=train, NAME=val or NAME=-, left out; see `splits.KNOWN`.
     Raises: DataError if there is nothing there.

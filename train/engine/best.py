@@ -18,8 +18,10 @@ AVERAGED, RAW, ABOUT = "best.safetensors", "best-raw.safetensors", "best.json"
 class Best:
     """Keeps RUN/best.safetensors, the average, and RUN/best-raw.safetensors; RUN/best.json says of which step."""
 
-    def __init__(self, config: Config, world: World, extra: dict[str, Any], step: int) -> None:
-        self.config, self.world, self.extra = config, world, extra
+    def __init__(
+        self, config: Config, world: World, extra: dict[str, Any], step: int, base: dict[str, str]
+    ) -> None:
+        self.config, self.world, self.extra, self.base = config, world, extra, base
         path = config.run / ABOUT
         found = read_object(path) if path.is_file() else {"step": 0, "loss": float("inf")}
         with naming(path):                            # a run that resumes from before its best step makes it again
@@ -31,6 +33,6 @@ class Best:
             return
         self.lowest = loss
         for name, tensors in ((RAW, {}), (AVERAGED, ema.weights)):
-            weights.save(self.config.run / name, model, tensors, self.config, self.world, self.extra)
+            weights.save(self.config.run / name, model, tensors, self.config, self.world, self.extra, self.base)
         if self.world.main:
             write_atomically(self.config.run / ABOUT, json.dumps({"step": step, "loss": loss}).encode())

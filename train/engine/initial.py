@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmdit import checkpoint
 from mmdit.checkpoint.layouts import POSITIONS
@@ -46,8 +47,13 @@ def start_from(model: MMDiT, source: str | os.PathLike[str]) -> list[str]:
     if problems:
         raise ValueError(f"{opened.source.where} is no start for this model: " + "; ".join(sorted(problems)))
     for name, shape in shapes.items():
-        whole = torch.empty(shape)
-        for piece in (p for p in pieces if p.native == name):
+        parameter, own = ours[name], [piece for piece in pieces if piece.native == name]
+        if not isinstance(parameter, DTensor):                            # in its dtype, a piece at a time
+            for piece in own:
+                parameter[piece.first : piece.first + piece.shape[0]].copy_(opened.read(piece))
+            continue
+        whole = torch.empty(shape, dtype=parameter.dtype)
+        for piece in own:
             whole[piece.first : piece.first + piece.shape[0]] = opened.read(piece)
-        ours[name].copy_(like(ours[name], whole))
+        parameter.copy_(like(parameter, whole))
     return left

@@ -80,6 +80,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     bf16 = autocasts(config, device)
     store = torch.bfloat16 if bf16 and config.optimizer.weights == "bf16" else torch.float32
     model = parallel.build(config.model, config.parallel, world, config.seed, bf16, config.adapter, store)
+    base = weights.base_of(config)
     if config.initial is not None:
         left = start_from(model, config.initial)
         if world.main:
@@ -90,7 +91,9 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     training = cache.buckets("train")
     plan = Plan({name: len(bucket) for name, bucket in training.items()}, config.batch, config.seed)
 
-    decides = {**config.decides(), "data": cache.contents, **weights.base_of(config)}
+    decides = {**config.decides(), "data": cache.contents, **base}
+    if config.prior is not None:
+        decides["prior data"] = Cache(config.prior).contents
     checkpoints = Checkpoints(config.run / "checkpoints", config.keep, world)
     progress = checkpoints.restore(model, ema, optimizer, decides)
     log = Log(config, progress.step, world.main)
@@ -99,12 +102,12 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
         print(f"resuming {config.run} from step {progress.step}")
-    best = Best(config, world, extra, progress.step)
+    best = Best(config, world, extra, progress.step, base)
     preview = Previews(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 
     def save() -> None:
         checkpoints.save(model, ema, optimizer, progress, decides)
-        weights.save(weights.file_of(config), model, ema.weights, config, world, extra)
+        weights.save(weights.file_of(config), model, ema.weights, config, world, extra, base)
 
     budget, bad = Budget(config, progress.seconds), Nonfinite(config, world)
     stepper = Stepper(model, optimizer, config.optimizer.clip, world)

@@ -36,6 +36,8 @@ from train.config import Parallel
 from train.engine.rendezvous import fresh_store
 
 NO_ADAPTER = Lora()
+RECOMPILES = 64
+"""Of a compiled block's forward, at most: beyond, a run that compiles whole blocks ends."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def build(
             parameter.data = parameter.data.bfloat16()
     for parameter in trained(model).values():
         parameter.data = parameter.data.to(store)
+    if parallel.compile:                                # kinds of blocks, times latent sizes, times adapters on and off
+        torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
     block: Any
     for block in model.blocks:
         if parallel.checkpointing == "full":

@@ -68,5 +68,9 @@ class Stepper:
 def gradient_norm(model: nn.Module) -> Tensor:
     """Of all gradients, over all processes; scalar fp32."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if any(g.dtype != torch.float32 for g in gradients):                  # of 16 bits the norm would have 16 bits too
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(norms))
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

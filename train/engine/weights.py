@@ -19,7 +19,8 @@ from train.engine.parallel import World
 
 
 def base_of(config: Config) -> dict[str, str]:
-    """The base of a run's adapter, by the bytes of its files; nothing of a run that trains a whole model."""
+    """The base of a run's adapter, by the bytes of its files; nothing of a run that trains a whole model. To be asked
+    for before it is read: its files may be others later."""
     return {"base": checkpoint.fingerprint(config.initial)} if config.adapter.rank and config.initial else {}
 
 
@@ -28,11 +29,12 @@ def file_of(config: Config) -> Path:
 
 
 def save(
-    path: Path, model: MMDiT, tensors: Mapping[str, Tensor], config: Config, world: World, extra: dict[str, Any]
-) -> None:
+    path: Path, model: MMDiT, tensors: Mapping[str, Tensor], config: Config, world: World, extra: dict[str, Any],
+    base: Mapping[str, str],
+) -> None:  # fmt: skip
     """Writes these weights, on the main process; all take part.
 
-    Args: tensors: by name, in place of the model's. An adapter's file names its base."""
+    Args: tensors: by name, in place of the model's. base: see `base_of`; an adapter's file names it."""
     whole = parallel.gathered({**parallel.trained_state(model), **tensors}, world)
     if not world.main:
         return
@@ -44,6 +46,6 @@ def save(
         for name, layer in adapters.layers(model)
         for part in of_layer(name, layer.parts, layer.scaling, whole[f"{name}.lora_a"], whole[f"{name}.lora_b"])
     ]
-    base = {"path": str(config.initial), **base_of(config)}
-    about = {"extra": json.dumps(extra), "base": json.dumps(base)}
+    where = "" if config.initial is None else str(config.initial.resolve())
+    about = {"extra": json.dumps(extra), "base": json.dumps({"path": where, **base})}
     adapters.save(Adapter(parts), path, model.config, extra=about)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from mmdit import numbers
+from mmdit import adapters, numbers
 from mmdit.files import claimed, write_atomically
 from mmdit.sampling.sample import Sampler, grid
 from train.config import Config
@@ -101,7 +101,7 @@ def measure(wanted: Evaluation) -> dict[str, float]:
     if wanted.features:
         networks[f"Frechet distance ({wanted.features})"] = feature_network(wanted.features)
     config = Config.of_run(wanted.run)
-    config = dataclasses.replace(config, cache=wanted.cache or config.cache)
+    config = dataclasses.replace(config, cache=wanted.cache or config.cache, objective="flow")     # on single pictures
     cache = Cache(config.cache)
     check_compatible(config, cache)
     how: dict[str, Any] = {name: getattr(wanted, name) for name in ("seed", "steps", "guidance")}
@@ -149,8 +149,9 @@ def prompt_folders(wanted: Evaluation) -> dict[Path, list[Task]]:
 
 
 def digest(sampler: Sampler) -> str:
-    """Changes with every step of training: of the first and the last projection."""
-    ends = sampler.model.patch_embed.proj.weight, sampler.model.final_layer.unembed.linear.weight
+    """Changes with every step of training: of the first and the last projection, and of adapters."""
+    ends = [sampler.model.patch_embed.proj.weight, sampler.model.final_layer.unembed.linear.weight]
+    ends += [factor for _, layer in adapters.layers(sampler.model) for factor in (layer.lora_a, layer.lora_b)]
     return hashlib.sha256(b"".join(end.detach().float().cpu().numpy().tobytes() for end in ends)).hexdigest()[:16]
 
 

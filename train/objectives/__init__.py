@@ -18,4 +18,9 @@ def of_run(config: Config, cache: Cache) -> Objective:
     flow = Flow.of(config, cache, by_name(config.formulation, config.shift))
     if config.objective == "preference":
         return Preferences(flow, config.preference)
-    return flow if config.prior is None else WithPrior(flow, Cache(config.prior), config.prior_weight)
+    if config.prior is None:
+        return flow
+    made = WithPrior(flow, Cache(config.prior), config.prior_weight)
+    for bucket in cache.buckets("train").values():
+        made.beside(bucket[0].latent)                                        # which raises before anything has begun
+    return made

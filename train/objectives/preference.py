@@ -80,7 +80,7 @@ class Preferences(Around):
 
     def warning(self, metrics: dict[str, float]) -> str | None:
         change = metrics["better_over_reference"]
-        if change <= WORSE:
+        if not change > WORSE:
             return None
         return (
             f"the better pictures' error is {change:.0%} above the base's: both kinds are getting worse; a smaller "
@@ -94,8 +94,9 @@ class Preferences(Around):
 
 def _held_back(better: Tensor, worse: Tensor, mu: float) -> Tensor:
     """The worse pictures' residuals with a gradient so small that a step along it cannot make the better ones worse
-    (Diffusion-SDPO): its share of the batch is (1 - mu) |g_b|^2 / <g_b, g_w>, if that is between 0 and 1."""
+    (Diffusion-SDPO): the share (1 - mu) |g_b|^2 / <g_b, g_w> of it, if that is between 0 and 1. Of each pair by itself:
+    no pair's depends on its company."""
     with torch.no_grad():
-        along = (better * worse).sum()
-        share = torch.where(along > 0, ((1 - mu) * better.square().sum() / along).clamp(0, 1), 1.0)
-    return worse.detach() + share * (worse - worse.detach())
+        along = (better * worse).flatten(1).sum(1)
+        share = torch.where(along > 0, ((1 - mu) * better.square().flatten(1).sum(1) / along).clamp(0, 1), 1.0)
+    return worse.detach() + share.view(-1, *[1] * (worse.ndim - 1)) * (worse - worse.detach())

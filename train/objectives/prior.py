@@ -55,7 +55,8 @@ class WithPrior(Around):
     prior: Cache
     weight: float
 
-    def _bucket(self, like: Tensor) -> Bucket:
+    def beside(self, like: Tensor) -> Bucket:
+        """Of the prior, the pictures of a latent's size. Raises: DataError if there are none."""
         for bucket in self.prior.buckets("train").values():
             if bucket[0].latent.shape == like.shape:
                 return bucket
@@ -63,7 +64,7 @@ class WithPrior(Around):
 
     def draw(self, bucket: Bucket, rows: np.ndarray, step: int) -> PriorBatch:
         own = self.flow.draw(bucket, rows, step)
-        prior = self._bucket(bucket[int(rows[0])].latent)
+        prior = self.beside(bucket[int(rows[0])].latent)
         keys = [(step, bucket[int(row)].id) for row in rows]
         chosen = keyed.uniforms(1, self.flow.seed, "prior", keys)[:, 0] * len(prior)
         return PriorBatch(own, self.flow.draw(prior, chosen.long().numpy(), step))

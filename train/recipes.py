@@ -109,7 +109,7 @@ def shapes_preference() -> Config:
         initial=Path("runs/shapes-0/model.safetensors"),
         adapter=Lora(rank=16, targets=("all",)),
         objective="preference",
-        preference=Preference(beta=200.0, safeguard=0.6),
+        preference=Preference(beta=200.0, safeguard=0.9),         # without it everything gets worse
         encoder_dropout=0.0,
         minutes=None,
         steps=400,

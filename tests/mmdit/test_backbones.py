@@ -100,5 +100,5 @@ def test_backbone_errors_name_what_came():
         presets.tiny(backbone="unet")
     with pytest.raises(ValueError, match=r"weight_sets is 3.* the backbone cross has neither"):
         presets.tiny(backbone="cross", weight_sets=3)
-    with pytest.raises(ValueError, match="conv_blocks is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="conv_blocks is 0; expected an integer of at least 1"):
         presets.tiny(backbone="uvit", conv_blocks=0)

@@ -8,9 +8,9 @@ from torch import Tensor
 from rfkernels.optim.reference import BLOCK, Settings, log
 from rfkernels.triton_support import kernels_of, on
 
-TILES = {True: (16, 8), False: (8, 4)}
-"""(blocks, warps) of a program, with states of 8 bits and without: sixteen elements a thread, 16 bytes of codes. Either
-spills a few registers with the other's warps, by some version of Triton."""
+TILES = {True: (16, 8), False: (8, 8)}
+"""(blocks, warps) of a program, with states of 8 bits and without: sixteen and eight elements a thread, 16 bytes of the
+narrowest tensor."""
 _kernels = kernels_of("rfkernels.optim.kernels")
 
 

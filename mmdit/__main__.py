@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 try:
     from tyro.conf import Positional, UseAppendAction
 except ImportError:
@@ -19,11 +17,9 @@ from mmdit.adapters.commands import lora as lora_command
 from mmdit.adapters.commands import put_on, weighted
 from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
+from mmdit.commands import DTYPES, Dtype
 from mmdit.sampling.pipeline import Pipeline, save_png
 from mmdit.sampling.sample import Sampler, grid
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def sample(

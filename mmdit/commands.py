@@ -7,9 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 TRACEBACK = "RFKERNELS_TRACEBACK"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""As flags name them."""
 Command = Callable[[list[str]], Any]
 """Takes the arguments after its name. The first line of its docstring stands in the help of its parent."""
 

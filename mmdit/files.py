@@ -85,7 +85,7 @@ def claimed(folder: Path, lock: str = "lock") -> Iterator[None]:
             file.truncate(0)
 
 
-def digest_of(files: Iterable[Path]) -> str:
+def sampled_digest(files: Iterable[Path]) -> str:
     """Of large files, in a time that does not grow with their sizes: names, sizes, the first MB and a thousandth of the
     rest, evenly spread."""
     digest = hashlib.sha256()

@@ -82,41 +82,32 @@ def openmoji() -> Config:
     )
 
 
-def shapes_word() -> Config:
-    """A new colour from 20 pictures, as a LoRA of the demo's model (make demo-tune)."""
+def _tuned_shapes(run: str, cache: str, rank: int, lr: float) -> Config:
+    """A LoRA of the demo's model, on every linear layer, in 400 steps."""
     return replace(
         shapes(),
-        run=Path("runs/word"),
-        cache=Path("cache/new-colour"),
+        run=Path(run),
+        cache=Path(cache),
         initial=Path("runs/shapes-0/model.safetensors"),
-        adapter=Lora(rank=8, targets=("all",)),
-        prior=Path("cache/shapes"),
-        batch=8,
+        adapter=Lora(rank=rank, targets=("all",)),
         minutes=None,
         steps=400,
-        optimizer=Optimizer(lr=3e-3, betas=(0.9, 0.99), warmup=20, decay="linear"),
-        ema=Ema(decay=0.9, every=5),
+        optimizer=Optimizer(lr=lr, betas=(0.9, 0.99), warmup=20, decay="linear"),
         checkpoint_every=200,
     )
+
+
+def shapes_word() -> Config:
+    """A new colour from 20 pictures, as a LoRA of the demo's model (make demo-tune)."""
+    config = _tuned_shapes("runs/word", "cache/new-colour", rank=8, lr=3e-3)
+    return replace(config, prior=Path("cache/shapes"), batch=8)
 
 
 def shapes_preference() -> Config:
     """Clean edges over ragged ones, by the demo's own pictures in pairs (make demo-tune)."""
-    return replace(
-        shapes(),
-        run=Path("runs/preference"),
-        cache=Path("cache/edges"),
-        initial=Path("runs/shapes-0/model.safetensors"),
-        adapter=Lora(rank=16, targets=("all",)),
-        objective="preference",
-        preference=Preference(beta=200.0, safeguard=0.9),         # without it everything gets worse
-        encoder_dropout=0.0,
-        minutes=None,
-        steps=400,
-        optimizer=Optimizer(lr=1e-3, betas=(0.9, 0.99), warmup=20, decay="linear"),
-        ema=Ema(decay=0.9, every=5),
-        checkpoint_every=200,
-    )
+    config = _tuned_shapes("runs/preference", "cache/edges", rank=16, lr=1e-3)
+    chosen = Preference(beta=200.0, safeguard=0.9)                   # without the safeguard everything gets worse
+    return replace(config, objective="preference", preference=chosen, encoder_dropout=0.0)
 
 
 # --- the paper's ------------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from mmdit import checkpoint, commands
 from mmdit.adapters import formats
 from mmdit.adapters.parts import Adapter, Part, disjoint, extracted, load, merge, truncated
 from mmdit.adapters.writing import save
+from mmdit.commands import DTYPES, Dtype
 from mmdit.config import MMDiTConfig
 from mmdit.model import MMDiT
 
 Format = Literal["native", "diffusers", "kohya", "comfyui"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def weighted(text: str) -> tuple[Path, float]:

@@ -18,7 +18,7 @@ from mmdit import numbers
 from mmdit.checkpoint.layouts import LAYOUTS, OTHER_PARTS, POSITIONS, SD3_PREFIX, Piece, detect, infer, pieces
 from mmdit.checkpoint.tensors import DTYPES, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
 from mmdit.config import MMDiTConfig
-from mmdit.files import digest_of, naming, read_object, write_atomically
+from mmdit.files import naming, read_object, sampled_digest, write_atomically
 from mmdit.model import MMDiT
 
 FORMAT = "rfkernels.mmdit"
@@ -206,7 +206,7 @@ def load(
 def fingerprint(source: str | os.PathLike[str]) -> str:
     """Of a checkpoint's files: their headers and a thousandth of their bytes, evenly spread."""
     path = locate(source)
-    return digest_of(Source.shards(path) if path.suffix == ".json" else [path])
+    return sampled_digest(Source.shards(path) if path.suffix == ".json" else [path])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint.tensors import variant
 from mmdit.encoders.features import TextFeatures
-from mmdit.files import digest_of, naming
+from mmdit.files import naming, sampled_digest
 
 CLIP_TOKENS = 77
 SETTINGS = (".json", ".txt", ".model")
@@ -54,7 +54,7 @@ def fingerprint_of(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no safetensors; pickles are never loaded")
-    return digest_of(files)
+    return sampled_digest(files)
 
 
 class _Pretrained:

@@ -9,6 +9,7 @@ from train.config import Config, Ema, Optimizer, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.engine.loop import train
+from train.objectives import Flow
 
 
 @pytest.fixture
@@ -48,6 +49,29 @@ def config(cache, tmp_path):
         device="cpu",
         threads=1,
     )
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Trains until the batch of a step is asked for, where the process would die."""
+
+    def run(config, step):
+        draw = Flow.draw
+
+        def dies(self, bucket, rows, now, *more):
+            if now == step:
+                raise Killed
+            return draw(self, bucket, rows, now, *more)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Flow, "draw", dies)
+            train(config)
+
+    return run
 
 
 def changed(config: Config, **values) -> Config:

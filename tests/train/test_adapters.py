@@ -68,22 +68,10 @@ def test_its_first_step_is_that_of_the_base(tuned, config):
     assert losses(tuned.run)[0] == pytest.approx(losses(whole.run)[0], rel=1e-5)
 
 
-class Killed(Exception):
-    pass
-
-
-def test_resume_is_bitwise_the_uninterrupted_run(tuned, tmp_path, monkeypatch):
+def test_resume_is_bitwise_the_uninterrupted_run(tuned, tmp_path, killed_at):
     train(tuned)
-    other, draw = changed(tuned, run=tmp_path / "other"), Flow.draw
-
-    def dies(self, bucket, rows, step):
-        if step == 6:
-            raise Killed
-        return draw(self, bucket, rows, step)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Flow, "draw", dies)
-        train(other)
+    other = changed(tuned, run=tmp_path / "other")
+    killed_at(other, 6)
     train(other)
     one, two = weights(tuned.run), weights(other.run)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,11 +1,7 @@
 """Every command of docs/fine-tuning runs, on a small model with random weights."""
 
 import dataclasses
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +9,7 @@ from PIL import Image
 
 from mmdit import checkpoint
 from mmdit.config import MMDiTConfig
+from tests.test_readme import called
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "fine-tuning" / "README.md").read_text()
@@ -35,14 +32,6 @@ def model_flags(config):
         else:
             flags.append(f"--model.{name} {value}")
     return " ".join(flags)
-
-
-def run(command, folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = shlex.split(command.replace("python", sys.executable, 1))
-    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 def test_the_commands_of_the_page_run(tmp_path):
@@ -70,7 +59,7 @@ def test_the_commands_of_the_page_run(tmp_path):
             command += f" {flags}"
         if " mmdit sample " in command:
             command += " --size 32 32 --steps 1"
-        run(command, tmp_path)
+        called(command, tmp_path)
     assert {"train run", "train plan", "mmdit lora", "mmdit sample", "train precompute"} == set(kinds)
     assert (tmp_path / "mug.png").is_file() and (tmp_path / "mine.safetensors").is_file()
     assert (tmp_path / "lora-diffusers" / "pytorch_lora_weights.safetensors").is_file()

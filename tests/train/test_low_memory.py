@@ -8,13 +8,12 @@ from train.config import Optimizer
 from train.engine import loop
 from train.engine.loop import train
 from train.engine.storage import Reader
-from train.objectives import Flow
 from train.planning.plan import Layout, plan
 
 from .conftest import changed
 from .launching import losses
 from .test_planning import H100, small
-from .test_run import Killed, same, state_of
+from .test_run import same, state_of
 
 
 def optimizer(states, **more):
@@ -30,22 +29,14 @@ def test_losses_are_near_those_of_fp32_states(states, config, tmp_path):
     assert one[-1] < 0.9 * one[0] and np.abs(two - one).max() < 0.02 * one[0]
 
 
-def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch):
+def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, killed_at):
     config = changed(config, optimizer=optimizer("int8"))
     train(config)
     held = Reader(config.run / "checkpoints" / "step-00000012").read_metadata().state_dict_metadata
     kinds = {m.properties.dtype for name, m in held.items() if name.endswith("0.image.attn.qkv.weight.exp_avg")}
     assert kinds == {torch.int8} and any(name.endswith("exp_avg_sq_scale") for name in held)
-    other, draw = changed(config, run=tmp_path / "other"), Flow.draw
-
-    def dies(self, bucket, rows, step):
-        if step == 5:
-            raise Killed
-        return draw(self, bucket, rows, step)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Flow, "draw", dies)
-        train(other)
+    other = changed(config, run=tmp_path / "other")
+    killed_at(other, 5)
     train(other)
     same(state_of(config.run), state_of(other.run))
 

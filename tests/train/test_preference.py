@@ -19,10 +19,10 @@ from train.data.records import DataError
 from train.data.settings import Precompute
 from train.data.shards import Cache
 from train.data.sources import open_source
-from train.engine.alarm import Alarm
 from train.engine.loop import train
+from train.engine.metric_warnings import Warnings
 from train.engine.parallel import World
-from train.objectives import Flow, Preferences
+from train.objectives import Flow, PreferenceObjective
 from train.objectives.preference import stacked
 
 from . import launching
@@ -124,7 +124,7 @@ def test_pairs_and_single_pictures_are_not_mixed(folder, tuned, config):
 
 def batch_of(config, **chosen):
     flow = Flow(by_name("rf/lognorm(0,1)"), 64, 0.0, seed=0)
-    objective = Preferences(flow, Preference(**{"beta": 20.0, **chosen}))
+    objective = PreferenceObjective(flow, Preference(**{"beta": 20.0, **chosen}))
     bucket = Cache(config.cache).buckets("train")["32x32"]
     return objective, objective.draw(bucket, np.arange(6), step=3).to(torch.device("cpu"))
 
@@ -184,20 +184,20 @@ def test_the_loss_by_its_formula_in_fp64(tuned, weight, smoothing):
 
 def test_the_safeguard_keeps_the_better_pictures_gradient_a_descent(tuned):
     """Of each pair by itself: what is left of the worse one's gradient along the better one's is (1 - mu) of that."""
-    from train.objectives.preference import _held_back
+    from train.objectives.preference import _safeguarded
 
     torch.manual_seed(0)
     better = torch.randn(4, 3)
     worse = (torch.tensor([[3.0], [5.0], [2.0], [9.0]]) * better + 0.1 * torch.randn(4, 3)).requires_grad_()
-    held = _held_back(better, worse, 0.5)
+    held = _safeguarded(better, worse, 0.5)
     assert torch.equal(held, worse)                                                    # the value is not touched
     (gradient,) = torch.autograd.grad(held.square().sum() / 2, worse)
     torch.testing.assert_close((better * gradient).sum(1), 0.5 * better.square().sum(1))
-    half = _held_back(better[:2], worse[:2], 0.5)
+    half = _safeguarded(better[:2], worse[:2], 0.5)
     (alone,) = torch.autograd.grad(half.square().sum() / 2, worse)
     assert torch.equal(alone[:2], gradient[:2])                                        # whatever its company
     opposed = (-better).requires_grad_()
-    (gradient,) = torch.autograd.grad(_held_back(better, opposed, 0.5).square().sum() / 2, opposed)
+    (gradient,) = torch.autograd.grad(_safeguarded(better, opposed, 0.5).square().sum() / 2, opposed)
     assert torch.equal(gradient, opposed)
 
 
@@ -251,10 +251,10 @@ def test_without_an_adapter_there_is_no_reference(tuned):
 
 def test_better_pictures_that_get_worse_are_told_once(capsys, tuned):
     objective, _ = batch_of(tuned)
-    alarm = Alarm(objective, World(torch.device("cpu")))
+    warnings = Warnings(objective, World(torch.device("cpu")))
     fine = {"better_over_reference": 0.01, "accuracy": 1.0}
     for metrics in (fine, {**fine, "better_over_reference": 0.1}):
         for _ in range(120):
-            alarm.heed(metrics)
+            warnings.observe(metrics)
     said = capsys.readouterr().err
     assert said.count("warning:") == 1 and "above the base's" in said

@@ -39,10 +39,6 @@ def test_a_run_leaves_what_it_promises(config):
     assert list((run / "tensorboard").iterdir())
 
 
-class Killed(Exception):
-    pass
-
-
 def state_of(run, step=12):
     """All tensors of a checkpoint."""
     path = run / "checkpoints" / f"step-{step:08d}"
@@ -58,19 +54,10 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("at", (2, 5, 8))
-def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, monkeypatch, at):
+def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, killed_at, at):
     train(config)
     other = changed(config, run=tmp_path / "other")
-    draw = Flow.draw
-
-    def dies(self, bucket, rows, step):
-        if step == at:
-            raise Killed
-        return draw(self, bucket, rows, step)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Flow, "draw", dies)
-        train(other)
+    killed_at(other, at)
     train(other)
     one, two = (load_file(run / "model.safetensors") for run in (config.run, other.run))
     same(one, two)

@@ -18,7 +18,6 @@ from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
 from train.data.shards import Cache
 from train.engine import parallel, weights
-from train.engine.alarm import Alarm
 from train.engine.best import Best
 from train.engine.budget import Budget, ProgressBar
 from train.engine.checkpoint import Checkpoints
@@ -27,6 +26,7 @@ from train.engine.ema import EmaWeights
 from train.engine.initial import start_from
 from train.engine.interrupts import Interrupts
 from train.engine.log import Log
+from train.engine.metric_warnings import Warnings
 from train.engine.muon import Muon, MuonAdamW
 from train.engine.nonfinite import Nonfinite
 from train.engine.parallel import World
@@ -115,7 +115,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     watchdog = Watchdog(config.run / "processes", world, config.parallel.watch_seconds)
     reader = Reader(plan, objective, training, world, parts, config.read_ahead)
     shown = ProgressBar(config, progress.step, world.main, budget.fraction(progress.step))
-    interrupts, alarm = Interrupts("saving after this step"), Alarm(objective, world)
+    interrupts, warnings = Interrupts("saving after this step"), Warnings(objective, world)
 
     def read() -> None:
         """Logs the steps since the last reading: here the host waits for the device."""
@@ -125,7 +125,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
             values |= {f"train/{name}": value for name, value in metrics.items()}
             log.write(taken.step + 1, **values)
             shown.advance(loss, taken.fraction)
-            alarm.heed(metrics)
+            warnings.observe(metrics)
 
     with interrupts, shown, watchdog, checkpoints.finished(), reader:
         model.train()

@@ -19,8 +19,8 @@ from train.data import shapes
 from train.evaluate.shapes import captioned
 
 Draw = Callable[[list[shapes.Shape]], np.ndarray]
-VALIDATES = 16
-"""Every so manieth pair is held out."""
+HELD_OUT = 16
+"""One pair in so many is held out for validation."""
 
 
 def _drawing(run: Path, seed: int) -> tuple[Sampler, Draw]:
@@ -34,6 +34,17 @@ def _drawing(run: Path, seed: int) -> tuple[Sampler, Draw]:
     return sampler, draw
 
 
+def _before_and_after(sampler: Sampler, draw: Draw, wanted: list[shapes.Shape]) -> dict[str, np.ndarray]:
+    """Pictures of the same captions and noise, without the adapter and with it."""
+    with adapters.off(sampler.model):
+        before = draw(wanted)
+    return {"before": before, "after": draw(wanted)}
+
+
+def _write_score(run: Path, found: dict[str, float], images: int, seed: int) -> None:
+    write_atomically(run / "score.json", json.dumps({**found, "pictures": images, "seed": seed}, indent=1).encode())
+
+
 def score_word(run: str | os.PathLike[str], *, images: int = 4, seed: int = 0) -> dict[str, float]:
     """Share of pictures in which all is right, of held-out captions with the new word and of the demo's held-out ones,
     without the adapter and with it. Also written to RUN/score.json, and pictures to RUN/word.png."""
@@ -43,15 +54,12 @@ def score_word(run: str | os.PathLike[str], *, images: int = 4, seed: int = 0) -
     found: dict[str, float] = {}
     pages = []
     for name, wanted in (("new", new), ("old", old)):
-        with adapters.off(sampler.model):
-            before = draw(wanted * images)
-        after = draw(wanted * images)
-        for when, drawn in (("before", before), ("after", after)):
-            found[f"{name} {when}"] = shapes.score(drawn, wanted * images)["all"]
-        pages.append(np.concatenate([before[: len(wanted)], after[: len(wanted)]], axis=2))
+        drawn = _before_and_after(sampler, draw, wanted * images)
+        found |= {f"{name} {when}": shapes.score(page, wanted * images)["all"] for when, page in drawn.items()}
+        pages.append(np.concatenate([page[: len(wanted)] for page in drawn.values()], axis=2))
     shown = np.concatenate([pages[0][:9], pages[1][:3]])
     captioned(shown, [what.caption for what in (*new[:9], *old[:3])]).save(run / "word.png")
-    write_atomically(run / "score.json", json.dumps({**found, "pictures": images, "seed": seed}, indent=1).encode())
+    _write_score(run, found, images, seed)
     return found
 
 
@@ -62,17 +70,15 @@ def score_preference(run: str | os.PathLike[str], *, images: int = 4, seed: int 
     run = Path(run)
     sampler, draw = _drawing(run, seed)
     wanted = shapes.split()[1] * images
-    with adapters.off(sampler.model):
-        before = draw(wanted)
-    after = draw(wanted)
-    errors = np.array([[_edge(image) for image in drawn] for drawn in (before, after)])
+    drawn = _before_and_after(sampler, draw, wanted)
+    errors = np.array([[_edge(image) for image in page] for page in drawn.values()])
     both = np.isfinite(errors).all(0)
     found = {"wins": float((errors[1] < errors[0])[both].mean()), "compared": float(both.mean())}
-    for when, drawn in (("before", before), ("after", after)):
-        found |= {f"{name} {when}": value for name, value in shapes.score(drawn, wanted).items()}
-    pairs = np.concatenate([before[:12], after[:12]], axis=2)
+    for when, page in drawn.items():
+        found |= {f"{name} {when}": value for name, value in shapes.score(page, wanted).items()}
+    pairs = np.concatenate([page[:12] for page in drawn.values()], axis=2)
     captioned(pairs, [what.caption for what in wanted[:12]]).save(run / "preference.png")
-    write_atomically(run / "score.json", json.dumps({**found, "pictures": images, "seed": seed}, indent=1).encode())
+    _write_score(run, found, images, seed)
     return found
 
 
@@ -99,7 +105,7 @@ def make_pairs(run: str | os.PathLike[str], out: Path, *, images: int = 2, seed:
         for name, picture in zip(names.values(), (shapes.redrawn(image, found), image), strict=True):
             with replacing(out / name) as partial:
                 Image.fromarray(picture).save(partial, format="png")
-        split = "val" if len(lines) % VALIDATES == 0 else "train"
+        split = "val" if len(lines) % HELD_OUT == 0 else "train"
         lines.append({**names, "caption": what.caption, "split": split})
     write_atomically(out / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)

@@ -136,7 +136,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Around:
+class FlowBased:
     """An objective that draws by a `Flow` and has a loss of its own."""
 
     flow: Flow

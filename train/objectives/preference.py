@@ -23,7 +23,7 @@ from mmdit import adapters
 from mmdit.encoders import Conditioning
 from train.config import Preference
 from train.data.shards import Bucket, Sample
-from train.objectives.flow import Around, FlowBatch
+from train.objectives.flow import FlowBased, FlowBatch
 from train.objectives.protocol import Metrics
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +41,7 @@ def stacked(pairs: FlowBatch) -> FlowBatch:
 
 
 @dataclass(frozen=True)
-class Preferences(Around):
+class PreferenceObjective(FlowBased):
     """The objective of a run on pairs, whose pictures share noise, time and text.
 
     Args: flow: draws those, keyed by pair. chosen: the loss.
@@ -63,7 +63,7 @@ class Preferences(Around):
         output = self._output(model, z, pairs).float()
         better, worse = (output - target).chunk(2)
         if self.chosen.safeguard is not None:
-            worse = _held_back(better, worse, self.chosen.safeguard)
+            worse = _safeguarded(better, worse, self.chosen.safeguard)
         known = (reference - target).square().flatten(1).mean(1).chunk(2)
         errors = [residual.square().flatten(1).mean(1) for residual in (better, worse)]
         change = [error - before for error, before in zip(errors, known, strict=True)]
@@ -92,7 +92,7 @@ class Preferences(Around):
         return output
 
 
-def _held_back(better: Tensor, worse: Tensor, mu: float) -> Tensor:
+def _safeguarded(better: Tensor, worse: Tensor, mu: float) -> Tensor:
     """The worse pictures' residuals with a gradient so small that a step along it cannot make the better ones worse
     (Diffusion-SDPO): the share (1 - mu) |g_b|^2 / <g_b, g_w> of it, if that is between 0 and 1. Of each pair by itself:
     no pair's depends on its company."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdit import keyed
 from train.data.records import DataError
 from train.data.shards import Bucket, Cache, Sample
-from train.objectives.flow import Around, FlowBatch
+from train.objectives.flow import FlowBased, FlowBatch
 from train.objectives.protocol import Metrics
 
 
@@ -46,7 +46,7 @@ class PriorBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WithPrior(Around):
+class WithPrior(FlowBased):
     """The objective of a run with a prior.
 
     Args: flow: of both kinds of samples. prior: a cache of pictures that the model is not to forget. weight: of theirs.

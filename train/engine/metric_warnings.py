@@ -1,4 +1,4 @@
-"""What an objective has to say of a run, once."""
+"""Warnings of an objective about its metrics."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ STEPS = 50
 """Over which metrics are averaged before anything is said."""
 
 
-class Alarm:
-    """Prints the objective's warning, the first time that it has one."""
+class Warnings:
+    """Prints the objective's warning once, the first time that it has one."""
 
     def __init__(self, objective: Objective, world: World) -> None:
         self._objective, self._world = objective, world
         self._recent: list[dict[str, float]] = []
         self._said = False
 
-    def heed(self, metrics: dict[str, float]) -> None:
+    def observe(self, metrics: dict[str, float]) -> None:
         """After a step."""
         if not metrics or self._said or not self._world.main:
             return

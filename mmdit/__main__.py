@@ -45,6 +45,8 @@ def sample(
     image: Path | None = None,
     strength: float = 0.6,
     mask: Path | None = None,
+    edit: tuple[Path, ...] = (),
+    image_guidance: float | None = None,
     t5: bool = True,
     t5_tokens: int = 256,
     offload: bool = False,
@@ -76,6 +78,8 @@ def sample(
         image: Pipeline: start from this picture.
         strength: Pipeline: share of the steps taken from it.
         mask: Pipeline: of the picture white is drawn anew.
+        edit: Model that edits: the picture that prompts are instructions for; several where it takes them as tokens.
+        image_guidance: Of that picture; 1 is none, 1.5 unless given, or as a run draws its samples.
         t5: Pipeline: --no-t5 leaves T5 out.
         t5_tokens: Pipeline: length of T5's part.
         offload: Pipeline: text encoders wait on the CPU.
@@ -83,7 +87,10 @@ def sample(
         batch: Pipeline: images at a time.
     """
     settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks, "graph": graph}
-    settings |= {k: v for k, v in {"schedule": schedule, "shift": shift}.items() if v is not None}
+    told = {"schedule": schedule, "shift": shift, "image_guidance": image_guidance}
+    settings |= {k: v for k, v in told.items() if v is not None}
+    if edit:
+        settings["edit"] = [[pictures.opened(path) for path in edit]]
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ValueError(f"out is {out}{', a folder' if out.is_dir() else ''}; expected a file that ends in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +121,7 @@ def sample(
     images = sampler(prompts, seed=seed, size=size, progress=True, **settings)
     scale = max(1, (256 if len(images) == 1 else 128) // images.shape[1])
     picture = grid(images, scale=scale, margin=0 if len(images) == 1 else 2)
+    settings |= {"edit": list(map(str, edit))} if edit else {}
     save_png(picture, out, {"prompts": prompts, "seed": seed, "size": list(images.shape[1:3]), "lora": list(lora),
                            **settings})  # fmt: skip
     print(f"wrote {out}")

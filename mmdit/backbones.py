@@ -108,7 +108,7 @@ class ConvStages(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         channels, count = config.patch_channels, config.conv_blocks
-        self.stem = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(config.input_channels, channels, 3, padding=1)
         self.before = nn.ModuleList(ConvBlock(channels, channels) for _ in range(count))
         self.after = nn.ModuleList(ConvBlock(2 * channels, channels) for _ in range(count))
         self.out = nn.Conv2d(channels, config.in_channels, 3, padding=1)

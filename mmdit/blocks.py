@@ -51,7 +51,7 @@ def pending(residual: Tensor, branch: Tensor, gate: Tensor) -> Pending:
 class StreamBlock(nn.Module):
     """One stream's half of a joint block."""
 
-    def __init__(self, config: MMDiTConfig, *, pre_only: bool, dual: bool) -> None:
+    def __init__(self, config: MMDiTConfig, *, pre_only: bool, dual: bool, references: bool = False) -> None:
         super().__init__()
 
         def attention(project_out: bool = True) -> StreamAttention:
@@ -63,6 +63,7 @@ class StreamBlock(nn.Module):
         self.vectors = 2 if pre_only else 9 if dual else 6
         self.attn = attention(project_out=not pre_only)
         self.attn2 = attention() if dual else None
+        self.reference = attention() if references else None
         self.mlp = None if pre_only else Mlp(config.width, config.mlp_ratio * config.width)
 
     def update(self, x: Tensor, attended: Tensor, own: Tensor | None, m: Vectors) -> Pending:
@@ -82,6 +83,16 @@ class StreamBlock(nn.Module):
             return None
         return joint_attention([self.attn2.stream(adaln(x, m[6], m[7]))])[0]
 
+    def refer(self, x: Tensor, y: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """x with what this stream, of which y is the modulated norm, takes from pictures to edit: by an attention of
+        its own. In the joint one their keys would take weight from the others', and a base would not be itself at
+        first."""
+        if self.reference is None or not references:
+            return x
+        others = [self.reference.stream(tokens, queries=False) for tokens in references]
+        attended = joint_attention([self.reference.stream(y), *others])[0]
+        return x + self.reference.project(attended)                                                 # type: ignore[arg-type]
+
 
 # Which weight set each stream uses; the image comes last, the text streams before it.
 WEIGHT_SETS = {1: ("shared", "shared"), 2: ("context", "image"), 3: ("context", "context2", "image")}
@@ -100,7 +111,8 @@ class JointBlock(nn.Module):
         for name in dict.fromkeys(self.names):
             pre_only = self.last and name.startswith("context")
             dual = index in config.dual_attention and not name.startswith("context")
-            self.add_module(name, StreamBlock(config, pre_only=pre_only, dual=dual))
+            references = config.reference_tokens and name == "image"
+            self.add_module(name, StreamBlock(config, pre_only=pre_only, dual=dual, references=references))
 
     @property
     def vectors(self) -> list[int]:
@@ -108,10 +120,11 @@ class JointBlock(nn.Module):
         return [half.vectors for half in self.children()]                                          # type: ignore[misc]
 
     def forward(
-        self, xs: Sequence[Tensor | Pending], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None]
-    ) -> list[Pending] | list[Tensor]:
-        """xs: one [B, S_i, width] per stream, image last; modulations: one per weight set, image last. The last block
-        returns the image only."""
+        self, xs: Sequence[Tensor | Pending], modulations: Sequence[Vectors], lengths: Sequence[Tensor | None],
+        references: Sequence[Tensor] = (),
+    ) -> list[Pending] | list[Tensor]:  # fmt: skip
+        """xs: one [B, S_i, width] per stream, image last; modulations: one per weight set, image last; references: of
+        pictures to edit, [B, S_j, width] each. The last block returns the image only."""
         halves: list[StreamBlock] = [self.get_submodule(name) for name in self.names]               # type: ignore[misc]
         vectors = list(modulations) * len(xs) if len(modulations) == 1 else list(modulations)
         goes_on = [not self.last] * (len(xs) - 1) + [True]
@@ -121,9 +134,9 @@ class JointBlock(nn.Module):
             for half, (_, y), length, on in zip(halves, begun, lengths, goes_on, strict=True)
         ])
         image = len(xs) - 1
-        left = [
-            halves[i].update(x, out, halves[i].attend_alone(x, vectors[i]) if i == image else None, vectors[i])
-            for i, ((x, _), out) in enumerate(zip(begun, attended, strict=True))
-            if out is not None
-        ]
+        left = []
+        for i, ((x, y), out) in enumerate(zip(begun, attended, strict=True)):
+            if out is not None:
+                own = halves[i].attend_alone(x, vectors[i]) if i == image else None
+                left.append(halves[i].update(halves[i].refer(x, y, references), out, own, vectors[i]))
         return left if self.leaves_pending else [settled(x) for x in left]

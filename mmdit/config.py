@@ -39,6 +39,10 @@ class MMDiTConfig:
     """1: text and image share weights (DiT on concatenated tokens); 2: MM-DiT; 3: CLIP, T5 and image."""
     context_split: int = 77
     """With 3 weight sets: how many leading text tokens go to the first of the two text streams."""
+    reference_channels: int = 0
+    """Channels beside the latent's, of a picture to edit (Brooks et al. 2023, InstructPix2Pix)."""
+    reference_tokens: bool = False
+    """Pictures to edit are tokens, to which the image attends in each block beside itself."""
     backbone: Backbone = "joint"
     """joint: MM-DiT and, with one weight set, DiT; cross and uvit: what the paper compares it with (backbones.py)."""
     conv_blocks: int = 2
@@ -62,6 +66,7 @@ class MMDiTConfig:
             "mlp_ratio", "context_split", "resolution", "max_height", "max_width", "position_base", "token_pixels",
         ):  # fmt: skip
             numbers.whole(f"MMDiTConfig: {name}", getattr(self, name), 1)
+        numbers.whole("MMDiTConfig: reference_channels", self.reference_channels, 0)
         if self.weight_sets not in (1, 2, 3):
             raise ValueError(f"MMDiTConfig: weight_sets is {self.weight_sets}; expected 1, 2 or 3")
         if self.backbone not in get_args(Backbone):
@@ -71,6 +76,11 @@ class MMDiTConfig:
             raise ValueError(
                 f"MMDiTConfig: weight_sets is {self.weight_sets}, dual_attention {self.dual_attention}; the backbone "
                 f"{self.backbone} has neither: leave them at 2 and ()"
+            )
+        if self.reference_tokens and (self.reference_channels or self.backbone != "joint" or self.weight_sets == 1):
+            raise ValueError(
+                f"MMDiTConfig: reference_tokens with reference_channels {self.reference_channels}, backbone "
+                f"{self.backbone} and {self.weight_sets} weight sets; expected 0, joint and 2 or 3"
             )
         multiple = 8 if self.backbone == "uvit" else 4
         if self.width % multiple:
@@ -90,9 +100,24 @@ class MMDiTConfig:
         return self.heads * self.head_dim
 
     @property
+    def input_channels(self) -> int:
+        """Channels of what the model reads: the latent, and beside it a picture to edit."""
+        return self.in_channels + self.reference_channels
+
+    @property
     def patch_channels(self) -> int:
-        """Channels of what is cut into patches: the latent, or what UViT's convolutions make of it."""
+        """Channels of what is cut into patches: the input, or what UViT's convolutions make of it."""
+        return self.width // 2 if self.backbone == "uvit" else self.input_channels
+
+    @property
+    def unpatched_channels(self) -> int:
+        """Channels of what patches are put together to."""
         return self.width // 2 if self.backbone == "uvit" else self.in_channels
+
+    @property
+    def takes_references(self) -> bool:
+        """Whether it edits pictures."""
+        return self.reference_tokens or self.reference_channels > 0
 
     @property
     def text_split(self) -> int:

@@ -43,7 +43,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.unembed = PatchUnembed(config.width, config.patch_channels, patch_size=config.patch_size)
+        self.unembed = PatchUnembed(config.width, config.unpatched_channels, patch_size=config.patch_size)
 
     def forward(self, x: Tensor | Pending, vectors: tuple[Tensor, ...], height: int, width: int) -> Tensor:
         """x [B, h*w, width] and (shift, scale) -> a latent of height x width."""

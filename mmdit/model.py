@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit import backbones
@@ -13,19 +14,20 @@ from mmdit.embeddings import FREQUENCIES, FinalLayer, VectorEmbedder, patch_embe
 from rfkernels.layers import fill_a
 from rfkernels.nn import Modulation
 
-ENDS = ("modulation.", "final_layer.", "stages.out.")
+ENDS = ("modulation.", "final_layer.", "stages.out.", "reference_embed")
+MOST_REFERENCES = 3          # beside the image: four streams meet in one attention
 
 
 def fill(name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
     """Writes the initial value of the parameter `name`: Xavier for every projection, N(0, 0.02) for the time and pooled
-    embedders, zero for biases, modulations and what ends a residual of convolutions or the model (each block starts as
-    the identity, the model as zero), one for norm weights; adapters begin at nothing. From torch's global generator
-    unless one is given."""
+    embedders, zero for biases, modulations and what ends a residual of convolutions, an attention to references or the
+    model (each block starts as the identity, the model as zero), one for norm weights; adapters begin at nothing. From
+    torch's global generator unless one is given."""
     if name.endswith("lora_a"):
         fill_a(tensor, generator)
     elif name.endswith("norm.weight"):
         tensor.fill_(1.0)
-    elif name.endswith(("bias", "conv2.weight", "lora_b")) or name.startswith(ENDS):
+    elif name.endswith(("bias", "conv2.weight", "reference.proj.weight", "lora_b")) or name.startswith(ENDS):
         tensor.zero_()
     elif name.startswith(("time_embed.", "pooled_embed.")):
         tensor.normal_(std=0.02, generator=generator)
@@ -44,6 +46,8 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = patch_embed(config)
+        if config.reference_tokens:
+            self.reference_embed = nn.Parameter(torch.empty(MOST_REFERENCES, config.width))
         self.time_embed = VectorEmbedder(FREQUENCIES, config.width)
         self.pooled_embed = VectorEmbedder(config.pooled_dim, config.width)
         texts = max(1, config.weight_sets - 1)
@@ -81,6 +85,7 @@ class MMDiT(nn.Module):
         context_lengths: Tensor | None = None,
         *,
         modulation: Tensor | None = None,
+        references: Sequence[Tensor] = (),
         skip_blocks: Collection[int] = (),
     ) -> Tensor:
         """
@@ -92,24 +97,44 @@ class MMDiT(nn.Module):
             context_lengths: [B] int; text tokens from context_lengths[b] on are padding and masked; with 3 weight sets
                 also [B, 2], of each text stream. None: the model attends to all L, as the released models do.
             modulation: [B, ...] rows of what `condition` gave, instead of timestep and pooled, which may then be None.
+            references: pictures to edit, latents as `latent`. With `reference_channels` one of its size, or several
+                that have as many channels together; with `reference_tokens` up to 3 of any size that the position
+                table holds. Without them there is no such picture; zeros in channels say the same.
             skip_blocks: blocks that are passed over, for skip-layer guidance.
         Returns: velocity [B, in_channels, h, w].
         Raises: ValueError or TypeError that names the argument.
         """
         self._check(latent, context, context_lengths)
+        self._check_references(latent, references)
         if modulation is None:
             self._check_conditions(latent.shape[0], timestep, pooled)
             modulation = self.condition(timestep, pooled)                                           # type: ignore[arg-type]
         vectors = iter(self.modulation.split(modulation))
         texts, lengths = self._split(context, context_lengths)
         xs = [embed(text) for embed, text in zip(self.context_embed, texts, strict=True)]
-        features, kept = (latent, []) if self.stages is None else self.stages.down(latent, vectors)
+        read = self._beside(latent, references)
+        features, kept = (read, []) if self.stages is None else self.stages.down(read, vectors)
         xs.append(self.patch_embed(features))
+        seen = [self._tokens(references)] if self.config.reference_tokens and references else []
         for i, block in enumerate(self.blocks):
             own = [next(vectors) for _ in block.vectors]                                            # type: ignore[union-attr]
-            xs = xs if i in skip_blocks else block(xs, own, lengths)
+            xs = xs if i in skip_blocks else block(xs, own, lengths, *seen)
         out: Tensor = self.final_layer(xs[-1], next(vectors), *latent.shape[2:])
         return out if self.stages is None else self.stages.up(out, kept, vectors)
+
+    def _beside(self, latent: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """What is cut into patches: the latent, with a picture to edit beside it in channels."""
+        channels = self.config.reference_channels
+        if not channels:
+            return latent
+        return torch.cat([latent, *(references or [torch.zeros_like(latent[:, :1]).expand(-1, channels, -1, -1)])], 1)
+
+    def _tokens(self, references: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures to edit as tokens: those of an image, which say besides which picture they are of."""
+        return [
+            F.layer_norm(self.patch_embed(reference) + of, (self.config.width,), eps=1e-6)
+            for reference, of in zip(references, self.reference_embed, strict=False)
+        ]
 
     def _split(self, context: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
         """The text streams and, for each stream with the image last, its lengths."""
@@ -143,6 +168,23 @@ class MMDiT(nn.Module):
                     f"MMDiT: context_lengths has shape {list(lengths.shape)} and dtype {lengths.dtype}; expected "
                     f"{' or '.join(map(str, allowed))} integers"
                 )
+
+    def _check_references(self, latent: Tensor, references: Sequence[Tensor]) -> None:
+        c = self.config
+        if references and not c.takes_references:
+            raise ValueError("MMDiT: references are given; the model has neither reference_channels nor _tokens")
+        shapes = [list(reference.shape) for reference in references]
+        if c.reference_tokens:
+            if len(references) > MOST_REFERENCES:
+                raise ValueError(f"MMDiT: {len(references)} references are given; expected at most {MOST_REFERENCES}")
+            wanted = [latent.shape[0], c.in_channels]
+            if any(len(shape) != 4 or shape[:2] != wanted for shape in shapes):
+                raise ValueError(f"MMDiT: references have shapes {shapes}; expected {[*wanted, 'h', 'w']} each")
+        elif references:
+            wanted = [latent.shape[0], c.reference_channels, *latent.shape[2:]]
+            fit = all(len(shape) == 4 and [shape[0], *shape[2:]] == [wanted[0], *wanted[2:]] for shape in shapes)
+            if not fit or sum(shape[1] for shape in shapes) != c.reference_channels:
+                raise ValueError(f"MMDiT: references have shapes {shapes}; expected {wanted} together")
 
     def _check_conditions(self, batch: int, timestep: Tensor | None, pooled: Tensor | None) -> None:
         if timestep is None or pooled is None:

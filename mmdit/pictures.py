@@ -18,6 +18,7 @@ SAID_IN_INFO = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats whose `info` has one of ORIENTATIONS where they say how a picture is turned: asking further takes as long as
 decoding a small one."""
 ORIENTATIONS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
+MOST_PIXELS = 1 << 28         # of a picture on its way: one of 65,500 x 1 would need 17 GB to cover a square
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0        # of a TIFF; Pillow heeds it in 8 bits alone
 NO_RANGE = ("I", "F")                      # numbers without a largest one: no picture until somebody says how bright
 
@@ -77,3 +78,20 @@ def _rescaled(colour: int | tuple[int, ...], raw: str) -> int | tuple[int, ...]:
     values = np.atleast_1d(colour).tolist()
     scaled = [value >> 8 if bits == 16 else value * 255 // ((1 << bits) - 1) for value in values]
     return scaled[0] if isinstance(colour, int) else tuple(scaled)
+
+
+def fit_into(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resized to cover height x width, then centre-cropped; uint8 [height, width, 3].
+
+    Raises: ValueError for a picture so long and narrow that memory would not hold it."""
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size[0] * size[1] > MOST_PIXELS:
+        came = f"{image.width} x {image.height} pixels, which cover {width} x {height} as {size[0]} x {size[1]}"
+        raise ValueError(f"{came}: too long and narrow")
+    if size != image.size:
+        from PIL import Image
+
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -139,16 +139,20 @@ def score(arguments: list[str]) -> None:
     ) -> None:
         """Draw captions of a demo's run and say how many pictures are right.
 
-        Shapes: held-out captions, read back by rule. OpenMoji: names and recolourings, by the nearest of 64 pictures.
+        Shapes: held-out captions, read back by rule. Edits: held-out ones, judged by rule. OpenMoji: names and
+        recolourings, by the nearest of 64 pictures.
 
         Args:
             run: Run folder.
-            images: Pictures per caption of shapes.
+            images: Pictures per caption of shapes; of edits eight times as many of each task.
             steps: Euler steps; as the run draws its samples unless given.
             guidance: Classifier-free guidance; as the run draws its samples unless given.
             seed: Of the noise.
         """
         config = Config.of_run(run)
+        if config.objective == "editing":
+            _score_edits(run, images, seed)
+            return
         if config.adapter.rank and config.model.resolution == SIDE:
             _score_tuned(run, config, images, seed)
             return
@@ -170,6 +174,16 @@ def score(arguments: list[str]) -> None:
         print(f"pictures: {run / 'held-out.png'} (left of each pair: drawn by rule; right: by the model)")
 
     tyro.cli(main, prog="python -m train score", args=arguments)
+
+
+def _score_edits(run: Path, images: int, seed: int) -> None:
+    from train.evaluate.edits import score_edits
+
+    found = score_edits(run, count=8 * images, seed=seed)
+    print("share of held-out edits that show what was asked for, and in which all else is as it was")
+    for name, (right, kept) in found.items():
+        print(f"  {name:20s} {right:.3f}  {kept:.3f}")
+    print(f"pictures: {run / 'edits.png'} (left of each pair: before; right: by the model)")
 
 
 def _score_tuned(run: Path, config: Config, images: int, seed: int) -> None:

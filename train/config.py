@@ -86,6 +86,8 @@ class Samples:
     """Euler steps."""
     guidance: float = 3.0
     """Classifier-free guidance."""
+    image_guidance: float = 1.5
+    """Of a picture to edit, beside guidance, which is then the instruction's; 1: none."""
     shift: float | None = None
     """alpha of the timestep shift in sampling, also of `train score` and `mmdit sample`; None: as in training."""
 
@@ -149,10 +151,13 @@ class Config:
     """Scale latents to mean 0 and deviation 1, by the cache's own statistics."""
     initial: Path | None = None
     """Weights to start from, in any layout; norms of q and k that they lack start at one."""
-    objective: Literal["flow", "preference"] = "flow"
-    """flow: pictures, by the formulation. preference: pairs of a better and a worse one (DPO), with an adapter."""
+    objective: Literal["flow", "preference", "editing"] = "flow"
+    """flow: pictures, by the formulation. preference: pairs of a better and a worse one (DPO), with an adapter.
+    editing: a picture before, an instruction, the picture after, with model.reference_channels or reference_tokens."""
     preference: Preference = field(default_factory=Preference)
     """Of the objective preference."""
+    edit_dropout: float = 0.05
+    """Of editing: share of samples without text, as many without the picture, as many without both; at most 1/3."""
     prior: Path | None = None
     """A cache of what the model is not to forget: beside each sample one of it is trained on."""
     prior_weight: float = 1.0
@@ -203,6 +208,13 @@ class Config:
         for name in ("encoder_dropout", "caption_dropout"):
             numbers.between(f"Config: {name}", getattr(self, name), 0, 1)
         numbers.between("Config: prior_weight", self.prior_weight, 0)
+        numbers.between("Config: edit_dropout", self.edit_dropout, 0, 1 / 3)
+        if (self.objective == "editing") != self.model.takes_references:
+            wants = "model.reference_channels or model.reference_tokens" if self.objective == "editing" else "editing"
+            raise ValueError(f"Config: objective is {self.objective}, for this model expected {wants}")
+        if self.objective == "editing" and (self.adapter.rank or self.prior is not None):
+            came = f"adapter.rank {self.adapter.rank} and prior {self.prior}"
+            raise ValueError(f"Config: objective is editing with {came}; expected 0 and None: it trains a whole model")
         if self.objective == "preference" and self.prior is not None:
             raise ValueError(f"Config: prior is {self.prior} and objective preference; expected one of the two")
         if self.objective == "preference" and not self.adapter.rank:
@@ -235,7 +247,8 @@ class Config:
         above |= {} if samples.shift is None else {"samples.shift": samples.shift}
         for name, value in above.items():
             numbers.above(f"Config: {name}", value, 0)
-        for name, value in (("samples.guidance", samples.guidance), ("optimizer.weight_decay", optimizer.weight_decay),
+        for name, value in (("samples.guidance", samples.guidance), ("samples.image_guidance", samples.image_guidance),
+                            ("optimizer.weight_decay", optimizer.weight_decay),
                             ("optimizer.clip", optimizer.clip)):  # fmt: skip
             numbers.between(f"Config: {name}", value, 0)
         if optimizer.kind == "muon" and optimizer.states != "fp32":

@@ -110,6 +110,21 @@ def shapes_preference() -> Config:
     return replace(config, objective="preference", preference=chosen, encoder_dropout=0.0)
 
 
+def shapes_edit() -> Config:
+    """Instruction editing: the demo's model learns ten tasks on its shapes (make demo-tune)."""
+    base = shapes()
+    return replace(
+        base,
+        run=Path("runs/edit"),
+        cache=Path("cache/shapes-edits"),
+        initial=Path("runs/shapes-0/model.safetensors"),
+        model=replace(base.model, reference_channels=base.model.in_channels),
+        objective="editing",
+        encoder_dropout=0.0,
+        samples=replace(base.samples, image_guidance=1.5),
+    )
+
+
 # --- the paper's ------------------------------------------------------------------------------------------------------
 
 DEPTHS = (15, 18, 21, 24, 30, 38)
@@ -249,6 +264,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "openmoji": openmoji,
     "shapes-word": shapes_word,
     "shapes-preference": shapes_preference,
+    "shapes-edit": shapes_edit,
     **{f"d{depth}-256": _named(pretraining, depth) for depth in DEPTHS},
     **{f"d{depth}-{size}": _named(finetuning, depth, size) for depth in DEPTHS for size in MIXED},
     **{f"dpo-d{depth}": _named(preferences, depth) for depth in (24, 38)},

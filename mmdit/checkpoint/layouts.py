@@ -83,7 +83,7 @@ def pieces(config: MMDiTConfig) -> tuple[list[Piece], dict[str, tuple[int, ...]]
     with torch.device("meta"):
         model = MMDiT(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if config.weight_sets != 2 or config.backbone != "joint":
+    if config.weight_sets != 2 or config.backbone != "joint" or config.reference_tokens:
         return [Piece(name, shape, "", ()) for name, shape in shapes.items()], shapes
     table = dict(_table(config))
     found: list[Piece] = []
@@ -179,7 +179,10 @@ def infer(layout: str, shapes: Mapping[str, tuple[int, ...]], known: dict[str, A
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(block, name)))
     dual = r"x_block\.attn2\.qkv\.weight" if layout == "sd3" else r"attn2\.to_q\.weight"
     dual_blocks = sorted(int(match[1]) for name in shapes if (match := re.fullmatch(block + dual, name)))
-    width, in_channels, patch, _ = shape("x_embedder.proj.weight", "pos_embed.proj.weight")
+    width, channels, patch, _ = shape("x_embedder.proj.weight", "pos_embed.proj.weight")
+    in_channels = shape("final_layer.linear.weight", "proj_out.weight")[0] // patch**2
+    if in_channels > channels:
+        raise ValueError(f"{where}: it reads {channels} channels and gives {in_channels}; expected at most as many")
     _, count, _ = shape("pos_embed", "pos_embed.pos_embed")
     side = isqrt(count)
     if side * side != count:
@@ -188,7 +191,8 @@ def infer(layout: str, shapes: Mapping[str, tuple[int, ...]], known: dict[str, A
     qk_norm = norm[layout == "diffusers"] in shapes
     hidden = shape("joint_blocks.0.x_block.mlp.fc1.weight", "transformer_blocks.0.ff.net.0.proj.weight")[0]
     values: dict[str, Any] = {
-        "depth": depth, "in_channels": in_channels, "patch_size": patch, "qk_norm": qk_norm,
+        "depth": depth, "in_channels": in_channels, "reference_channels": channels - in_channels,
+        "patch_size": patch, "qk_norm": qk_norm,
         "dual_attention": tuple(dual_blocks), "resolution": 1024, "max_height": 8 * patch * side,
         "max_width": 8 * patch * side, "token_pixels": 8 * patch,
         "context_dim": shape("context_embedder.weight", "context_embedder.weight")[1],

@@ -329,7 +329,7 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
         "_class_name": "SD3Transformer2DModel",
         "sample_size": min(side, config.resolution // config.token_pixels) * config.patch_size,
         "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
+        "in_channels": config.input_channels,
         "out_channels": config.in_channels,
         "num_layers": config.depth,
         "attention_head_dim": config.head_dim,

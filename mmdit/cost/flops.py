@@ -30,17 +30,18 @@ def training_flops(config: MMDiTConfig, image_tokens: int, text_tokens: int = TE
     """FLOPs of one sample's forward and backward, with any backbone.
 
     The last block's text half counts its qkv projection only; its queries count in the attention, as is usual, although
-    an implementation may skip both. Dual attention adds its projections and an attention over the image alone.
+    an implementation may skip both. Dual attention adds its projections and an attention over the image alone, and
+    references as tokens the same with keys and values of one picture as large as the image.
     """
     c, square = config, config.width**2
     blocks = _joint if c.backbone == "joint" else _crossed
     per_token, vectors, scores = blocks(c, image_tokens, text_tokens)
-    patch = c.patch_size**2 * c.patch_channels * c.width
-    per_token += 2 * patch * image_tokens + c.context_dim * c.width * text_tokens
+    patch = c.patch_size**2 * (c.patch_channels + c.unpatched_channels) * c.width
+    per_token += patch * image_tokens + c.context_dim * c.width * text_tokens
     if c.backbone == "uvit":
-        channels, pixels = c.patch_channels, image_tokens * c.patch_size**2
+        channels, pixels = c.unpatched_channels, image_tokens * c.patch_size**2
         before, after = 9 * 2 * channels**2, 9 * 3 * channels**2 + 2 * channels**2
-        per_token += pixels * (c.conv_blocks * (before + after) + 2 * 9 * c.in_channels * channels)
+        per_token += pixels * (c.conv_blocks * (before + after) + 9 * (c.input_channels + c.in_channels) * channels)
         vectors += 2 * c.conv_blocks
     conditioning = (vectors + 2) * square + (FREQUENCIES + c.pooled_dim) * c.width + 2 * square    # 2: final layer
     return Flops(linear=6.0 * per_token, conditioning=6.0 * conditioning, attention=12.0 * c.width * scores)
@@ -53,7 +54,11 @@ def _joint(c: MMDiTConfig, image_tokens: int, text_tokens: int) -> tuple[int, in
     last_text = block if c.weight_sets == 1 else 3 * square
     per_token = (d * block + dual * 4 * square) * image_tokens + ((d - 1) * block + last_text) * text_tokens
     vectors = 6 * c.weight_sets * (d - 1) + 6 + 2 * (c.weight_sets - 1) + 3 * dual                # 3: MMDiT-X
-    return per_token, vectors, d * (image_tokens + text_tokens) ** 2 + dual * image_tokens**2
+    scores = d * (image_tokens + text_tokens) ** 2 + dual * image_tokens**2
+    if c.reference_tokens:
+        per_token += (d * (4 + 2) * square + c.patch_size**2 * c.in_channels * c.width) * image_tokens
+        scores += d * 2 * image_tokens**2
+    return per_token, vectors, scores
 
 
 def _crossed(c: MMDiTConfig, image_tokens: int, text_tokens: int) -> tuple[int, int, int]:

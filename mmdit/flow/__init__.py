@@ -4,7 +4,18 @@ from mmdit.flow.densities import CosMap, Density, LogitNormal, Mode, Shifted, Un
 from mmdit.flow.formulation import FORMULATIONS, Formulation, by_name
 from mmdit.flow.parametrisations import Velocity
 from mmdit.flow.paths import RectifiedFlow
-from mmdit.flow.solvers import SCHEDULES, SOLVERS, PathLength, dpmpp_2m, euler, guided, heun, starting_at, times
+from mmdit.flow.solvers import (
+    SCHEDULES,
+    SOLVERS,
+    PathLength,
+    dpmpp_2m,
+    euler,
+    guided,
+    guided_twice,
+    heun,
+    starting_at,
+    times,
+)
 from mmdit.flow.weightings import Constant
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "dpmpp_2m",
     "euler",
     "guided",
+    "guided_twice",
     "heun",
     "shift_time",
     "starting_at",

@@ -136,3 +136,17 @@ def guided(conditional_and_not: VelocityField, scale: float) -> VelocityField:
         return unconditional + scale * (conditional - unconditional)
 
     return field
+
+
+def guided_twice(three: VelocityField, scale: float, picture_scale: float) -> VelocityField:
+    """Guidance by an instruction and a picture to edit (Brooks et al. 2023, equation 3):
+    ``v_0 + picture_scale (v_p - v_0) + scale (v_c - v_p)``.
+
+    Args: three: a velocity field on a tripled batch: with both, with the picture alone, with neither.
+    """
+
+    def field(z: Tensor, t: float) -> Tensor:
+        both, picture, neither = three(torch.cat([z, z, z]), t).float().chunk(3)
+        return neither + picture_scale * (picture - neither) + scale * (both - picture)
+
+    return field

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,17 +63,16 @@ class Graphs:
 
     def __call__(
         self, model: MMDiT, z: Tensor, context: Tensor, lengths: Tensor | None, modulation: Tensor,
-        skip_blocks: Collection[int],
+        skip_blocks: Collection[int], references: Sequence[Tensor] = (),
     ) -> Tensor:  # fmt: skip
         """The model's output; arguments as of its forward."""
-        given = [z, context, modulation, *([] if lengths is None else [lengths])]
-        how = tuple(sorted(skip_blocks)), torch.is_inference_mode_enabled(), dispatch.forced()
+        given = [z, context, modulation, *references, *([] if lengths is None else [lengths])]
+        how = len(references), tuple(sorted(skip_blocks)), torch.is_inference_mode_enabled(), dispatch.forced()
         key = (*((t.shape, t.dtype) for t in given), *how)
         if key not in self.captured and not self._full:
-            self._make(key, model, given, skip_blocks)
+            self._make(key, model, given, skip_blocks, len(references))
         if key not in self.captured:
-            plain: Tensor = model(z, None, context, None, lengths, modulation=modulation, skip_blocks=skip_blocks)
-            return plain
+            return _called(model, given, skip_blocks, len(references))
         self.captured.move_to_end(key)
         replay, own, out = self.captured[key]
         for mine, theirs in zip(own, given, strict=True):
@@ -81,13 +80,13 @@ class Graphs:
         replay()
         return out.clone()
 
-    def _make(self, key: Any, model: MMDiT, given: list[Tensor], skip_blocks: Collection[int]) -> None:
+    def _make(
+        self, key: Any, model: MMDiT, given: list[Tensor], skip_blocks: Collection[int], references: int
+    ) -> None:  # fmt: skip
         own = [t.clone() for t in given]
 
         def forward() -> Tensor:
-            z, context, modulation, *lengths = own
-            out: Tensor = model(z, None, context, None, *lengths, modulation=modulation, skip_blocks=skip_blocks)
-            return out
+            return _called(model, own, skip_blocks, references)
 
         while len(self.captured) >= KEPT:
             self.captured.popitem(last=False)
@@ -98,6 +97,15 @@ class Graphs:
             self.captured.clear()
             self._full = True
             warnings.warn("no GPU memory for CUDA graphs: sampling continues without them", stacklevel=2)
+
+
+def _called(model: MMDiT, given: list[Tensor], skip_blocks: Collection[int], references: int) -> Tensor:
+    """The model's output for a graph's inputs, of which so many are references."""
+    z, context, modulation, *others = given
+    seen = {"references": others[:references]} if references else {}
+    lengths = others[references:]
+    out: Tensor = model(z, None, context, None, *lengths, modulation=modulation, skip_blocks=skip_blocks, **seen)
+    return out
 
 
 _of: WeakKeyDictionary[MMDiT, Graphs] = WeakKeyDictionary()

@@ -26,6 +26,7 @@ from mmdit.encoders.sd3 import from_folder
 from mmdit.files import read_object, replacing, write_atomically
 from mmdit.flow.solvers import Constraint
 from mmdit.model import MMDiT
+from mmdit.sampling.references import Edit, encoded
 from mmdit.sampling.sample import Settings, bar, denoise
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 0.6,
         mask_image: Image.Image | None = None,
+        edit: Edit | None = None,
+        image_guidance: float = 1.5,
         batch: int = 4,
         progress: bool = True,
         **settings: Any,
@@ -219,6 +222,8 @@ class Pipeline:
             image: start from this picture, read as `pictures.shown` does: `strength`, in (0, 1], is the share of the
                 steps that are taken.
             mask_image: with image: white is drawn anew, black is kept; what is transparent counts as white.
+            edit: for a model that edits: a picture that prompts are instructions for, or one for each image; see
+                `references.encoded`. image_guidance: how close to it, beside guidance_scale; 1: none.
             batch: images at a time.
             settings: solver, schedule (sd3_release unless given), shift, interval, skip_blocks, ...: see `Settings`.
         Returns: images and the parameters of each.
@@ -234,9 +239,11 @@ class Pipeline:
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         self._check(prompts, negatives, height, width, unconditional, latents, image, mask_image, strength)
         values = {"steps": num_inference_steps, "guidance": guidance_scale, "shift": self.shift}
+        values |= {"image_guidance": image_guidance}
         chosen = Settings(**{**values, "schedule": "sd3_release", **settings})
         factor = self.autoencoder.factor
         shape = (self.model.config.in_channels, height // factor, width // factor)
+        references = encoded(edit, len(prompts), (height, width), self.model.config, self.autoencoder)
         start = 1.0
         if image is not None and strength < 1:
             ts = chosen.times(flow.by_name("rf"))
@@ -248,11 +255,12 @@ class Pipeline:
             noise = keyed.normals(shape, seed, "sampling noise", [(first + i,) for i in range(count)])
             noise = (noise if latents is None else latents[rows].float()).to(self.model.patch_embed.proj.weight.device)
             z, constrain = self._started(noise, image, mask_image, start)
-            conditional, other = self._text(prompts[rows], negatives[rows], chosen.guided, unconditional)
+            guided = chosen.compares(bool(references))
+            conditional, other = self._text(prompts[rows], negatives[rows], guided, unconditional)
             label = f"drawing {first + 1}-{first + count} of {len(prompts)}"
             z = denoise(
                 self.model, z, conditional, other, chosen, start=start, constrain=constrain,
-                progress=bar(label, progress),
+                progress=bar(label, progress), references=[r[rows] for r in references],
             )  # fmt: skip
             drawn.append(vae.to_uint8(self.autoencoder.decode(z)))
         common = {**asdict(chosen), "height": height, "width": width, "seed": seed, "unconditional": unconditional}

@@ -20,6 +20,7 @@ from mmdit.files import naming
 from mmdit.flow.solvers import SCHEDULES, SOLVERS, Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.sampling import graphs
+from mmdit.sampling.references import Edit, encoded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +42,8 @@ class Settings:
     """alpha of the schedule: 3.0 at 1024 pixels."""
     guidance: float = 5.0
     """Classifier-free guidance; up to 1: none, and half the work, as diffusers' pipelines have it."""
+    image_guidance: float = 1.5
+    """Of a picture to edit; `guidance` is then the instruction's. 1: none, and two evaluations instead of three."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times, ends included, at which guidance acts."""
     skip_blocks: Collection[int] = ()
@@ -62,6 +65,7 @@ class Settings:
         numbers.whole("steps", self.steps, 1)
         numbers.above("shift", self.shift, 0)
         numbers.between("guidance", self.guidance, 0)
+        numbers.between("image_guidance", self.image_guidance, 0)
         numbers.between("skip_scale", self.skip_scale)
         for name in ("skip_from", "skip_until"):
             numbers.between(name, getattr(self, name), 0, 1)
@@ -73,6 +77,10 @@ class Settings:
     def guided(self) -> bool:
         """Whether text is compared with none."""
         return self.guidance > 1
+
+    def compares(self, references: bool) -> bool:
+        """Whether a field needs to know the text's absence, with a picture to edit or without."""
+        return self.guided or (references and self.image_guidance != 1)
 
     def times(self, formulation: flow.Formulation, start: float = 1.0) -> Tensor:
         """Of the straight path, from `start` down to 0."""
@@ -92,6 +100,7 @@ def denoise(
     constrain: Constraint | None = None,
     progress: Progress = iter,
     masked: bool = False,
+    references: Sequence[Tensor] = (),
 ) -> Tensor:
     """Draws latents, on the straight path whatever the formulation.
 
@@ -101,13 +110,14 @@ def denoise(
         formulation: what the model reads and says, and at which times; rectified flow unless given.
         constrain: applied after each step (inpainting).
         masked: text beyond each sample's length is masked; the released models attend to all of it.
+        references: latents of pictures to edit, each of B samples, as the model takes them.
     Returns: [B, C, h, w] fp32.
     """
     formulation = formulation or flow.by_name("rf")
     ts = settings.times(formulation, start)
     if start == 1.0:
         z = z * float(ts[0])                                        # a path that does not end at noise begins below it
-    field = _Field(model, conditional, unconditional, settings, ts, formulation, masked)
+    field = _Field(model, conditional, unconditional, settings, ts, formulation, masked, references)
     more = {} if constrain is None else {"constrain": constrain}
     return SOLVERS[settings.solver](field, z.to(field.device), ts, progress, **more)
 
@@ -118,9 +128,9 @@ class _Field:
 
     def __init__(
         self, model: MMDiT, conditional: Conditioning, unconditional: Conditioning | None, settings: Settings,
-        ts: Tensor, formulation: flow.Formulation, masked: bool,
+        ts: Tensor, formulation: flow.Formulation, masked: bool, references: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        if settings.guided and unconditional is None:
+        if settings.compares(bool(references)) and unconditional is None:
             raise ValueError(f"guidance is {settings.guidance}, but there is no unconditional text")
         absent = [block for block in settings.skip_blocks if block >= model.config.depth]
         if absent:
@@ -129,7 +139,13 @@ class _Field:
         weight = model.patch_embed.proj.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.batch = len(conditional.context)
+        self.twice = bool(references) and settings.image_guidance != 1
         sides = [conditional] if unconditional is None else _same_length(conditional, unconditional)
+        sides += sides[1:] if self.twice else []                          # without text, and without text and picture
+        self.references = [
+            torch.cat([r] * 2 + [torch.zeros_like(r)] if self.twice else [r] * len(sides)).to(self.device, self.dtype)
+            for r in references
+        ]
         self.context = torch.cat([side.context for side in sides]).to(self.device, self.dtype)
         self.pooled = torch.cat([side.pooled for side in sides]).to(self.device, self.dtype)
         self.lengths = torch.cat([side.lengths for side in sides]).to(self.device) if masked else None
@@ -160,11 +176,12 @@ class _Field:
         modulation = self.model.condition(now.float(), self.pooled[rows]) if found is None else found[rows]
         lengths = None if self.lengths is None else self.lengths[rows]
         read = self.formulation.read(z, now).to(self.dtype)
+        seen = {"references": [r[rows] for r in self.references]} if self.references else {}
         if self.graphs is not None:
-            output = self.graphs(self.model, read, self.context[rows], lengths, modulation, skip)
+            output = self.graphs(self.model, read, self.context[rows], lengths, modulation, skip, **seen)
         else:
             output = self.model(
-                read, None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip
+                read, None, self.context[rows], None, lengths, modulation=modulation, skip_blocks=skip, **seen
             )
         return self.formulation.velocity(output.float(), z, now)
 
@@ -172,16 +189,19 @@ class _Field:
     def __call__(self, z: Tensor, t: float) -> Tensor:
         settings, alone = self.settings, slice(0, self.batch)
         low, high = settings.interval
-        if not settings.guided or not low <= t <= high:
+        if not settings.compares(bool(self.references)) or not low <= t <= high:
             return self._velocity(z, t, alone)
-        both = slice(0, 2 * self.batch)
+        every = slice(0, (3 if self.twice else 2) * self.batch)
         last: list[Tensor] = []
 
-        def pair(doubled: Tensor, t: float) -> Tensor:
-            last.append(self._velocity(doubled, t, both))
+        def sides(repeated: Tensor, t: float) -> Tensor:
+            last.append(self._velocity(repeated, t, every))
             return last[0]
 
-        v = flow.guided(pair, settings.guidance)(z, t)
+        if self.twice:
+            v = flow.guided_twice(sides, max(1.0, settings.guidance), settings.image_guidance)(z, t)
+        else:
+            v = flow.guided(sides, settings.guidance)(z, t)
         if t in self.skipping:
             without = self._velocity(z, t, alone, settings.skip_blocks)
             v = v + settings.skip_scale * (last[0][: self.batch] - without)
@@ -214,6 +234,8 @@ class Sampler:
     """Unless asked otherwise."""
     guidance: float = 5.0
     """Unless asked otherwise."""
+    image_guidance: float = 1.5
+    """Of a picture to edit, unless asked otherwise."""
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Sampler:
@@ -256,6 +278,7 @@ class Sampler:
             extra.get("sampling_shift", extra["shift"]),
             extra.get("steps", 50),
             extra.get("guidance", 5.0),
+            extra.get("image_guidance", 1.5),
         )
 
     def __call__(
@@ -269,11 +292,13 @@ class Sampler:
         batch: int = 64,
         progress: bool = False,
         first: int = 0,
+        edit: Edit | None = None,
         **settings: Any,
     ) -> np.ndarray:
         """Draws one image per prompt.
 
         Args:
+            edit: for a model that edits: a picture, or one for each prompt; see `references.encoded`.
             seed: image i starts from noise keyed by (seed, first + i), whatever the batch.
             steps, guidance, settings: as in `Settings`; the first two as the run draws its samples, unless given.
             size: (height, width) in pixels.
@@ -291,18 +316,21 @@ class Sampler:
         shape = (self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
         steps = self.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
-        chosen = Settings(**{"steps": steps, "guidance": guidance, "shift": self.shift, **settings})
+        own = {"steps": steps, "guidance": guidance, "shift": self.shift, "image_guidance": self.image_guidance}
+        chosen = Settings(**{**own, **settings})
+        references = encoded(edit, len(prompts), (height, width), self.model.config, self.autoencoder)
         images = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             noise = keyed.normals(shape, seed, "sampling noise", [(first + start + i,) for i in range(len(part))])
             label = f"drawing {start + 1}-{start + len(part)} of {len(prompts)}"
             with_text, without = conditioned(
-                self.encoders, part, self.model.config, chosen.guided
+                self.encoders, part, self.model.config, chosen.compares(bool(references))
             )
             z = denoise(
                 self.model, noise, with_text, without, chosen, formulation=self.formulation,
                 progress=bar(label, progress), masked=True,
+                references=[r[start : start + batch] for r in references],
             )  # fmt: skip
             images.append(autoencoder.to_uint8(self.autoencoder.decode(z)))
         return np.concatenate(images)

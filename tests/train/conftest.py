@@ -62,10 +62,10 @@ def killed_at(monkeypatch):
     def run(config, step):
         draw = Flow.draw
 
-        def dies(self, bucket, rows, now, *more):
+        def dies(self, bucket, rows, now, *more, **named):
             if now == step:
                 raise Killed
-            return draw(self, bucket, rows, now, *more)
+            return draw(self, bucket, rows, now, *more, **named)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Flow, "draw", dies)

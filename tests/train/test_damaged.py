@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from mmdit import files
+from mmdit.pictures import fit_into
 from train.data.blocks import Block
 from train.data.precompute import precompute
 from train.data.records import DataError
 from train.data.settings import Precompute
 from train.data.shards import Cache, captions_of
-from train.data.sources import fit_into, open_source
+from train.data.sources import open_source
 from train.engine.loop import train
 
 from .conftest import changed

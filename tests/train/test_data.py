@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmdit import encoders
 from mmdit.autoencoder import PixelSpace
+from mmdit.pictures import fit_into
 from train.data import shapes, shards
 from train.data.blocks import Block, check
 from train.data.plan import Plan
@@ -15,7 +16,7 @@ from train.data.precompute import precompute
 from train.data.records import DataError
 from train.data.settings import Precompute
 from train.data.shards import Cache
-from train.data.sources import fit_into, open_source
+from train.data.sources import open_source
 
 
 def count_encoded(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from mmdit.files import decode, naming
 from mmdit.pictures import SUFFIXES
 from train.data.folders import why_left
-from train.data.records import CAPTIONS, SYNTHETIC, DataError, Record, Records, printable, texts_of
+from train.data.records import INSTRUCTIONS, SYNTHETIC, DataError, Record, Records, printable, texts_of
 
 TEXTS = ("txt", "caption", "synthetic.txt", "json")
 """What stands beside a picture of a tar, after the first dot of its name."""
@@ -156,8 +156,13 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
 
 
 RANKED, LABELS = ("jpg_0", "jpg_1"), ("label_0", "label_1")
-PICTURES = (("image",), ("winner", "loser"), RANKED)
-"""Columns of pictures: one; the better and the worse of two; Pick-a-Pic's two, with their labels."""
+EDITS = (("target", "source"), ("edited_image", "original_image"), ("edited_image", "source_image"),
+         ("edited_image", "input_image"), ("output_image", "input_image"), ("target_img", "source_img"))  # fmt: skip
+PICTURES: dict[tuple[str, ...], str] = {
+    ("image",): "", ("winner", "loser"): "preference", RANKED: "preference", **dict.fromkeys(EDITS, "edit"),
+}  # fmt: skip
+"""Columns of pictures, and what those are (records.PAIRS): one; the better and the worse of two; Pick-a-Pic's two, with
+their labels; after and before an edit, as InstructPix2Pix, UltraEdit, HQ-Edit and MagicBrush name them."""
 
 
 def _table(path: Path) -> Any:
@@ -180,16 +185,17 @@ def parquet(path: Path, split: str | None) -> Records:
         if pictures is None:
             known = " or ".join(" and ".join(names) for names in PICTURES)
             raise DataError(f"{path} has columns {', '.join(columns)}; expected {known}, and caption or text")
+        pair = PICTURES[pictures]
         ranked = list(LABELS) if pictures == RANKED else []
         if missing := [name for name in ranked if name not in columns]:
             raise DataError(f"{path} has no {' and no '.join(missing)}: which of its pictures is the better one?")
-        wanted = [name for name in (*CAPTIONS, *SYNTHETIC, *ranked) if name in columns]
+        wanted = [name for name in (*INSTRUCTIONS, *SYNTHETIC, *ranked) if name in columns]
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             with naming(path):
                 texts = table.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * rows
             for row, entry in enumerate(texts):
-                said, order = texts_of(entry), pictures
+                said, order = texts_of(entry, pair), pictures
                 if ranked:
                     first, second = (entry.get(label) for label in LABELS)
                     if {first, second} != {0, 1}:
@@ -199,7 +205,7 @@ def parquet(path: Path, split: str | None) -> Records:
                 opener = partial(_bytes_in, path, group, row, order[0])
                 beside = partial(_bytes_in, path, group, row, order[1]) if len(order) > 1 else None
                 found.append(Record(printable(f"{path.name}:{group}-{row}"), said["caption"], opener, split,
-                                    said["synthetic"], said["problem"], str(path), beside))  # fmt: skip
+                                    said["synthetic"], said["problem"], str(path), beside, pair=pair))  # fmt: skip
     found.files = len(found)
     return found
 

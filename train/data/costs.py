@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from mmdit import autoencoder
+from mmdit.pictures import fit_into
 from train.data.encoding import build_autoencoder, build_encoder, caption_of
 from train.data.records import DataError
 from train.data.settings import Precompute
-from train.data.sources import fit_into, open_source
+from train.data.sources import open_source
 
 REPEATS = 5
 

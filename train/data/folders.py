@@ -15,8 +15,9 @@ from train.data.records import DataError, Record, Records, printable, texts_of
 from train.data.splits import LEFT_OUT, Mapped, named
 
 METADATA = "metadata.jsonl"
-LISTED = (("file_name",), ("winner", "loser"))
-"""What a line of it names: a picture, or the better and the worse of two."""
+LISTED = {("file_name",): "", ("winner", "loser"): "preference", ("target", "source"): "edit"}
+"""What a line of it names, and what that is (records.PAIRS)."""
+_KNOWN = ", or ".join(" and ".join(names) for names in LISTED)
 SIDECARS = (".txt", ".synthetic.txt")
 
 
@@ -104,12 +105,12 @@ def _sidecar(path: str) -> str:
 
 
 def _record(
-    folder: Path, path: str, split: str | None, said: dict[str, str | None], beside: str | None = None
+    folder: Path, path: str, split: str | None, said: dict[str, str | None], beside: str | None = None, pair: str = ""
 ) -> Record:
     whole, other = os.path.join(folder, path), None if beside is None else os.path.join(folder, beside)
     return Record(
         printable(path), said["caption"], partial(_content, whole), split, said["synthetic"], said["problem"], whole,
-        None if other is None else partial(_content, other), other,
+        None if other is None else partial(_content, other), other, pair,
     )  # fmt: skip
 
 
@@ -123,14 +124,15 @@ def _listed(folder: Path, splits: Mapped) -> Records:
     found = Records()
     listed: set[str] = set()
     taken: set[str] = set()
-    for where, names, split, said in _lines(folder / METADATA, splits):
+    for where, names, pair, split, said in _lines(folder / METADATA, splits):
         inside = [_inside(name, folder, where) for name in names]
         listed.update(inside)
         if split == LEFT_OUT:
             found.passed["of a split that is left out"] += 1
         else:
             taken.update(inside)
-            found.append(_record(folder, names[0], split, said, *names[1:]))
+            beside = names[1] if pair else None
+            found.append(_record(folder, names[0], split, said, beside, pair))
     found.files = 1 + len(taken)
     for path in files_below(folder, found.passed):
         if path not in listed and path != METADATA:
@@ -156,8 +158,8 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str | None, dict[str, str | None]]]:
-    """(where it stands, names of files, split, texts) of each."""
+def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str, str | None, dict[str, str | None]]]:
+    """(where it stands, names of files, what those are, split, texts) of each."""
     try:
         lines = read_lines(path)
     except ValueError as error:                                                  # UnicodeDecodeError is one
@@ -169,10 +171,11 @@ def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str | N
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-            names = next([entry[key] for key in keys] for keys in LISTED if keys[0] in entry)
+            keys, pair = next(listed for listed in LISTED.items() if listed[0][0] in entry)
+            names = [entry[key] for key in keys]
             if not all(isinstance(name, str) for name in names):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
-            raise DataError(f"{where}: expected JSON with file_name, or winner and loser") from error
+            raise DataError(f"{where}: expected JSON with {_KNOWN}") from error
         split = entry.get("split")
-        yield where, names, None if split is None else named(split, splits, where), texts_of(entry)
+        yield where, names, pair, None if split is None else named(split, splits, where), texts_of(entry, pair)

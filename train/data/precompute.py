@@ -19,13 +19,14 @@ from tqdm import tqdm
 from mmdit import autoencoder
 from mmdit.encoders import TextEncoder, TextFeatures
 from mmdit.files import write_atomically
+from mmdit.pictures import fit_into
 from train.config import Parallel
 from train.data.blocks import Block, gathered
 from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
-from train.data.records import DataError, Record, Records
+from train.data.records import PAIRS, DataError, Record, Records
 from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
-from train.data.sources import fit_into, open_source
+from train.data.sources import open_source
 from train.engine import parallel
 from train.engine.interrupts import Interrupts
 from train.engine.parallel import World
@@ -63,7 +64,7 @@ def _precompute(config: Precompute, world: World, records: Records) -> Index:
         "synthetic": config.synthetic,
         "shard_size": config.shard_size,
     }
-    settings |= {"pictures": 2} if _pairs(records) else {}
+    settings |= _pairs(records)
     index = Index(settings)
     todo: list[int] = []
     if world.main:
@@ -178,8 +179,9 @@ class _Work:
             images, digest = record.read()
             height, width = _closest(images[0].height / images[0].width, self.config.buckets)
             pixels = np.stack([fit_into(image, height, width) for image in images])
-        except DataError as error:
-            return error if record.key in str(error) else DataError(f"{record.key}: {error}")
+        except ValueError as error:                                       # DataError is one
+            said = str(error)
+            return DataError(said if record.key in said else f"{record.key}: {said}")
         file = {} if stamp is None or digest is None else {"stamp": stamp, "digest": digest}
         bucket = f"{split_of(record, self.config.val_share)}/{height}x{width}"
         return i, record, bucket, pixels, file
@@ -254,12 +256,15 @@ def _as_known(settings: dict[str, Any], former: dict[str, Any]) -> dict[str, Any
     return {**settings, "encoders": found, "autoencoder": vae}
 
 
-def _pairs(records: Records) -> bool:
-    """Whether every record has two pictures. Raises: DataError if some have one."""
-    two = [record.beside is not None for record in records]
-    if any(two) and not all(two):
-        raise DataError(f"{records[two.index(False)].key} is one picture, {records[two.index(True)].key} a pair")
-    return any(two)
+def _pairs(records: Records) -> dict[str, Any]:
+    """What settings say of records that are pairs of pictures. Raises: DataError if they are not all alike."""
+    kinds = {record.pair: record.key for record in records}
+    if len(kinds) > 1:
+        told = " and ".join(f"{key} is {PAIRS[kind]}" for kind, key in kinds.items())
+        raise DataError(f"{told}; expected records of one kind")
+    (kind,) = kinds or ("",)
+    two: dict[str, Any] = {"pictures": 2}
+    return {"": {}, "preference": two, "edit": {**two, "pair": "edit"}}[kind]
 
 
 def _digest(records: list[Record]) -> str:

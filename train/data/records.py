@@ -19,6 +19,10 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and what to do."""
 
 
+PAIRS = {"": "one picture", "preference": "a better and a worse one", "edit": "one after an edit and one before"}
+"""What a record holds. The first of two is what is to be drawn: the better one, or the one after."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One captioned image, not yet read."""
@@ -38,8 +42,10 @@ class Record:
     file: str | None = None
     """Where it lies, itself or its archive."""
     beside: Callable[[], Image.Image | bytes] | None = None
-    """A second picture of one caption: the one that was liked less."""
+    """A second picture; see `pair`."""
     beside_file: str | None = None
+    pair: str = ""
+    """What the second is; see PAIRS."""
 
     def image(self) -> Image.Image:
         """As RGB, read as `mmdit.pictures.shown` says. Raises: DataError if it cannot be decoded."""
@@ -124,11 +130,15 @@ def printable(name: str) -> str:
 
 CAPTIONS, SYNTHETIC = ("caption", "text"), ("synthetic_caption", "synthetic")
 """Names under which metadata holds a caption, and one that a model wrote; the first that is there counts."""
+INSTRUCTIONS = ("instruction", "edit_prompt", "edit", *CAPTIONS)
+"""Of an edit."""
 
 
-def texts_of(entry: dict[str, Any]) -> dict[str, str | None]:
-    """caption, synthetic and problem of a Record, from metadata."""
-    caption, synthetic = _first(entry, CAPTIONS), _first(entry, SYNTHETIC)
+def texts_of(entry: dict[str, Any], pair: str = "") -> dict[str, str | None]:
+    """caption, synthetic and problem of a Record, from metadata. pair: what its pictures are; see PAIRS."""
+    edit = pair == "edit"
+    caption = _first(entry, INSTRUCTIONS if edit else CAPTIONS)
+    synthetic = None if edit else _first(entry, SYNTHETIC)
     for text in (caption, synthetic):
         if "\0" in (text or ""):
             return {"caption": None, "synthetic": None, "problem": "its caption holds NUL characters"}

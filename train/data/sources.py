@@ -6,30 +6,34 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from mmdit import keyed
 from mmdit.pictures import SUFFIXES
-from train.data import folders, openmoji, scenes, shapes
+from train.data import edits, folders, openmoji, scenes, shapes
 from train.data.archives import READERS
 from train.data.records import DataError, Record, Records
 from train.data.splits import LEFT_OUT, mapped, of_archives
+
+EDITS = 400                  # to train on, for each of `copies`
 
 
 def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> Records:
     """The records of a source, in a fixed order.
 
     Args:
-        name: "shapes", "scenes", "new-colour" or "openmoji"; a folder of images (with sidecar .txt files, and
-            .synthetic.txt for captions that a model wrote, or a metadata.jsonl with file_name, caption or text,
-            synthetic_caption and split); or WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a
-            glob, or a range such as "set-{00000..00099}.tar". Of a folder without pictures, archives below it: a clone
-            of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser in place of file_name;
-            parquet with those columns, or Pick-a-Pic's.
-        copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind.
+        name: "shapes", "scenes", "new-colour", "shapes-edits", "scenes-edits" or "openmoji"; a folder of images (with
+            sidecar .txt files, and .synthetic.txt for captions that a model wrote, or a metadata.jsonl with file_name,
+            caption or text, synthetic_caption and split); or WebDataset .tar or Hugging Face .parquet files: one, a
+            folder of them, a glob, or a range such as "set-{00000..00099}.tar". Of a folder without pictures, archives
+            below it: a clone of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser, or with
+            target, source and instruction, in place of file_name; parquet with those columns, Pick-a-Pic's or those of
+            InstructPix2Pix.
+        copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind; of edits 400
+            times as many.
         splits: what else a split's name may be, NAME=train, NAME=val or NAME=-, left out; see `splits.KNOWN`.
     Raises: DataError if there is nothing there.
     """
@@ -148,24 +152,21 @@ def _scenes(copies: int) -> Iterator[Record]:
                 yield Record(f"scenes/{name}/{tag}-{i}", prompt["prompt"], image, name)
 
 
+def _edits(world: str, copies: int) -> Iterator[Record]:
+    for i in range(EDITS * copies):
+        task = edits.TASKS[i % len(edits.TASKS)]
+        edit = edits.make(world, task, False, keyed.generator(0, f"edits {world}", i))
+        yield _edit(f"{world}-edits/train/{i}", edit, "train")
+    for i, edit in enumerate(edits.held_out(world)):
+        yield _edit(f"{world}-edits/val/{i}", edit, "val")
+
+
+def _edit(key: str, edit: edits.Edit, split: str) -> Record:
+    after, before = (lambda: Image.fromarray(edit.target())), (lambda: Image.fromarray(edit.source()))
+    return Record(key, edit.instruction, after, split, beside=before, pair="edit")
+
+
 DRAWN: dict[str, Callable[[int], Iterator[Record]]] = {
-    "shapes": _shapes, "scenes": _scenes, "new-colour": _new_colour,
+    "shapes": _shapes, "scenes": _scenes, "new-colour": _new_colour, "shapes-edits": partial(_edits, "shapes"),
+    "scenes-edits": partial(_edits, "scenes"),
 }  # fmt: skip
-
-
-MOST_PIXELS = 1 << 28         # of a picture on its way: one of 65,500 x 1 would need 17 GB to cover a square
-
-
-def fit_into(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resized to cover height x width, then centre-cropped; uint8 [height, width, 3].
-
-    Raises: DataError for a picture so long and narrow that memory would not hold it."""
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if size[0] * size[1] > MOST_PIXELS:
-        came = f"{image.width} x {image.height} pixels, which cover {width} x {height} as {size[0]} x {size[1]}"
-        raise DataError(f"{came}: too long and narrow")
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))

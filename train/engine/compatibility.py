@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from mmdit import autoencoder, encoders
 from train.config import Config
-from train.data.records import DataError
+from train.data.records import PAIRS, DataError
 from train.data.shards import Cache
+
+TAKEN = {"flow": "", "preference": "preference", "editing": "edit"}
+"""What pictures an objective takes; see `records.PAIRS`."""
 
 
 def check_compatible(config: Config, cache: Cache) -> None:
@@ -42,9 +45,11 @@ def check_compatible(config: Config, cache: Cache) -> None:
                 f"the cache {config.cache} holds {height} x {width} images; the model's positions end at "
                 f"{model.max_height} x {model.max_width}"
             )
-    wanted, there = (2 if config.objective == "preference" else 1), settings.get("pictures", 1)
-    if wanted != there:
-        came = "pairs of pictures" if there == 2 else "single pictures"
+    there = settings.get("pair", "preference" if settings.get("pictures", 1) == 2 else "")
+    if TAKEN[config.objective] != there:
+        came = f"of each sample {PAIRS[there]}"
         raise ValueError(f"the cache {config.cache} holds {came}, which the objective {config.objective} does not take")
+    if model.reference_channels not in (0, vae.channels):
+        raise ValueError(f"model.reference_channels is {model.reference_channels}; expected {vae.channels}, or 0")
     if not cache.buckets("train"):
         raise DataError(f"{config.cache} holds no training samples")

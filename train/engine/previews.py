@@ -16,7 +16,7 @@ from mmdit.encoders import Conditioning, build
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings, conditioned, denoise
 from train.config import Config
-from train.data.shards import Cache
+from train.data.shards import Bucket, Cache, Sample
 from train.engine import parallel
 from train.engine.ema import EmaWeights
 from train.engine.log import Log
@@ -40,6 +40,7 @@ def sampling_extra(config: Config, cache: Cache) -> dict[str, Any]:
         "sampling_shift": sampling_shift(config),
         "steps": config.samples.steps,
         "guidance": config.samples.guidance,
+        "image_guidance": config.samples.image_guidance,
         "size": settings["sizes"][0],
     }
 
@@ -67,6 +68,10 @@ class Previews:
         self.config, self.cache, self.world, self.model, self.ema = config, cache, world, model, ema
         self.objective, self.log, self.computing = objective, log, computing
         self.held_out = cache.buckets("val")
+        self.edits: list[Sample] = []
+        """Held-out ones, to be drawn."""
+        if config.objective == "editing" and self.held_out:
+            self.edits = [self._edited()[row] for row in range(min(config.samples.count, len(self._edited())))]
         self.settled = False
         """Whether the model has run; see parallel.resharded."""
         self._text: tuple[Conditioning, Conditioning | None] | None = None
@@ -116,12 +121,18 @@ class Previews:
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def prompts(self) -> list[str]:
-        """Those of the configuration, or captions of the validation split."""
+        """Those of the configuration, or captions of the validation split; of edits, which need a picture, always."""
         chosen = self.config.samples
+        if self.edits:
+            return self._edited().captions()[: len(self.edits)]
         if chosen.prompts:
             return list(chosen.prompts)
         captions = [c for bucket in self.held_out.values() for c in bucket.captions()]
         return list(dict.fromkeys(captions))[: chosen.count]
+
+    def _edited(self) -> Bucket:
+        """Held-out edits of one size."""
+        return next(iter(self.held_out.values()))
 
     def _draw(self, step: int) -> None:
         if self._text is None:
@@ -132,16 +143,25 @@ class Previews:
         factor = c.token_pixels // c.patch_size
         height, width = settings["sizes"][0]
         shape, count = (c.in_channels, height // factor, width // factor), len(self._text[0].context)
+        batch = self.objective.at(self.edits, 0.5) if self.edits else None
+        before = [] if batch is None else [batch.reference.float()]
+        if before:
+            shape = tuple(before[0].shape[1:])
         noise = keyed.normals(shape, 0, "sampling noise", [(i,) for i in range(count)])
-        chosen = Settings(steps=s.steps, guidance=s.guidance, shift=sampling_shift(self.config), graph=False)
+        chosen = Settings(
+            steps=s.steps, guidance=s.guidance, image_guidance=s.image_guidance, shift=sampling_shift(self.config),
+            graph=False,
+        )  # fmt: skip
         parallel.gather_root(self.model)
         conditional, unconditional = self._text
         z = denoise(
-            self.model, noise, conditional, unconditional, chosen, formulation=self.objective.formulation, masked=True
-        )
+            self.model, noise, conditional, unconditional, chosen, formulation=self.objective.formulation, masked=True,
+            references=before,
+        )  # fmt: skip
         if self.world.main:
             decoder = autoencoder.build(settings["autoencoder"])
-            self.log.picture(step, autoencoder.to_uint8(decoder.decode(self.objective.latents.decode(z.cpu()))))
+            shown = [decoder.decode(self.objective.latents.decode(latents.cpu())) for latents in (*before, z)]
+            self.log.picture(step, autoencoder.to_uint8(torch.cat(shown, 3)))
 
     def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
         """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""
@@ -149,4 +169,5 @@ class Previews:
         if not prompts:
             return None
         encoders = [build(spec) for spec in self.cache.settings["encoders"]]
-        return conditioned(encoders, prompts, self.config.model, self.config.samples.guidance > 1)
+        chosen = Settings(guidance=self.config.samples.guidance, image_guidance=self.config.samples.image_guidance)
+        return conditioned(encoders, prompts, self.config.model, chosen.compares(bool(self.edits)))

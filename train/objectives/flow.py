@@ -43,6 +43,8 @@ class FlowBatch(NamedTuple):
     """[B] fp32."""
     text: Conditioning
     """bf16 as in the cache, fp32 after `to`."""
+    reference: Tensor | None = None
+    """[B, C, h, w] of a picture to edit; as x0."""
     text_tokens: int = 0
     """Of a sample that are read, on average: of two text streams padding is not, for one is padded to all its room."""
 
@@ -58,12 +60,15 @@ class FlowBatch(NamedTuple):
         """On a device, in fp32 from there on: half as much is copied."""
         x0, noise, t, context, lengths, pooled = (v.to(device, non_blocking=True) for v in (*self[:3], *self.text))
         conditioning = Conditioning(context.float(), lengths, pooled.float())
-        return self._replace(x0=x0.float(), noise=noise, t=t, text=conditioning)
+        reference = None if self.reference is None else self.reference.to(device, non_blocking=True).float()
+        return self._replace(x0=x0.float(), noise=noise, t=t, text=conditioning, reference=reference)
 
     def pinned(self) -> FlowBatch:
         """In memory from which a GPU copies while it computes."""
         x0, noise, t, context, lengths, pooled = (v.pin_memory() for v in (*self[:3], *self.text))
-        return self._replace(x0=x0, noise=noise, t=t, text=Conditioning(context, lengths, pooled))
+        reference = None if self.reference is None else self.reference.pin_memory()
+        text = Conditioning(context, lengths, pooled)
+        return self._replace(x0=x0, noise=noise, t=t, text=text, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,11 @@ class Flow:
             config.caption_dropout,
         )  # fmt: skip
 
-    def draw(self, bucket: Bucket, rows: np.ndarray, step: int, pictures: int = 1) -> FlowBatch:
-        """The batch of a step. Args: pictures: of a sample, which share its noise, time and text."""
+    def draw(
+        self, bucket: Bucket, rows: np.ndarray, step: int, pictures: int = 1, without_text: Tensor | None = None
+    ) -> FlowBatch:
+        """The batch of a step. Args: pictures: of a sample, which share its noise, time and text. without_text: [B],
+        samples whose text is zeroed whatever else drops it."""
         samples = [bucket[int(row)] for row in rows]
         keys = [(step, s.id) for s in samples]
         u = keyed.uniforms(1, self.seed, "time", keys)[:, 0]
@@ -105,6 +113,8 @@ class Flow:
         keep = keyed.uniforms(encoders, self.seed, "encoder dropout", keys) >= self.dropout
         if self.caption_dropout:
             keep &= keyed.uniforms(1, self.seed, "caption dropout", keys) >= self.caption_dropout
+        if without_text is not None:
+            keep &= ~without_text[:, None]
         return self._batch(samples, t, keep, "noise", keys, pictures)
 
     def at(self, samples: Sequence[Sample], t: float, pictures: int = 1) -> FlowBatch:
@@ -123,12 +133,13 @@ class Flow:
         read = conditioning.context.shape[1]
         if conditioning.lengths.ndim == 2:
             read = round(float(conditioning.lengths.sum(1).float().mean()))
-        return FlowBatch(x0, noise, t, conditioning, read)
+        return FlowBatch(x0, noise, t, conditioning, text_tokens=read)
 
     def loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, Metrics]:
         """Mean weighted squared error of the batch."""
         z, target = self.formulation.training_pair(batch.x0, batch.noise, batch.t)
-        output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths)
+        references = {} if batch.reference is None else {"references": [batch.reference]}
+        output = model(z, batch.t, batch.text.context, batch.text.pooled, batch.text.lengths, **references)
         return self.formulation.loss(output, target, batch.t), {}
 
     def warning(self, metrics: dict[str, float]) -> str | None:

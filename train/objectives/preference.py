@@ -36,8 +36,8 @@ WORSE = 0.03
 def stacked(pairs: FlowBatch) -> FlowBatch:
     """All better pictures, then all worse ones, [2 B, C, h, w], of latents [B, 2 C, h, w] that have both."""
     twice = lambda tensor: torch.cat([tensor, tensor])  # noqa: E731
-    x0, noise, t, text, tokens = pairs
-    return FlowBatch(torch.cat(x0.chunk(2, 1)), twice(noise), twice(t), Conditioning(*map(twice, text)), tokens)
+    x0, text = torch.cat(pairs.x0.chunk(2, 1)), Conditioning(*map(twice, pairs.text))
+    return pairs._replace(x0=x0, noise=twice(pairs.noise), t=twice(pairs.t), text=text)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def idle(monkeypatch):
     monkeypatch.setattr(tyro, "cli", cli)
     for name in ("fill", "train"):
         monkeypatch.setattr(train.__main__, name, lambda config: Made)
-    monkeypatch.setattr(train.__main__, "report", lambda *_: "")
+    monkeypatch.setattr(train.__main__, "planned", lambda *_: "")
     monkeypatch.setattr("train.evaluate.run.evaluate", lambda wanted: {})
     monkeypatch.setattr("train.study.run.run", lambda *_: [])
     monkeypatch.setitem(VARIANTS, "backbones", lambda wanted: {})                  # which reads its caches

@@ -20,7 +20,7 @@ from train.data.shapes import SIDE
 from train.data.shards import INDEX, Index
 from train.engine.loop import train
 from train.planning.activations import model_on_meta
-from train.planning.report import report
+from train.planning.report import report as planned
 from train.recipes import RECIPES
 
 PROG = "python -m train"
@@ -108,7 +108,7 @@ def plan(arguments: list[str]) -> None:
     if not rest or {"-h", "--help"} & set(rest):
         print("\n".join(line for line in parser.format_help().splitlines() if line) + "\n")
     config = configured("plan", rest)
-    print(report(config, own.gpus, own.gpu, own.pixels))
+    print(planned(config, own.gpus, own.gpu, own.pixels))
 
 
 def run(arguments: list[str]) -> None:
@@ -123,6 +123,23 @@ def run(arguments: list[str]) -> None:
         sys.exit(0 if outcome.stopped_by == signal.SIGUSR1 else 128 + outcome.stopped_by)
     if main:
         print(f"{outcome.step} steps; weights, samples and loss curve in {config.run}")
+
+
+def report(arguments: list[str]) -> None:
+    """Make a page of a run: curves, previews over steps, settings; RUN/report.html."""
+    from train import report as pages
+
+    def main(run: tyro.conf.Positional[Path]) -> None:
+        """Make a page of a run: curves, previews over steps, settings; RUN/report.html.
+
+        A run writes it anew at each preview. It is one file and needs no network.
+
+        Args:
+            run: Run folder.
+        """
+        print(f"wrote {pages.write(run)}")
+
+    tyro.cli(main, prog=f"{PROG} report", args=arguments)
 
 
 def score(arguments: list[str]) -> None:
@@ -257,7 +274,7 @@ def study(arguments: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, score, pairs, evaluate, study)}
+COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, report, score, pairs, evaluate, study)}
 
 
 def main() -> None:

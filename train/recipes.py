@@ -251,6 +251,22 @@ def full(name: str) -> Config:
     return replace(config, batch=32, optimizer=optimizer, ema=Ema(decay=0.99, every=10))
 
 
+def edit(name: str) -> Config:
+    """Instruction editing by a released model, whose input takes the picture to edit beside the latent.
+
+    Settings of InstructPix2Pix and UltraEdit (512 pixels, 5 % of each dropout); the paper (appendix D) gives none, and
+    nobody tried these here. Its cache: `precompute --pipeline FOLDER --encoders clip_l clip_g t5 --sizes 512 512`.
+    """
+    config = _of_released(name, f"edit-{name}")
+    model = replace(config.model, reference_channels=config.model.in_channels)
+    samples = replace(config.samples, guidance=7.0, image_guidance=1.5)
+    optimizer = Optimizer(lr=5e-5, warmup=500, decay="cosine")
+    return replace(
+        config, cache=Path("cache/edits"), model=model, objective="editing", batch=256, steps=20_000, shift=2.0,
+        caption_dropout=0.0, samples=samples, optimizer=optimizer, ema=Ema(decay=0.99, every=10),
+    )  # fmt: skip
+
+
 def _named(recipe: Callable[..., Config], *arguments: Any) -> Callable[[], Config]:
     def named() -> Config:
         return recipe(*arguments)
@@ -270,4 +286,5 @@ RECIPES: dict[str, Callable[[], Config]] = {
     **{f"dpo-d{depth}": _named(preferences, depth) for depth in (24, 38)},
     **{f"lora-{name}": _named(lora, name) for name in RELEASED},
     **{f"full-{name}": _named(full, name) for name in RELEASED},
+    **{f"edit-{name}": _named(edit, name) for name in RELEASED},
 }

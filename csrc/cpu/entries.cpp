@@ -98,11 +98,34 @@ PyObject* py_patch_unembed(PyObject*, Arguments a, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// weight, gradient, first, second, their scales or None, (lr, beta1, beta2, 1 - beta1, 1 - beta2, 1 - beta1^step,
+// 1 - beta2^step, eps, 1 - lr * weight_decay), scale of the gradient or None, key, first row
+PyObject* py_adamw(PyObject*, Arguments a, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  std::array<Tensor, 4> t;
+  for (int i = 0; i < 4; ++i) t[i] = THPVariable_Unpack(a[i]);
+  Maybe scales[2];
+  for (int i = 0; i < 2; ++i)
+    if (a[4 + i] != Py_None) scales[i] = THPVariable_Unpack(a[4 + i]);
+  AdamW how{};
+  float* const numbers[] = {&how.lr,    &how.beta1,  &how.beta2, &how.rest1, &how.rest2,
+                            &how.first, &how.second, &how.eps,   &how.decay};
+  for (Py_ssize_t i = 0; i < 9; ++i) *numbers[i] = static_cast<float>(PyFloat_AsDouble(PyTuple_GET_ITEM(a[6], i)));
+  how.scaled = a[7] != Py_None;
+  how.grad_scale = how.scaled ? static_cast<float>(PyFloat_AsDouble(a[7])) : 1.f;
+  how.key = static_cast<uint32_t>(PyLong_AsUnsignedLongLong(a[8]));
+  const int64_t first_row = PyLong_AsLongLong(a[9]);
+  if (PyErr_Occurred()) return nullptr;
+  unlocked([&] { on_cpu::adamw(how, first_row, t[0], t[1], t[2], t[3], scales[0], scales[1]); return 0; });
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 }  // namespace
 
 PyMethodDef cpu_methods[] = {
     FAST(rectified_flow), FAST(weighted_mse), FAST(patch_embed),
-    FAST(patch_unembed),  FAST(joint_layout), {nullptr, nullptr, 0, nullptr},
+    FAST(patch_unembed),  FAST(joint_layout), FAST(adamw), {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace rfkernels

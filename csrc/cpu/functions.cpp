@@ -16,14 +16,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 
-Dtype dtype_of(const Tensor& t) {
-  return t.scalar_type() == at::kFloat ? F32 : t.scalar_type() == at::kBFloat16 ? BF16 : F16;
-}
-
-char* bytes(const Tensor& t, int64_t elements) {
-  return static_cast<char*>(t.data_ptr()) + elements * static_cast<int64_t>(t.element_size());
-}
-
 // --- Rectified flow ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t kBlock = 4096;       // elements of a sample at a time: what is summed in one go

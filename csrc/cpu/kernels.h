@@ -24,6 +24,16 @@ struct Norm {
   float one, eps;
 };
 
+enum States : int { FULL = 0, HALF = 1, EIGHT = 2 };  // of AdamW: fp32, bf16, codes of 8 bits
+
+// A step of AdamW (rfkernels/optim/reference.py): rest is 1 - beta, first and second 1 - beta^step, decay
+// 1 - lr * weight_decay, key the hash of step and seed.
+struct AdamW {
+  float lr, beta1, beta2, rest1, rest2, first, second, eps, decay, grad_scale;
+  bool scaled;
+  uint32_t key;
+};
+
 // One instruction set's kernels. mean and rstd: of this sample's tokens, [S]. partials: this range's sums, C fp32 each.
 struct Kernels {
   const char* name;
@@ -59,6 +69,9 @@ struct Kernels {
   double (*along)(int64_t n, const void* dz, const void* x0, const void* noise, Dtype, float* scratch);
   // out = x + added
   void (*add)(int64_t n, const void* x, Dtype, const float* added, void* out, Dtype, float* scratch);
+  // Up to 256 elements of a row of a parameter, from a column on; their two scales, of codes.
+  void (*adamw)(const AdamW&, uint32_t row, int64_t column, int64_t n, void* weight, Dtype, const void* gradient, Dtype,
+                void* first, void* second, float* first_scale, float* second_scale, States);
 };
 
 constexpr int64_t kScratchRows = 6;  // of C fp32, that a kernel may use

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfkernels import checks
-from rfkernels.optim import launch, reference
+from rfkernels import checks, dispatch
+from rfkernels.optim import launch, native, reference
 from rfkernels.optim.reference import STATES, Settings
 from rfkernels.triton_support import refuses_triton
 
@@ -93,9 +93,18 @@ class AdamW(torch.optim.Optimizer):
         settings = Settings(
             float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, _first_row(parameter)
         )
-        kernel = given.is_cuda and given.is_contiguous() and refuses_triton(given, gradient) is None
-        run = launch.adamw if kernel else reference.adamw
-        run(given, gradient.contiguous(), own, step, settings, self.grad_scale, self.found_inf)
+        run = _chosen(given, gradient := gradient.contiguous())
+        run(given, gradient, own, step, settings, self.grad_scale, self.found_inf)
+
+
+def _chosen(parameter: Tensor, gradient: Tensor) -> Callable[..., None]:
+    """What does a step: the kernel on a GPU, the native code on a CPU, or else the definition."""
+    forced = dispatch.forced_backend("adamw")
+    if parameter.is_cuda and parameter.is_contiguous() and forced in (None, "triton"):
+        return reference.adamw if refuses_triton(parameter, gradient) else launch.adamw
+    if not parameter.is_cuda and forced in (None, "native"):
+        return reference.adamw if native.refuses(parameter, gradient) else native.adamw
+    return reference.adamw
 
 
 def _local(tensor: Tensor) -> Tensor:

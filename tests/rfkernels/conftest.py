@@ -1,5 +1,6 @@
 import contextlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def path(request):
     paths.take(request.param)
     yield request.param
     paths.take("triton")
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512"))
+def instructions(request):
+    """A CPU's kernels of each instruction set."""
+    if reason := native.missing():
+        pytest.skip(reason)
+    wanted = {"avx2": "avx2", "avx512": "avx512f"}.get(request.param)
+    if wanted and wanted not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {wanted}")
+    assert native.instructions(request.param) == request.param
+    yield request.param
+    native.instructions()
 
 
 @pytest.fixture

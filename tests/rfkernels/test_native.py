@@ -4,7 +4,6 @@ what happens where they are not there."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +16,6 @@ from rfkernels.testing import assert_within_rule
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=f"{native.missing()}")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(params=("portable", "avx2", "avx512"))
-def instructions(request):
-    wanted = {"avx2": "avx2", "avx512": "avx512f"}.get(request.param)
-    if wanted and wanted not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this CPU has no {wanted}")
-    assert native.instructions(request.param) == request.param
-    yield request.param
-    native.instructions()
 
 
 def gated(x, branch, gate, shift, scale):

@@ -6,14 +6,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmdit.files import naming, read_lines, write_atomically
 from mmdit.sampling.sample import grid
+from train import report
 from train.config import Config
+from train.engine.parallel import World
 
 
 def _wandb(config: Config) -> Any:
@@ -91,11 +96,32 @@ class Log:
     def validated(self, step: int) -> bool:
         return any((e := json.loads(line))["step"] == step and "validation/loss" in e for line in self._lines())
 
-    def picture(self, step: int, images: np.ndarray) -> None:
+    def started(self, step: int, config: Config, world: World) -> None:
+        """That the run was begun or resumed, and with which settings: starts.jsonl."""
+        if not self.writes:
+            return
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        device = gpu or platform.processor() or platform.machine()
+        about = {"step": step, "time": time.time(), "device": device, "processes": world.size}
+        path = self.run / report.STARTS
+        with naming(path), path.open("a") as file:
+            file.write(json.dumps({**about, "config": json.loads(config.to_json())}) + "\n")
+
+    def page(self) -> None:
+        """RUN/report.html, anew. A page that cannot be made is no reason to stop a run."""
+        if not self.writes:
+            return
+        try:
+            report.write(self.run)
+        except Exception as error:
+            print(f"warning: {self.run / report.NAME} was not written ({type(error).__name__}: {error})", flush=True)
+
+    def picture(self, step: int, images: np.ndarray, captions: Sequence[str] = ()) -> None:
         if not self.writes:
             return
         path = self._picture(step)
         path.parent.mkdir(exist_ok=True)
+        write_atomically(path.parent / report.CAPTIONS, json.dumps(list(captions)).encode())
         grid(images, scale=max(1, 96 // images.shape[1])).save(path)
         if self._board is not None:
             self._board.add_images("samples", images, step, dataformats="NHWC")

@@ -99,6 +99,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     log = Log(config, progress.step, world.main)
     if world.main:
         write_atomically(config.run / "config.json", config.to_json().encode())
+        log.started(progress.step, config, world)
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
         print(f"resuming {config.run} from step {progress.step}")

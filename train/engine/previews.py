@@ -90,6 +90,7 @@ class Previews:
                 found |= {f"validation_raw/{name}": loss for name, loss in self._losses().items()}
                 found |= {f"attention/{name}": value for name, value in self._attention().items()}
             self.log.write(step, **found)
+        self.log.page()
         self.model.train()
         return found.get("validation/loss")
 
@@ -161,7 +162,7 @@ class Previews:
         if self.world.main:
             decoder = autoencoder.build(settings["autoencoder"])
             shown = [decoder.decode(self.objective.latents.decode(latents.cpu())) for latents in (*before, z)]
-            self.log.picture(step, autoencoder.to_uint8(torch.cat(shown, 3)))
+            self.log.picture(step, autoencoder.to_uint8(torch.cat(shown, 3)), self.prompts())
 
     def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
         """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""

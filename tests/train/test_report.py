@@ -1,0 +1,113 @@
+"""A run's page: what is on it, how large it gets, and that nothing of it stops a run."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train import report
+from train.__main__ import COMMANDS
+from train.config import Optimizer, Samples
+from train.engine.loop import train
+from train.report.curves import thinned
+
+from .conftest import changed
+
+
+@pytest.fixture
+def run(config):
+    """Of twelve steps with three previews, resumed with other settings."""
+    first = changed(
+        config, samples=Samples(every=4, count=3, steps=1), steps=4, keep=1, optimizer=Optimizer(lr=1e-3, warmup=4)
+    )  # fmt: skip
+    train(first)
+    train(changed(first, steps=12, keep=2))
+    return config.run
+
+
+def test_a_run_writes_its_page_at_each_preview(run, config):
+    page = (run / report.NAME).read_text()
+    assert page.count('class="step"') == 3 and 'data-step="12"' in page and "http" not in _without_namespaces(page)
+    for title in ("Loss", "Gradient norm", "Attention"):
+        assert f"<figcaption>{title}</figcaption><svg" in page
+    captions = json.loads((run / "samples" / report.CAPTIONS).read_text())
+    assert len(captions) == 3 and all(f"<li>{caption}</li>" in page for caption in captions)
+    assert re.search(r"<code>keep</code>: 1 → 2", page) and re.search(r"<code>steps</code>: 4 → 12", page)
+    assert "12 of 12" in page and "<code>optimizer.lr</code>" in page
+
+
+def _without_namespaces(page):
+    """SVG names its language by an address, which nobody opens."""
+    return re.sub(r'xmlns(:\w+)?="http[^"]*"', "", page)
+
+
+def test_a_page_of_many_large_previews_stays_small(run):
+    """Of 40 grids of noise of 2048 pixels, 12 MB each, 24 are on it, the first and last among them."""
+    noise = np.random.default_rng(0).integers(0, 256, (2048, 2048, 3), dtype=np.uint8)
+    first = run / "samples" / "step-00000100.png"
+    Image.fromarray(noise).save(first, compress_level=0)
+    for step in range(200, 4100, 100):
+        shutil.copy(first, run / "samples" / f"step-{step:08d}.png")
+    path = report.write(run)
+    steps = re.findall(r'data-step="(\d+)"', path.read_text())
+    assert path.stat().st_size < 10e6 and len(steps) == 24 and (steps[0], steps[-1]) == ("4", "4000")
+
+
+def test_what_a_file_says_is_text_on_the_page(run):
+    """Captions and names are no markup."""
+    (run / "samples" / report.CAPTIONS).write_text(json.dumps(["<script>alert(1)</script>"]))
+    page = report.write(run).read_text()
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_the_command_and_its_errors(run, capsys, tmp_path):
+    COMMANDS["report"]([str(run)])
+    assert f"wrote {run / report.NAME}" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"is no run folder: it holds no config\.json"):
+        COMMANDS["report"]([str(tmp_path)])
+    (run / "starts.jsonl").write_text("{nothing}\n")
+    with pytest.raises(ValueError, match=r"starts\.jsonl"):
+        COMMANDS["report"]([str(run)])
+
+
+def test_a_run_of_an_older_version_has_a_page(run):
+    (run / report.STARTS).unlink()
+    (run / "samples" / report.CAPTIONS).unlink()
+    assert "begun by a version that did not write them down" in report.write(run).read_text()
+
+
+def test_a_page_that_cannot_be_written_stops_no_run(config, monkeypatch, capsys):
+    def fails(run):
+        raise OSError("no room")
+
+    monkeypatch.setattr(report, "write", fails)
+    assert train(changed(config, steps=2)).step == 2
+    assert "report.html was not written (OSError: no room)" in capsys.readouterr().out
+
+
+def test_long_curves_are_thinned_to_means():
+    points = [(i, float(i % 2)) for i in range(10_000)]
+    few = thinned(points, 100)
+    assert len(few) == 100 and few[-1][0] == 9_999 and {value for _, value in few} == {0.5}
+    assert thinned(points[:3]) == points[:3] and thinned([]) == []
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on this machine")
+def test_the_slider_shows_the_preview_of_its_step(run, tmp_path):
+    """In a browser: the page's own script, moved to the first preview."""
+    page = (run / report.NAME).read_text()
+    moved = page.replace("</body>", """<script>
+      slider.value = 0; slider.dispatchEvent(new Event("input"));
+      const one = [...shown].filter(image => !image.hidden);
+      document.title = `${one.length} ${one[0].dataset.step} ${one[0].naturalWidth > 0} ${step.textContent}`;
+    </script></body>""")
+    file = tmp_path / "moved.html"
+    file.write_text(moved)
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")  # fmt: skip
+    done = subprocess.run(["chromium", *flags, file.as_uri()], capture_output=True, text=True, timeout=120)
+    assert re.search(r"<title>(.*)</title>", done.stdout)[1] == "1 4 true 4"

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 def mark_device_tier(items):
     """The device tier (`-m device`), for the few minutes of a borrowed GPU: of each test of the kernels as few cases as
-    show every value of every parameter once, not the product of all."""
+    show every value of every parameter once. Those of the product of all that are left are marked `product`."""
     seen = {}
     for item in items:
         if "rfkernels" not in item.path.parts or item.path.name not in DEVICE_TIER:
@@ -55,3 +55,5 @@ def mark_device_tier(items):
         if values - known:
             known |= values
             item.add_marker(pytest.mark.device)
+        else:
+            item.add_marker(pytest.mark.product)

@@ -19,7 +19,7 @@ class Precompute:
     """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
 
     source: str = "shapes"
-    """shapes, scenes, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet
+    """shapes, scenes, shapes-edits, scenes-edits, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet
     files: one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
     cache: Path = Path("cache/shapes")
     """Folder to write."""

@@ -20,6 +20,7 @@ from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.commands import DTYPES, Dtype
 from mmdit.sampling.pipeline import Pipeline, save_png
 from mmdit.sampling.sample import Sampler, grid
+from mmdit.serving import LOCAL, Drawer, launch, page
 
 
 def sample(
@@ -127,6 +128,47 @@ def sample(
     print(f"wrote {out}")
 
 
+def serve(
+    source: Positional[Path],
+    host: str = LOCAL,
+    port: int | None = None,
+    device: str | None = None,
+    lora: UseAppendAction[tuple[str, ...]] = (),
+    weights: Path | None = None,
+    dtype: Dtype | None = None,
+    t5: bool = True,
+    offload: bool = False,
+    tiled: bool = False,
+) -> None:
+    """Show a page in the browser that draws with a trained run or with released weights.
+
+    Args:
+        source: Run folder, weights file of a run, or a folder of diffusers' StableDiffusion3Pipeline.
+        host: Address to listen on; only this machine sees the default.
+        port: Port; the first free one from 7860 on unless given.
+        device: cpu, cuda, ...; a GPU if there is one.
+        lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
+        weights: Pipeline: the model's weights from another file, in any layout.
+        dtype: Pipeline: of the model; as stored unless given.
+        t5: Pipeline: --no-t5 leaves T5 out.
+        offload: Pipeline: text encoders wait on the CPU.
+        tiled: Pipeline: decode in tiles.
+    """
+    drawn: Pipeline | Sampler
+    if (source / "model_index.json").is_file():
+        drawn = Pipeline.from_pretrained(
+            source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, offload=offload,
+            tiled=tiled,
+        )  # fmt: skip
+        for file, weight in map(weighted, lora):
+            drawn.load_lora(file, weight)
+    else:
+        drawn = Sampler.load(source, device)
+        for note in put_on(drawn.model, lora):
+            print(f"note: {note}", file=sys.stderr)
+    launch(page(Drawer(drawn), source.resolve().name), host, port)
+
+
 def info(run: Positional[Path]) -> None:
     """Say what a run folder or weights file holds.
 
@@ -187,7 +229,7 @@ def inspect(source: Positional[Path], config: bool = False) -> None:
 
 
 PROG = "python -m mmdit"
-COMMANDS = {f.__name__: commands.flags(f, f"{PROG} {f.__name__}") for f in (sample, info, convert, inspect)}
+COMMANDS = {f.__name__: commands.flags(f, f"{PROG} {f.__name__}") for f in (sample, serve, info, convert, inspect)}
 COMMANDS["lora"] = lora_command
 
 

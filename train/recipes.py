@@ -120,6 +120,8 @@ def shapes_edit() -> Config:
         initial=Path("runs/shapes-0/model.safetensors"),
         model=replace(base.model, reference_channels=base.model.in_channels),
         objective="editing",
+        minutes=None,
+        steps=8000,
         encoder_dropout=0.0,
         samples=replace(base.samples, image_guidance=1.5),
     )

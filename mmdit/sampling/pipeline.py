@@ -24,7 +24,7 @@ from mmdit import autoencoder as vae
 from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
 from mmdit.encoders.sd3 import from_folder
 from mmdit.files import read_object, replacing, write_atomically
-from mmdit.flow.solvers import Constraint
+from mmdit.flow.solvers import Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.sampling.references import Edit, encoded
 from mmdit.sampling.sample import Settings, bar, denoise
@@ -206,7 +206,7 @@ class Pipeline:
         edit: Edit | None = None,
         image_guidance: float = 1.5,
         batch: int = 4,
-        progress: bool = True,
+        progress: bool | Progress = True,
         **settings: Any,
     ) -> Output:
         """Draws.
@@ -224,7 +224,7 @@ class Pipeline:
             mask_image: with image: white is drawn anew, black is kept; what is transparent counts as white.
             edit: for a model that edits: a picture that prompts are instructions for, or one for each image; see
                 `references.encoded`. image_guidance: how close to it, beside guidance_scale; 1: none.
-            batch: images at a time.
+            batch: images at a time. progress: a bar, or what goes over the steps of a batch.
             settings: solver, schedule (sd3_release unless given), shift, interval, skip_blocks, ...: see `Settings`.
         Returns: images and the parameters of each.
         Raises: ValueError that names the argument.

@@ -290,7 +290,7 @@ class Sampler:
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
         batch: int = 64,
-        progress: bool = False,
+        progress: bool | Progress = False,
         first: int = 0,
         edit: Edit | None = None,
         **settings: Any,
@@ -302,6 +302,7 @@ class Sampler:
             seed: image i starts from noise keyed by (seed, first + i), whatever the batch.
             steps, guidance, settings: as in `Settings`; the first two as the run draws its samples, unless given.
             size: (height, width) in pixels.
+            progress: a bar, or what goes over the steps of a batch.
         Returns: uint8 [len(prompts), height, width, 3].
         Raises: ValueError if size does not fit the model.
         """
@@ -352,7 +353,10 @@ def conditioned(
     return conditional, joined(dropped)
 
 
-def bar(label: str, shown: bool) -> Progress:
+def bar(label: str, shown: bool | Progress) -> Progress:
+    """What goes over the steps: a bar, nothing, or what was given."""
+    if not isinstance(shown, bool):
+        return shown
     return (lambda steps: tqdm(steps, desc=label)) if shown else iter
 
 

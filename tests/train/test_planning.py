@@ -57,6 +57,22 @@ def test_activations_are_what_autograd_keeps():
     assert found.kept == pytest.approx(whole, rel=0.05)
 
 
+@pytest.mark.parametrize("how", ({"reference_channels": 16}, {"reference_tokens": True}), ids=("channels", "tokens"))
+def test_activations_of_an_editor_are_what_autograd_keeps(how):
+    config = small()
+    config = dataclasses.replace(config, objective="editing", model=dataclasses.replace(config.model, **how))
+    model = MMDiT(config.model).bfloat16()
+    latent, reference = torch.randn(2, 2, 16, 32, 32).bfloat16()
+    inputs = [latent, torch.rand(2), torch.randn(2, 154, 4096).bfloat16(), torch.randn(2, 2048).bfloat16()]
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(*inputs, references=[reference])
+
+    found = trace(lambda: whole_model(config, 2, 256), backward=True, on_gpu=False)
+    assert found.kept == pytest.approx(saved(run, list(model.parameters())), rel=0.05)
+
+
 @pytest.mark.parametrize("pixels", (256, 1024))
 def test_checkpointing_keeps_less_and_computes_more(pixels):
     deep = RECIPES[f"d24-{pixels}"]()

@@ -19,8 +19,8 @@ class Precompute:
     """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
 
     source: str = "shapes"
-    """shapes, scenes, shapes-edits, scenes-edits, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset .tar or Hugging Face .parquet
-    files: one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
+    """shapes, scenes, shapes-edits, scenes-edits, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset
+    .tar or Hugging Face .parquet files: one, a folder of them, a glob, or a range, "set-{00000..00099}.tar"."""
     cache: Path = Path("cache/shapes")
     """Folder to write."""
     sizes: tuple[Size, ...] = ((32, 32),)
@@ -49,7 +49,8 @@ class Precompute:
     """What a source's own splits stand for, NAME=train, NAME=val or NAME=-, left out. Known: train, training; val,
     valid, validation, dev and test, which validate."""
     copies: int = 12
-    """For the source shapes: drawings per training caption; for scenes 64 times as many of each kind."""
+    """For the source shapes: drawings per training caption; for scenes 64 times as many of each kind, for edits 400
+    times as many."""
     shard_size: int = 4096
     """Records of a block: one process's piece of work, which makes one shard of each bucket."""
     batch: int = 32

@@ -47,7 +47,12 @@ def whole_model(config: Config, batch: int, pixels: int) -> Made:
     normal = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
     context, pooled = normal(batch, TEXT_TOKENS, c.context_dim), normal(batch, c.pooled_dim)
     latents = normal(batch, c.in_channels, side, side)
-    return as_trained(model), [latents, torch.rand(batch), context, pooled], [*model.parameters()]
+    inputs = [latents, torch.rand(batch), context, pooled]
+    if not c.takes_references:
+        return as_trained(model), inputs, [*model.parameters()]
+    edits = lambda *given: model(*given[:4], references=given[4:])  # noqa: E731
+    inputs.append(normal(batch, c.reference_channels or c.in_channels, side, side))
+    return as_trained(edits), inputs, [*model.parameters()]
 
 
 def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
@@ -61,8 +66,9 @@ def one_block(config: Config, index: int, batch: int, pixels: int) -> Made:
     texts = (c.text_split, TEXT_TOKENS - c.text_split) if c.text_split else (TEXT_TOKENS,)
     xs = [*(leaf(batch, n, c.width) for n in texts), leaf(batch, tokens, c.width, dtype=torch.float32)]
     vectors = [tuple(leaf(batch, c.width) for _ in range(n)) for n in block.vectors]
-    inputs = [*xs, *(v for half in vectors for v in half)]
-    return as_trained(lambda *_: block(xs, vectors, [None] * len(xs))), inputs, list(block.parameters())
+    seen = [[leaf(batch, tokens, c.width)]] if c.reference_tokens else []
+    inputs = [*xs, *(v for half in vectors for v in half), *(tokens for part in seen for tokens in part)]
+    return as_trained(lambda *_: block(xs, vectors, [None] * len(xs), *seen)), inputs, list(block.parameters())
 
 
 def _adapt(block: nn.Module, config: Config, index: int) -> None:

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from mmdit import commands
+from mmdit.commands import DTYPES, Dtype
 from train.config import Config
 from train.data import costs
 from train.data.blocks import check
@@ -140,6 +142,31 @@ def report(arguments: list[str]) -> None:
         print(f"wrote {pages.write(run)}")
 
     tyro.cli(main, prog=f"{PROG} report", args=arguments)
+
+
+def export(arguments: list[str]) -> None:
+    """Write a run's weights in a layout, with a model card: what people upload."""
+    from train.report.card import export as write
+
+    def main(
+        run: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[Path],
+        layout: Literal["native", "sd3", "diffusers", "kohya", "comfyui"] = "native",
+        dtype: Dtype | None = None,
+        license: str = "other",
+    ) -> None:
+        """Write a run's weights in a layout, with a model card: what people upload.
+
+        Args:
+            run: Run folder.
+            out: New folder to write.
+            layout: Of a model native, sd3 or diffusers; of an adapter native, diffusers, kohya or comfyui.
+            dtype: Of the weights; as the run left them unless given.
+            license: As hubs name it, for the card: apache-2.0, other, ...
+        """
+        print("wrote " + ", ".join(map(str, write(run, out, layout, DTYPES[dtype] if dtype else None, license))))
+
+    tyro.cli(main, prog=f"{PROG} export", args=arguments)
 
 
 def score(arguments: list[str]) -> None:
@@ -274,7 +301,10 @@ def study(arguments: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = {f.__name__: f for f in (precompute, verify, recipes, plan, run, report, score, pairs, evaluate, study)}
+COMMANDS = {
+    f.__name__: f
+    for f in (precompute, verify, recipes, plan, run, report, export, score, pairs, evaluate, study)
+}
 
 
 def main() -> None:

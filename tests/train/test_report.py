@@ -7,12 +7,17 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from mmdit import MMDiT, checkpoint
+from mmdit.adapters import Lora
 from train import report
 from train.__main__ import COMMANDS
-from train.config import Optimizer, Samples
+from train.config import Config, Optimizer, Samples
 from train.engine.loop import train
+from train.report import card
 from train.report.curves import thinned
 
 from .conftest import changed
@@ -111,3 +116,45 @@ def test_the_slider_shows_the_preview_of_its_step(run, tmp_path):
              f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom")  # fmt: skip
     done = subprocess.run(["chromium", *flags, file.as_uri()], capture_output=True, text=True, timeout=120)
     assert re.search(r"<title>(.*)</title>", done.stdout)[1] == "1 4 true 4"
+
+
+# --- what people upload -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported_with_a_card(run, config, tmp_path, capsys):
+    COMMANDS["export"]([str(run), str(tmp_path / "out"), "--license", "apache-2.0", "--dtype", "bfloat16"])
+    assert "wrote" in capsys.readouterr().out
+    text = (tmp_path / "out" / "README.md").read_text()
+    count = sum(p.numel() for p in MMDiT(config.model).parameters())
+    assert text.startswith("---\nlicense: apache-2.0\n") and f"An MM-DiT of {count:,} parameters" in text
+    assert "trained for 12 steps" in text and "| `optimizer.lr` | 0.001 |" in text and "adapter.rank" not in text
+    captions = json.loads((run / "samples" / report.CAPTIONS).read_text())
+    assert all(caption in text for caption in captions) and (tmp_path / "out" / "samples.png").is_file()
+    weights = checkpoint.load(tmp_path / "out" / "model.safetensors").state_dict()
+    for name, value in checkpoint.load(run / "model.safetensors").state_dict().items():
+        kept = value if name == "patch_embed.pos_embed" else value.bfloat16()
+        assert torch.equal(weights[name].to(kept.dtype), kept), name
+    with pytest.raises(FileExistsError, match="out is there already; expected a new or empty folder"):
+        COMMANDS["export"]([str(run), str(tmp_path / "out")])
+
+
+def test_diffusers_reads_what_is_exported_and_is_told_what_it_cannot_know(run, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    config = changed(Config.of_run(run), formulation="x/lognorm(1.00,1.00)", run=tmp_path / "other")
+    train(config)
+    card.export(config.run, tmp_path / "out", "diffusers")
+    diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "out")
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "was trained as x/lognorm(1.00,1.00) and does not give a velocity" in said
+
+
+def test_an_adapter_is_exported_for_other_programs(run, tmp_path):
+    tuned = changed(
+        Config.of_run(run), run=tmp_path / "lora", initial=run / "model.safetensors", steps=2,
+        adapter=Lora(rank=2, targets=("attention",)),
+    )  # fmt: skip
+    train(tuned)
+    files = card.export(tuned.run, tmp_path / "out", "kohya")
+    names = load_file(files[0]).keys()
+    text = files[-1].read_text()
+    assert all(name.startswith("lora_unet_") for name in names) and "A LoRA of" in text and "`adapter.rank` | 2" in text

@@ -101,7 +101,7 @@ def test_suffixes_in_capitals_are_suffixes(tmp_path):
 
 
 def test_a_picture_too_long_to_be_scaled_is_named_and_can_be_skipped(tmp_path):
-    with pytest.raises(DataError, match="65500 x 1 pixels"):
+    with pytest.raises(ValueError, match="65500 x 1 pixels"):
         fit_into(Image.new("RGB", (65500, 1)), 256, 256)
     folder, cache = tmp_path / "in", tmp_path / "cache"
     folder.mkdir()

@@ -56,7 +56,7 @@ def test_the_commands_of_the_page_run(tmp_path):
         kinds.append(" ".join(command.split()[2:4]))
         command = command.replace("1024 1024", "32 32").replace("512 512", "32 32").replace("--device cuda", "")
         if " train run " in command:
-            channels = " --model.reference-channels 4" if "run edit-" in command else ""
+            channels = " --model.reference-channels 16" if "run edit-" in command else ""
             command += f" {TINY} {flags}{channels} --device cpu"
         if " train plan " in command:
             command += f" {flags}"

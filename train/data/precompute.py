@@ -260,8 +260,8 @@ def _pairs(records: Records) -> dict[str, Any]:
     """What settings say of records that are pairs of pictures. Raises: DataError if they are not all alike."""
     kinds = {record.pair: record.key for record in records}
     if len(kinds) > 1:
-        told = " and ".join(f"{key} is {PAIRS[kind]}" for kind, key in kinds.items())
-        raise DataError(f"{told}; expected records of one kind")
+        told = " and ".join(f"{PAIRS[kind]} ({key})" for kind, key in kinds.items())
+        raise DataError(f"the source holds {told}; expected one kind")
     (kind,) = kinds or ("",)
     two: dict[str, Any] = {"pictures": 2}
     return {"": {}, "preference": two, "edit": {**two, "pair": "edit"}}[kind]

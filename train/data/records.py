@@ -19,8 +19,8 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message names the file and what to do."""
 
 
-PAIRS = {"": "one picture", "preference": "a better and a worse one", "edit": "one after an edit and one before"}
-"""What a record holds. The first of two is what is to be drawn: the better one, or the one after."""
+PAIRS = {"": "single pictures", "preference": "pairs of pictures", "edit": "pictures before and after an edit"}
+"""What records hold. The first of two is what is to be drawn: the better one, or the one after."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def check_compatible(config: Config, cache: Cache) -> None:
             )
     there = settings.get("pair", "preference" if settings.get("pictures", 1) == 2 else "")
     if TAKEN[config.objective] != there:
-        came = f"of each sample {PAIRS[there]}"
+        came = PAIRS[there]
         raise ValueError(f"the cache {config.cache} holds {came}, which the objective {config.objective} does not take")
     if model.reference_channels not in (0, vae.channels):
         raise ValueError(f"model.reference_channels is {model.reference_channels}; expected {vae.channels}, or 0")

@@ -99,7 +99,7 @@ class MMDiT(nn.Module):
             modulation: [B, ...] rows of what `condition` gave, instead of timestep and pooled, which may then be None.
             references: pictures to edit, latents as `latent`. With `reference_channels` one of its size, or several
                 that have as many channels together; with `reference_tokens` up to 3 of any size that the position
-                table holds. Without them there is no such picture; zeros in channels say the same.
+                table holds. None is a picture of zeros, as training has it where it leaves the picture out.
             skip_blocks: blocks that are passed over, for skip-layer guidance.
         Returns: velocity [B, in_channels, h, w].
         Raises: ValueError or TypeError that names the argument.
@@ -115,7 +115,7 @@ class MMDiT(nn.Module):
         read = self._beside(latent, references)
         features, kept = (read, []) if self.stages is None else self.stages.down(read, vectors)
         xs.append(self.patch_embed(features))
-        seen = [self._tokens(references)] if self.config.reference_tokens and references else []
+        seen = [self._tokens(references or [torch.zeros_like(latent)])] if self.config.reference_tokens else []
         for i, block in enumerate(self.blocks):
             own = [next(vectors) for _ in block.vectors]                                            # type: ignore[union-attr]
             xs = xs if i in skip_blocks else block(xs, own, lengths, *seen)

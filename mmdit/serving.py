@@ -141,7 +141,7 @@ def page(drawer: Drawer, title: str) -> Any:
                     run = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Cancel", elem_id="cancel")
                 picture = gr.Image(
-                    label="Picture to edit" if drawer.edits else "Start from this picture", type="pil",
+                    label="Picture to edit" if drawer.edits else "Start from this picture", type="pil", image_mode=None,
                     visible=drawer.reads_pictures,
                 )  # fmt: skip
                 strength = gr.Slider(

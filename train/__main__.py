@@ -195,7 +195,7 @@ def score(arguments: list[str]) -> None:
         """
         config = Config.of_run(run)
         if config.objective == "editing":
-            _score_edits(run, images, seed)
+            _score_edits(run, images, seed, steps, guidance)
             return
         if config.adapter.rank and config.model.resolution == SIDE:
             _score_tuned(run, config, images, seed)
@@ -220,10 +220,10 @@ def score(arguments: list[str]) -> None:
     tyro.cli(main, prog="python -m train score", args=arguments)
 
 
-def _score_edits(run: Path, images: int, seed: int) -> None:
+def _score_edits(run: Path, images: int, seed: int, steps: int | None, guidance: float | None) -> None:
     from train.evaluate.edits import score_edits
 
-    found = score_edits(run, count=8 * images, seed=seed)
+    found = score_edits(run, count=8 * images, seed=seed, steps=steps, guidance=guidance)
     print("share of held-out edits that show what was asked for, and in which all else is as it was")
     for name, (right, kept) in found.items():
         print(f"  {name:20s} {right:.3f}  {kept:.3f}")

@@ -242,6 +242,17 @@ def test_which_implementation_takes_a_step(monkeypatch):
     assert [name.rpartition(".")[2] for name in runs] == [built, "reference", "reference"]
 
 
+def test_a_backward_through_changed_weights_is_refused():
+    """Autograd sees the step, whatever took it."""
+    weight = nn.Parameter(torch.randn(4, 8))
+    x = torch.randn(3, 4, requires_grad=True)
+    y = (x @ weight).sum()
+    y.backward(retain_graph=True)
+    AdamW([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_what_is_not_finite_shows_in_the_scale_of_its_block_alone(bad, instructions):
     p, g = torch.zeros(1, 2 * BLOCK), torch.ones(1, 2 * BLOCK)

@@ -75,6 +75,9 @@ def test_references_as_tokens_are_several_and_of_any_size(config):
         alone = model(*(part[:1] for part in x), references=[one[:1], two[:1]])
     assert all(not torch.allclose(a, b) for i, a in enumerate(outs) for b in outs[:i])
     torch.testing.assert_close(outs[2][:1], alone, rtol=1e-4, atol=1e-5)                   # of samples no other
+    with torch.no_grad():
+        zeros = model(*x, references=[torch.zeros_like(x[0])])
+    assert torch.equal(outs[0], zeros)                                              # as training leaves pictures out
     with pytest.raises(ValueError, match="4 references are given; expected at most 3"):
         model(*x, references=[one] * 4)
     with pytest.raises(ValueError, match=r"references have shapes \[\[2, 4, 8, 8\]\]; expected \[2, 12, 'h', 'w'\]"):

@@ -74,9 +74,17 @@ def test_the_command_and_its_errors(run, capsys, tmp_path):
     assert f"wrote {run / report.NAME}" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"is no run folder: it holds no config\.json"):
         COMMANDS["report"]([str(tmp_path)])
-    (run / "starts.jsonl").write_text("{nothing}\n")
-    with pytest.raises(ValueError, match=r"starts\.jsonl"):
+    (run / "config.json").write_text("{nothing}\n")
+    with pytest.raises(ValueError, match=r"config\.json"):
         COMMANDS["report"]([str(run)])
+
+
+def test_lines_that_a_kill_has_cut_are_passed_over(run):
+    """The next start appends to them."""
+    for name in ("speed.jsonl", report.STARTS):
+        whole = (run / name).read_text() if (run / name).is_file() else ""
+        (run / name).write_text('{"step": 2, "spe{"step": 3, "speed/images_per_second": 1.0}\n' + whole)
+    assert "<code>steps</code>: 4 → 12" in report.write(run).read_text()
 
 
 def test_a_run_of_an_older_version_has_a_page(run):

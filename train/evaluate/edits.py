@@ -19,7 +19,10 @@ from train.evaluate.shapes import captioned
 WITHOUT = "without the picture"
 
 
-def score_edits(run: str | os.PathLike[str], *, count: int = 32, seed: int = 0) -> dict[str, tuple[float, float]]:
+def score_edits(
+    run: str | os.PathLike[str], *, count: int = 32, seed: int = 0, steps: int | None = None,
+    guidance: float | None = None,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Makes `count` held-out edits of each task, and all of them once more without the picture, as a control.
 
     Returns: of each task, of all, and without the picture: shares of pictures that show what was asked for, and in
@@ -33,10 +36,11 @@ def score_edits(run: str | os.PathLike[str], *, count: int = 32, seed: int = 0) 
     def judged(images: np.ndarray) -> np.ndarray:
         return np.array([edits.judged(image, edit) for image, edit in zip(images, wanted, strict=True)], float)
 
-    drawn = sampler(said, edit=[Image.fromarray(edit.source()) for edit in wanted], seed=seed, progress=True)
+    before = [Image.fromarray(edit.source()) for edit in wanted]
+    drawn = sampler(said, edit=before, seed=seed, steps=steps, guidance=guidance, progress=True)
     shares, tasks = judged(drawn), np.array([edit.task for edit in wanted])
     found = {task: shares[tasks == task] for task in edits.TASKS} | {"all": shares}
-    found[WITHOUT] = judged(sampler(said, seed=seed, progress=True))
+    found[WITHOUT] = judged(sampler(said, seed=seed, steps=steps, guidance=guidance, progress=True))
     result = {name: (float(part[:, 0].mean()), float(part[:, 1].mean())) for name, part in found.items()}
     body = {"right and kept": result, "edits": len(wanted), "seed": seed}
     write_atomically(run / "score.json", json.dumps(body, indent=1).encode())

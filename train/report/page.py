@@ -68,8 +68,17 @@ def entries(path: Path) -> list[dict[str, Any]]:
     """Of a file of JSON lines; the last may be cut by a kill, or being written."""
     if not path.is_file():
         return []
+    found = []
     with naming(path):
-        return [json.loads(line) for line in read_lines(path) if line.startswith("{") and line.endswith("}")]
+        lines = read_lines(path)
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:                             # a line that a kill has cut, and what was written behind it
+            continue
+        if isinstance(entry, dict) and "step" in entry:
+            found.append(entry)
+    return found
 
 
 def _others(metrics: list[dict[str, Any]]) -> dict[str, Points]:
@@ -144,5 +153,5 @@ def changes(starts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         ]  # fmt: skip
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start["time"])) if math.isfinite(start["time"]) else ""
         yield {"step": start["step"], "when": when, "device": start["device"], "processes": start["processes"],
-               "changed": differs, "first": former is None}  # fmt: skip
+               "changed": differs, "first": former is None and not start["step"]}  # fmt: skip
         former = now

@@ -79,8 +79,8 @@ def sample(
         image: Pipeline: start from this picture.
         strength: Pipeline: share of the steps taken from it.
         mask: Pipeline: of the picture white is drawn anew.
-        edit: Model that edits: the picture that prompts are instructions for; several where it takes them as tokens.
-        image_guidance: Of that picture; 1 is none, 1.5 unless given, or as a run draws its samples.
+        edit: For a model that edits: the picture to edit; up to three if the model has reference_tokens.
+        image_guidance: Guidance by that picture; 1: off. As a run draws its samples, 1.5 for a pipeline.
         t5: Pipeline: --no-t5 leaves T5 out.
         t5_tokens: Pipeline: length of T5's part.
         offload: Pipeline: text encoders wait on the CPU.

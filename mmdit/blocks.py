@@ -85,8 +85,8 @@ class StreamBlock(nn.Module):
 
     def refer(self, x: Tensor, y: Tensor, references: Sequence[Tensor]) -> Tensor:
         """x with what this stream, of which y is the modulated norm, takes from pictures to edit: by an attention of
-        its own. In the joint one their keys would take weight from the others', and a base would not be itself at
-        first."""
+        its own. In the joint attention their keys would take weight from the others', and the first step would
+        differ from the base."""
         if self.reference is None or not references:
             return x
         others = [self.reference.stream(tokens, queries=False) for tokens in references]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LOCAL = "127.0.0.1"
+KEPT = 48                    # pictures of a gallery
+FILES = (3600, 24 * 3600)    # seconds between two looks at pictures on disk, and their age from which on they go
 SEEDS = 1 << 32
 
 
@@ -103,7 +105,8 @@ def page(drawer: Drawer, title: str) -> Any:
         width: float, picture: Image.Image | None, strength: float, gallery: list[Any], request: gr.Request,
         told: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[list[Any], list[Any], str]:
-        event = stopped[request.session_hash or ""] = threading.Event()
+        session = request.session_hash or ""
+        event = stopped.setdefault(session, threading.Event())
 
         def progress(rest: Iterable[int]) -> Iterator[int]:
             for step in told.tqdm(list(rest), desc="drawing"):
@@ -119,18 +122,24 @@ def page(drawer: Drawer, title: str) -> Any:
             raise gr.Error("Cancelled: nothing was drawn.", duration=4, print_exception=False) from None
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            stopped.pop(session, None)
         told_as = json.dumps(parameters, indent=1, default=str)
-        gallery = [(image, f"{prompt} (seed {int(seed)})"), *gallery]
+        gallery = [(image, f"{prompt} (seed {int(seed)})"), *gallery][:KEPT]
         return gallery, gallery, told_as
+
+    def begin(request: gr.Request) -> None:
+        """Before the queue, so that who waits there can cancel too."""
+        stopped[request.session_hash or ""] = threading.Event()
 
     def cancel(request: gr.Request) -> None:
         if (event := stopped.get(request.session_hash or "")) is not None:
             event.set()
 
-    for function in (draw, cancel):                     # Gradio evaluates annotations, which are text in this file
+    for function in (begin, draw, cancel):              # Gradio evaluates annotations, which are text in this file
         function.__annotations__ = {"request": gr.Request}
 
-    with gr.Blocks(title=title, analytics_enabled=False) as made:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=FILES) as made:
         gr.Markdown(f"# {title}")
         own = gr.State([])
         with gr.Row():
@@ -165,8 +174,8 @@ def page(drawer: Drawer, title: str) -> Any:
                 gallery = gr.Gallery(label="Yours, the newest first", columns=3, format="png", elem_id="gallery")
                 parameters = gr.Code(label="Parameters of the newest", language="json")
         inputs = [prompt, negative, steps, guidance, image_guidance, seed, height, width, picture, strength, own]
-        gr.on([run.click, prompt.submit], draw, inputs, [own, gallery, parameters], api_name="draw",
-              concurrency_limit=1)  # fmt: skip
+        asked = gr.on([run.click, prompt.submit], begin, queue=False, api_visibility="private")
+        asked.then(draw, inputs, [own, gallery, parameters], api_name="draw", concurrency_limit=1)
         stop.click(cancel, queue=False, api_name="cancel")
     return made
 

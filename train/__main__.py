@@ -226,7 +226,7 @@ def _score_edits(run: Path, images: int, seed: int, steps: int | None, guidance:
     found = score_edits(run, count=8 * images, seed=seed, steps=steps, guidance=guidance)
     print("share of held-out edits that show what was asked for, and in which all else is as it was")
     for name, (right, kept) in found.items():
-        print(f"  {name:20s} {right:.3f}  {kept:.3f}")
+        print(f"  {name:28s} {right:.3f}  {kept:.3f}")
     print(f"pictures: {run / 'edits.png'} (left of each pair: before; right: by the model)")
 
 

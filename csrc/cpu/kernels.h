@@ -26,6 +26,8 @@ struct Norm {
 
 enum States : int { FULL = 0, HALF = 1, EIGHT = 2 };  // of AdamW: fp32, bf16, codes of 8 bits
 
+constexpr int64_t kScaled = 256;  // elements of a row whose codes share a scale: BLOCK of rfkernels/optim/reference.py
+
 // A step of AdamW (rfkernels/optim/reference.py): rest is 1 - beta, first and second 1 - beta^step, decay
 // 1 - lr * weight_decay, key the hash of step and seed.
 struct AdamW {

@@ -8,8 +8,6 @@ namespace rfkernels {
 namespace RFKERNELS_ISA {
 namespace {
 
-constexpr int64_t kCodes = 256;  // elements of a row that share a scale
-
 inline uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -68,8 +66,8 @@ inline float encode(const float* x, const int32_t* bits, float codes, float* mad
 void adamw(const AdamW& how, uint32_t row, int64_t column, int64_t n, void* weight, Dtype weight_dtype,
            const void* gradient, Dtype gradient_dtype, void* first, void* second, float* first_scale,
            float* second_scale, States states) {
-  float weights[kCodes], gradients[kCodes], m[kCodes], v[kCodes], made[kCodes];
-  int32_t bits[kCodes];
+  float weights[kScaled], gradients[kScaled], m[kScaled], v[kScaled], made[kScaled];
+  int32_t bits[kScaled];
   const float* g = load(gradient, gradient_dtype, gradients, n);
   if (how.scaled) {
     for (int64_t i = 0; i < n; ++i) gradients[i] = g[i] / how.grad_scale;

@@ -20,7 +20,8 @@ import rfkernels.nn
 import train.__main__
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "*/README.md", "*/*/README.md")
+PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "rfkernels/*/README.md",
+          *(f"{room}/README.md" for room in ("bench", "csrc", "mmdit", "tests")))  # fmt: skip
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 RENAMED = {"README.md": "index.md"}
 
@@ -28,7 +29,7 @@ RENAMED = {"README.md": "index.md"}
 def pages() -> list[str]:
     """Paths in the repository."""
     found = {path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place)}
-    return sorted(path for path in found if not path.startswith(("docs/site/", ".")))
+    return sorted(path for path in found if not path.startswith("docs/site/"))
 
 
 def linked(text: str, page: str, known: set[str]) -> tuple[str, set[str]]:

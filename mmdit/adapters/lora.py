@@ -13,15 +13,15 @@ from mmdit import numbers
 from mmdit.adapters.layers import LoraLinear
 from mmdit.model import MMDiT
 
-_ATTENTION, _MLP = r"blocks\.\d+\.\w+\.attn2?\.(qkv|proj)", r"blocks\.\d+\.\w+\.mlp\.fc[12]"
+_ATTENTION, _MLP = r"blocks\.\d+\.\w+\.(attn2?|reference)\.(qkv|proj)", r"blocks\.\d+\.\w+\.mlp\.fc[12]"
 PRESETS = {
     "attention": (_ATTENTION,),
     "blocks": (_ATTENTION, _MLP),
     "all": (_ATTENTION, _MLP, r"modulation\.linear", r"(time|pooled)_embed\.fc[12]", r"context_embed\.\d+",
             r"final_layer\.unembed\.linear"),
 }  # fmt: skip
-"""Layers by the name of a set. attention: the projections of all streams, the second attention of MMDiT-X included;
-blocks: and the MLPs; all: every linear layer, as for the paper's preferences (appendix C)."""
+"""Layers by the name of a set. attention: the projections of all streams, with the second attention of MMDiT-X and
+those to references; blocks: and the MLPs; all: every linear layer, as for the paper's preferences (appendix C)."""
 
 
 @dataclass(frozen=True)

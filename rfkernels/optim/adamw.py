@@ -95,16 +95,29 @@ class AdamW(torch.optim.Optimizer):
         )
         run = _chosen(given, gradient := gradient.contiguous())
         run(given, gradient, own, step, settings, self.grad_scale, self.found_inf)
+        torch.autograd.graph.increment_version((given, *own.values()))    # kernels write where autograd does not look
 
 
 def _chosen(parameter: Tensor, gradient: Tensor) -> Callable[..., None]:
-    """What does a step: the kernel on a GPU, the native code on a CPU, or else the definition."""
+    """What does a step: the kernel on a GPU, the native code on a CPU, or else the definition.
+
+    Raises: RuntimeError if a backend is forced that cannot run."""
     forced = dispatch.forced_backend("adamw")
-    if parameter.is_cuda and parameter.is_contiguous() and forced in (None, "triton"):
-        return reference.adamw if refuses_triton(parameter, gradient) else launch.adamw
-    if not parameter.is_cuda and forced in (None, "native"):
-        return reference.adamw if native.refuses(parameter, gradient) else native.adamw
+    for name, run, refuses in (("triton", launch.adamw, _refuses_kernel), ("native", native.adamw, native.refuses)):
+        if forced not in (None, name):
+            continue
+        reason = refuses(parameter, gradient)
+        if reason is None:
+            return run
+        if forced == name:
+            raise RuntimeError(f"AdamW: backend {forced!r} was forced but {reason}")
     return reference.adamw
+
+
+def _refuses_kernel(parameter: Tensor, gradient: Tensor) -> str | None:
+    if not parameter.is_cuda or not parameter.is_contiguous():
+        return f"the parameter is on {parameter.device}, contiguous: {parameter.is_contiguous()}"
+    return refuses_triton(parameter, gradient)
 
 
 def _local(tensor: Tensor) -> Tensor:

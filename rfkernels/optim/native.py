@@ -36,5 +36,3 @@ def adamw(
         parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_scale"),
         state.get("exp_avg_sq_scale"), numbers, None if grad_scale is None else grad_scale.item(), key, s.first_row,
     )  # fmt: skip
-    for tensor in (parameter, *state.values()):                # autograd refuses a backward through what has changed
-        torch.autograd.graph.increment_version(tensor)

@@ -182,25 +182,28 @@ def test_people_draw_and_are_refused(served, browser):
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
-def test_people_cancel(served, browser, monkeypatch):
-    """A picture of a hundred steps, each of which waits for the test."""
+def test_people_cancel_what_is_drawn_and_what_waits(served, browser):
+    """The first one's picture waits in its first step, the second one's in the queue."""
     source, address = served
     begun, on = threading.Event(), threading.Event()
-    model = source.model
 
     def wait(*_):
         begun.set()
         on.wait(60)
 
-    hook = model.register_forward_pre_hook(wait)
-    view = browser.new_page()
-    view.goto(address)
-    view.locator("#prompt textarea").fill("a red ring")
-    view.locator("#draw").click()
-    assert begun.wait(60)
-    view.locator("#cancel").click()
-    view.wait_for_timeout(500)                       # until the click has arrived; the next step sees it
+    hook = source.model.register_forward_pre_hook(wait)
+    views = [browser.new_page() for _ in range(2)]
+    for view in views:
+        view.goto(address)
+        view.locator("#prompt textarea").fill("a red ring")
+        view.locator("#draw").click()
+        assert begun.wait(60)
+    for view in views:
+        view.wait_for_timeout(500)                   # until the clicks have arrived
+        view.locator("#cancel").click()
+        view.wait_for_timeout(500)
     on.set()
-    view.get_by_text("Cancelled: nothing was drawn.").first.wait_for(timeout=60_000)
+    for view in views:
+        view.get_by_text("Cancelled: nothing was drawn.").first.wait_for(timeout=60_000)
+        assert view.locator("#gallery img").count() == 0
     hook.remove()
-    assert view.locator("#gallery img").count() == 0

@@ -240,6 +240,10 @@ def test_which_implementation_takes_a_step(monkeypatch):
     step(torch.float16)
     built = "reference" if rfkernels.native.missing() else "native"
     assert [name.rpartition(".")[2] for name in runs] == [built, "reference", "reference"]
+    with rfkernels.backend("triton"), pytest.raises(RuntimeError, match="'triton' was forced but the parameter is on"):
+        step()
+    with rfkernels.backend("native"), pytest.raises(RuntimeError, match="'native' was forced but"):
+        step(torch.float16)
 
 
 def test_a_backward_through_changed_weights_is_refused():

@@ -71,7 +71,7 @@ def start_from(model: MMDiT, source: str | os.PathLike[str]) -> list[str]:
     for name in new:
         if ".proj." not in name and name != "reference_embed":
             ours[name].copy_(ours[name.replace(".reference.", ".attn.")])
-    return [*left, *sorted(wider)]
+    return list(dict.fromkeys([*left, *sorted(wider)]))
 
 
 def _widened(shape: list[int], parameter: Tensor, model: MMDiT) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdit.files import naming, read_lines, write_atomically
+from mmdit.files import naming, write_atomically
 from mmdit.sampling.sample import grid
 from train import report
 from train.config import Config
 from train.engine.parallel import World
+
+SPEED = "speed.jsonl"          # how fast it went, beside metrics.jsonl
 
 
 def _wandb(config: Config) -> Any:
@@ -48,9 +51,10 @@ class Log:
         if not writes:
             return
         run.mkdir(parents=True, exist_ok=True)
-        with naming(self.path):
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        for path, last in ((self.path, step), (run / SPEED, step), (run / report.STARTS, math.inf)):
+            if path.is_file() or path == self.path:
+                kept = (json.dumps(entry) + "\n" for entry in report.entries(path) if entry["step"] <= last)
+                write_atomically(path, "".join(kept).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -59,12 +63,6 @@ class Log:
             pass
         if config.wandb:
             self._wandb = _wandb(config)
-
-    def _lines(self) -> list[str]:
-        if not self.path.is_file():
-            return []
-        # A kill may have cut the last one.
-        return [line for line in read_lines(self.path) if line.startswith("{") and line.endswith("}")]
 
     def write(self, step: int, **values: float) -> None:
         """Names as "train/loss" become tags in tensorboard."""
@@ -76,7 +74,7 @@ class Log:
         """How fast it went, apart from what was computed: speed.jsonl, which no two runs share."""
         if not self.writes or not values:
             return
-        self._append(self.run / "speed.jsonl", step, values)
+        self._append(self.run / SPEED, step, values)
 
     def _append(self, path: Path, step: int, values: dict[str, float]) -> None:
         with naming(path), path.open("a") as file:
@@ -94,7 +92,7 @@ class Log:
         return self._picture(step).is_file()
 
     def validated(self, step: int) -> bool:
-        return any((e := json.loads(line))["step"] == step and "validation/loss" in e for line in self._lines())
+        return any(e["step"] == step and "validation/loss" in e for e in report.entries(self.path))
 
     def started(self, step: int, config: Config, world: World) -> None:
         """That the run was begun or resumed, and with which settings: starts.jsonl."""
@@ -147,7 +145,7 @@ class Log:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        entries = [json.loads(line) for line in self._lines()]
+        entries = report.entries(self.path)
         training = [(e["step"], e["train/loss"]) for e in entries if "train/loss" in e]
         validation = [(e["step"], e["validation/loss"]) for e in entries if "validation/loss" in e]
         if not training:

@@ -84,7 +84,7 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     if config.initial is not None:
         left = start_from(model, config.initial)
         if world.main:
-            print(f"started from {config.initial}" + (f"; left as initialised: {', '.join(left)}" if left else ""))
+            print(f"started from {config.initial}" + (f"; not in it, or not whole: {', '.join(left)}" if left else ""))
     optimizer = make_optimizer(model, config.optimizer)
     ema = EmaWeights(model, config.ema.decay, config.ema.every)
     objective = objectives.of_run(config, cache)

@@ -74,6 +74,7 @@ class Previews:
             self.edits = [self._edited()[row] for row in range(min(config.samples.count, len(self._edited())))]
         self.settled = False
         """Whether the model has run; see parallel.resharded."""
+        self._said: list[str] = []
         self._text: tuple[Conditioning, Conditioning | None] | None = None
 
     def __call__(self, step: int, *, draw: bool, check: bool) -> float | None:
@@ -162,11 +163,11 @@ class Previews:
         if self.world.main:
             decoder = autoencoder.build(settings["autoencoder"])
             shown = [decoder.decode(self.objective.latents.decode(latents.cpu())) for latents in (*before, z)]
-            self.log.picture(step, autoencoder.to_uint8(torch.cat(shown, 3)), self.prompts())
+            self.log.picture(step, autoencoder.to_uint8(torch.cat(shown, 3)), self._said)
 
     def _encoded(self) -> tuple[Conditioning, Conditioning | None] | None:
         """The prompts' text; the encoders, which may be large, are there for this only, in the main process."""
-        prompts = self.prompts()
+        self._said = prompts = self.prompts()
         if not prompts:
             return None
         encoders = [build(spec) for spec in self.cache.settings["encoders"]]

@@ -16,17 +16,18 @@ from train.data import edits
 from train.data.shards import Index
 from train.evaluate.shapes import captioned
 
-WITHOUT = "without the picture"
+WITHOUT, UNCHANGED = "without the picture", "left as it was"
 
 
 def score_edits(
     run: str | os.PathLike[str], *, count: int = 32, seed: int = 0, steps: int | None = None,
     guidance: float | None = None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Makes `count` held-out edits of each task, and all of them once more without the picture, as a control.
+    """Makes `count` held-out edits of each task. Controls: all of them without the picture, and pictures that nobody
+    changed, of each task too.
 
-    Returns: of each task, of all, and without the picture: shares of pictures that show what was asked for, and in
-        which all else is as it was (see `edits.judged`). Also written to RUN/score.json, and pictures to RUN/edits.png.
+    Returns: of each task, of all, and of the controls: shares of pictures that show what was asked for, and in which
+        all else is as it was (see `edits.judged`). Also written to RUN/score.json, and pictures to RUN/edits.png.
     """
     run = Path(run)
     config, sampler = Config.of_run(run), Sampler.load(run)
@@ -36,17 +37,20 @@ def score_edits(
     def judged(images: np.ndarray) -> np.ndarray:
         return np.array([edits.judged(image, edit) for image, edit in zip(images, wanted, strict=True)], float)
 
-    before = [Image.fromarray(edit.source()) for edit in wanted]
-    drawn = sampler(said, edit=before, seed=seed, steps=steps, guidance=guidance, progress=True)
-    shares, tasks = judged(drawn), np.array([edit.task for edit in wanted])
-    found = {task: shares[tasks == task] for task in edits.TASKS} | {"all": shares}
-    found[WITHOUT] = judged(sampler(said, seed=seed, steps=steps, guidance=guidance, progress=True))
+    before = np.stack([edit.source() for edit in wanted])
+    pictures = [Image.fromarray(image) for image in before]
+    drawn = sampler(said, edit=pictures, seed=seed, steps=steps, guidance=guidance, progress=True)
+    tasks = np.array([edit.task for edit in wanted])
+    found: dict[str, np.ndarray] = {}
+    for after, shares in (("", judged(drawn)), (f", {UNCHANGED}", judged(before))):
+        found |= {task + after: shares[tasks == task] for task in edits.TASKS} | {f"all{after}": shares}
+    found[f"all, {WITHOUT}"] = judged(sampler(said, seed=seed, steps=steps, guidance=guidance, progress=True))
     result = {name: (float(part[:, 0].mean()), float(part[:, 1].mean())) for name, part in found.items()}
     body = {"right and kept": result, "edits": len(wanted), "seed": seed}
     write_atomically(run / "score.json", json.dumps(body, indent=1).encode())
     rows = range(2 * len(edits.TASKS))
-    pictures = [np.concatenate([wanted[i].source(), drawn[i]], axis=1) for i in rows]
-    captioned(np.stack(pictures), said[: len(rows)], columns=4).save(run / "edits.png")
+    pairs = [np.concatenate([before[i], drawn[i]], axis=1) for i in rows]
+    captioned(np.stack(pairs), said[: len(rows)], columns=4).save(run / "edits.png")
     return result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ def write(run: Path) -> Path:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Of a file of JSON lines; the last may be cut by a kill, or being written."""
+    """Of a file of JSON lines about steps. What a kill has cut is passed over."""
     if not path.is_file():
         return []
     found = []
@@ -74,7 +73,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:                             # a line that a kill has cut, and what was written behind it
+        except ValueError:
             continue
         if isinstance(entry, dict) and "step" in entry:
             found.append(entry)
@@ -151,7 +150,7 @@ def changes(starts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             (name, former.get(name, "-"), now.get(name, "-"))
             for name in sorted(former.keys() | now.keys()) if former.get(name) != now.get(name)
         ]  # fmt: skip
-        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start["time"])) if math.isfinite(start["time"]) else ""
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start["time"]))
         yield {"step": start["step"], "when": when, "device": start["device"], "processes": start["processes"],
                "changed": differs, "first": former is None and not start["step"]}  # fmt: skip
         former = now

@@ -79,12 +79,19 @@ def test_the_command_and_its_errors(run, capsys, tmp_path):
         COMMANDS["report"]([str(run)])
 
 
-def test_lines_that_a_kill_has_cut_are_passed_over(run):
-    """The next start appends to them."""
-    for name in ("speed.jsonl", report.STARTS):
-        whole = (run / name).read_text() if (run / name).is_file() else ""
-        (run / name).write_text('{"step": 2, "spe{"step": 3, "speed/images_per_second": 1.0}\n' + whole)
+def test_a_last_line_that_a_kill_has_cut_is_passed_over(run):
+    for name in ("metrics.jsonl", "speed.jsonl", report.STARTS):
+        with (run / name).open("a") as file:
+            file.write('{"step": 12, "spe')
     assert "<code>steps</code>: 4 → 12" in report.write(run).read_text()
+
+
+@pytest.mark.parametrize("line", ("{garbage}", "", "3", "[]", '{"loss": 1.0}', '{"step": null}'))
+def test_any_other_line_that_is_no_entry_is_named(run, line):
+    path = run / "metrics.jsonl"
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is no entry about a step, got '"):
+        report.write(run)
 
 
 def test_a_run_of_an_older_version_has_a_page(run):

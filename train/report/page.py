@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmdit.files import naming, read_lines, write_atomically
+from mmdit.files import naming, read_text, write_atomically
 from train.config import Config
 from train.report.curves import Points, drawn, points_of
 
@@ -64,19 +64,21 @@ def write(run: Path) -> Path:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Of a file of JSON lines about steps. What a kill has cut is passed over."""
+    """Of a file of JSON lines about steps. A last line without its end, which a kill has cut, is passed over.
+
+    Raises: ValueError, which names file and line, for any other that is none."""
     if not path.is_file():
         return []
-    found = []
     with naming(path):
-        lines = read_lines(path)
-    for line in lines:
+        text = read_text(path)
+    found = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "step" in entry:
-            found.append(entry)
+            entry["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}: line {number} is no entry about a step, got {line[:80]!r}") from None
+        found.append(entry)
     return found
 
 

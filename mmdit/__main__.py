@@ -15,6 +15,7 @@ except ImportError:
 from mmdit import checkpoint, commands, numbers, pictures
 from mmdit.adapters.commands import lora as lora_command
 from mmdit.adapters.commands import put_on, weighted
+from mmdit.checkpoint import parts
 from mmdit.checkpoint.report import left_behind, report
 from mmdit.checkpoint.tensors import MAX_SHARD_BYTES
 from mmdit.commands import DTYPES, Dtype
@@ -40,6 +41,11 @@ def sample(
     device: str | None = None,
     lora: UseAppendAction[tuple[str, ...]] = (),
     weights: Path | None = None,
+    autoencoder: Path | None = None,
+    clip_l: Path | None = None,
+    clip_g: Path | None = None,
+    t5xxl: Path | None = None,
+    t5_tokenizer: Path | None = None,
     dtype: Dtype | None = None,
     negative: str = "",
     unconditional: Literal["empty", "zeros"] = "empty",
@@ -57,7 +63,7 @@ def sample(
     """Draw prompts with a trained run or with released weights; the parameters are embedded in the PNG.
 
     Args:
-        source: Run folder, weights file of a run, or a folder of diffusers' StableDiffusion3Pipeline.
+        source: Run folder or weights file of a run; or a pipeline: a released single file, or diffusers' folder.
         prompts: One or more prompts.
         out: PNG to write. Several prompts of a run make a grid, of a pipeline numbered files.
         seed: Image i is a function of (seed, i).
@@ -72,7 +78,12 @@ def sample(
         graph: On a GPU, replay the model as a CUDA graph; --no-graph saves the memory that it keeps.
         device: cpu, cuda, ...; a GPU if there is one.
         lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
-        weights: Pipeline: the model's weights from another file, in any layout.
+        weights: Folder: the model's weights from another file, in any layout.
+        autoencoder: Single file: the autoencoder from another file.
+        clip_l: Single file: CLIP-L from another file.
+        clip_g: Single file: CLIP-G from another file.
+        t5xxl: Single file: T5 from another file.
+        t5_tokenizer: Single file: folder of T5's tokenizer; without it T5 is left out.
         dtype: Pipeline: of the model; as stored unless given.
         negative: Pipeline: negative prompt.
         unconditional: Pipeline: the encoded negative prompt, or zeros as in the paper.
@@ -97,13 +108,12 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     if steps is not None:
         numbers.whole("steps", steps, 1)
-    if (source / "model_index.json").is_file():
-        pipe = Pipeline.from_pretrained(
-            source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,
-            offload=offload, tiled=tiled,
-        )  # fmt: skip
-        for file, weight in map(weighted, lora):
-            pipe.load_lora(file, weight)
+    files = dict(autoencoder=autoencoder, clip_l=clip_l, clip_g=clip_g, t5xxl=t5xxl, t5_tokenizer=t5_tokenizer)
+    pipe = _pipeline(
+        source, files, weights, lora, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,
+        offload=offload, tiled=tiled,
+    )  # fmt: skip
+    if pipe is not None:
         height, width = size or (None, None)
         drawn = pipe(
             prompts, negative_prompt=negative, unconditional=unconditional, height=height, width=width, seed=seed,
@@ -128,6 +138,25 @@ def sample(
     print(f"wrote {out}")
 
 
+def _pipeline(
+    source: Path, files: dict[str, Any], weights: Path | None, lora: tuple[str, ...], **settings: Any
+) -> Pipeline | None:
+    """Of a released single file or a pipeline's folder; None of what is neither."""
+    if (source / "model_index.json").is_file():
+        if given := [name for name, path in files.items() if path is not None]:
+            raise ValueError(f"{source} is a pipeline's folder; {', '.join(given)} are for a released single file")
+        pipe = Pipeline.from_pretrained(source, weights=weights, **settings)
+    elif parts.held(source) or any(files.values()):
+        if weights is not None:
+            raise ValueError(f"{source} is a single file, which holds the model; weights are for a pipeline's folder")
+        pipe = Pipeline.from_single_file(source, **files, **settings)
+    else:
+        return None
+    for file, weight in map(weighted, lora):
+        pipe.load_lora(file, weight)
+    return pipe
+
+
 def serve(
     source: Positional[Path],
     host: str = LOCAL,
@@ -135,6 +164,11 @@ def serve(
     device: str | None = None,
     lora: UseAppendAction[tuple[str, ...]] = (),
     weights: Path | None = None,
+    autoencoder: Path | None = None,
+    clip_l: Path | None = None,
+    clip_g: Path | None = None,
+    t5xxl: Path | None = None,
+    t5_tokenizer: Path | None = None,
     dtype: Dtype | None = None,
     t5: bool = True,
     offload: bool = False,
@@ -143,26 +177,28 @@ def serve(
     """Show a page in the browser that draws with a trained run or with released weights.
 
     Args:
-        source: Run folder, weights file of a run, or a folder of diffusers' StableDiffusion3Pipeline.
+        source: Run folder or weights file of a run; or a pipeline: a released single file, or diffusers' folder.
         host: Address to listen on; only this machine sees the default.
         port: Port; the first free one from 7860 on unless given.
         device: cpu, cuda, ...; a GPU if there is one.
         lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
-        weights: Pipeline: the model's weights from another file, in any layout.
+        weights: Folder: the model's weights from another file, in any layout.
+        autoencoder: Single file: the autoencoder from another file.
+        clip_l: Single file: CLIP-L from another file.
+        clip_g: Single file: CLIP-G from another file.
+        t5xxl: Single file: T5 from another file.
+        t5_tokenizer: Single file: folder of T5's tokenizer; without it T5 is left out.
         dtype: Pipeline: of the model; as stored unless given.
         t5: Pipeline: --no-t5 leaves T5 out.
         offload: Pipeline: text encoders wait on the CPU.
         tiled: Pipeline: decode in tiles.
     """
-    drawn: Pipeline | Sampler
-    if (source / "model_index.json").is_file():
-        drawn = Pipeline.from_pretrained(
-            source, weights=weights, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, offload=offload,
-            tiled=tiled,
-        )  # fmt: skip
-        for file, weight in map(weighted, lora):
-            drawn.load_lora(file, weight)
-    else:
+    files = dict(autoencoder=autoencoder, clip_l=clip_l, clip_g=clip_g, t5xxl=t5xxl, t5_tokenizer=t5_tokenizer)
+    drawn: Pipeline | Sampler | None = _pipeline(
+        source, files, weights, lora, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, offload=offload,
+        tiled=tiled,
+    )  # fmt: skip
+    if drawn is None:
         drawn = Sampler.load(source, device)
         for note in put_on(drawn.model, lora):
             print(f"note: {note}", file=sys.stderr)

@@ -95,6 +95,7 @@ class Scaled:
         return {"kind": "unit", "of": self.inner.spec(), **asdict(self.unit)}
 
 
+SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609        # of the released autoencoder: the model sees (z - shift) * scale
 KL_IMAGES = 8           # at a time: one of 1024 pixels takes gigabytes in the first level of the released autoencoder
 
 
@@ -109,7 +110,7 @@ class KL:
     sees ``(z - shift) * scale``: 1.5305 and 0.0609 in the released ones.
 
     Args:
-        folder: with config.json and safetensors.
+        folder: with config.json and safetensors; or a released single file, or one of the autoencoder alone.
         posterior: "mode", the posterior's mean; "sample", a draw of it, a function of the image alone.
         dtype: "float32" or "bfloat16". In fp16 the released decoder overflows.
         tiled: decode in overlapping tiles, for large images on small memory.
@@ -137,12 +138,14 @@ class KL:
         self._weights = fingerprint_of(Path(folder))
         if weights is not None and weights != self._weights:
             raise ValueError(f"autoencoder kl: the weights in {folder} are {self._weights}, not {weights}")
-        self._settings = settings_of(folder)
+        file = Path(folder).is_file()
+        self._settings = settings_of() if file else settings_of(folder)
         if settings is not None and settings != self._settings:
             raise ValueError(f"autoencoder kl: the configuration of {folder} is another")
-        read_object(Path(folder) / "config.json")
+        if not file:
+            read_object(Path(folder) / "config.json")
         with naming(folder):
-            self.model: Any = AutoencoderKL.from_pretrained(
+            self.model: Any = _kl_from_file(folder, getattr(torch, dtype)) if file else AutoencoderKL.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, torch_dtype=getattr(torch, dtype),
                 variant=variant(Path(folder)), low_cpu_mem_usage=False,
             )  # fmt: skip
@@ -151,6 +154,12 @@ class KL:
         self.model.eval().requires_grad_(False).to(device)
         if tiled:
             self.model.enable_tiling()
+
+    def save(self, folder: Path) -> None:
+        """As diffusers reads it."""
+        from mmdit.encoders.pretrained import copied
+
+        copied(self.folder, folder, self.model)
 
     @property
     def channels(self) -> int:
@@ -187,6 +196,33 @@ class KL:
         settings = {"posterior": self.posterior, "dtype": self.dtype, "tiled": self.tiled}
         found = {"kind": "kl", "folder": self.folder, "weights": self._weights, "settings": self._settings}
         return found | settings
+
+
+def _kl_from_file(file: str, dtype: torch.dtype) -> Any:
+    """The autoencoder of a single file, in the names of its first code base, which diffusers converts. How latents are
+    scaled no tensor tells: as in all of Stable Diffusion 3."""
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    from mmdit.checkpoint import parts
+
+    state, _ = parts.read(file, "autoencoder", dtype)
+    levels = range(len({name.split(".")[2] for name in state if name.startswith("encoder.down.")}))
+    blocks = {name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}
+    latents, narrowest = state["decoder.conv_in.weight"].shape[1], state["encoder.conv_in.weight"].shape[0]
+    model: Any = AutoencoderKL(
+        latent_channels=latents, layers_per_block=len(blocks), norm_num_groups=min(32, narrowest),
+        block_out_channels=[len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels],
+        down_block_types=["DownEncoderBlock2D"] * len(levels), up_block_types=["UpDecoderBlock2D"] * len(levels),
+        use_quant_conv="quant_conv.weight" in state, use_post_quant_conv="post_quant_conv.weight" in state,
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in state, force_upcast=True,
+        scaling_factor=SD3_SCALE, shift_factor=SD3_SHIFT,
+    )  # fmt: skip
+    converted = convert_ldm_vae_checkpoint(state, model.config)
+    if missing := sorted(model.state_dict().keys() - converted.keys()):
+        raise ValueError(f"{file}: its autoencoder misses {', '.join(missing[:5])}")
+    model.load_state_dict(converted, strict=True)
+    return torch.nn.Module.to(model, dtype)                # diffusers' own warns of parts to keep in fp32, and has none
 
 
 AUTOENCODERS: dict[str, Callable[..., Autoencoder]] = {"pixels": PixelSpace, "kl": KL, "unit": Scaled}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mmdit.checkpoint.layouts import LAYOUTS, POSITIONS
 from mmdit.checkpoint.store import Checkpoint
-from mmdit.checkpoint.tensors import DTYPES
+from mmdit.checkpoint.tensors import DTYPES, FP8
 
 
 def report(opened: Checkpoint) -> tuple[list[str], list[str]]:
@@ -30,7 +30,7 @@ def report(opened: Checkpoint) -> tuple[list[str], list[str]]:
         part[0] += 1
         part[1] += math.prod(entry.shape)
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES | FP8:
             anomalies.append(f"{name} has dtype {entry.dtype}, which is no weight's")
             continue
         low, high = torch.aminmax(opened.source.read(opened.prefix + name))
@@ -41,7 +41,7 @@ def report(opened: Checkpoint) -> tuple[list[str], list[str]]:
     positions = POSITIONS[LAYOUTS.index(opened.layout)]
     total = sum(math.prod(e.shape) for n, e in names.items() if n != positions)
     counted = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
-    if len({entry.dtype for name, entry in names.items() if name != positions}) > 1:
+    if len({e.dtype for n, e in names.items() if n != positions} - FP8.keys()) > 1:
         anomalies.append(f"several dtypes: {counted}")
     lines = [
         f"{opened.source.where}: layout {opened.layout}, {total:,} parameters in {len(names)} tensors ({counted})",

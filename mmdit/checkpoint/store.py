@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmdit import numbers
 from mmdit.checkpoint.layouts import LAYOUTS, OTHER_PARTS, POSITIONS, SD3_PREFIX, Piece, detect, infer, pieces
-from mmdit.checkpoint.tensors import DTYPES, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
+from mmdit.checkpoint.tensors import DTYPES, FP8, MAX_SHARD_BYTES, NAMES, Entry, Planned, Source, locate, write
 from mmdit.config import MMDiTConfig
 from mmdit.files import naming, read_object, sampled_digest, write_atomically
 from mmdit.model import MMDiT
@@ -69,9 +69,13 @@ class Checkpoint:
         return found
 
     def dtype(self) -> torch.dtype:
-        """Of the weights, positions left aside. Raises: ValueError if there are several, with a name of each."""
+        """Of the weights, positions left aside; with some in fp8 that of the others, or bf16.
+
+        Raises: ValueError if there are several, with a name of each."""
         positions = POSITIONS[LAYOUTS.index(self.layout)]
-        examples = {entry.dtype: name for name, entry in self.names().items() if name != positions}
+        examples = {e.dtype: n for n, e in self.names().items() if n != positions and e.dtype not in FP8}
+        if not examples:
+            return torch.bfloat16
         if len(examples) > 1:
             listed = ", ".join(f"{dtype} ({name})" for dtype, name in examples.items())
             raise ValueError(f"{self.source.where} mixes dtypes: {listed}; say which one is wanted (dtype=)")

@@ -19,6 +19,11 @@ from mmdit.files import read_object, replacing, write_atomically
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""Read as fp32, never written."""
+SCALES, ASIDE = ("scale_weight", "weight_scale"), ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")
+"""What ComfyUI keeps beside `x.weight` in fp8: x.scale_weight, a number it is to be multiplied by (x.weight_scale in
+newer files), and what only computing in fp8 needs."""
 STEMS = ("model", "diffusion_pytorch_model")      # of the files of a folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SHARD_BYTES = 5_000_000_000
@@ -49,9 +54,10 @@ class Source:
         self._files: dict[str, Any] = {}
         self._tensors = source if isinstance(source, Mapping) else None
         if self._tensors is not None:
-            self.where = "the state dict"
+            self.where, names = "the state dict", {**NAMES, **{dtype: name for name, dtype in FP8.items()}}
             for name, tensor in self._tensors.items():
-                self.entries[name] = Entry(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)))
+                self.entries[name] = Entry(tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)))
+            self._scales = self._take_scales()
             return
         path = Path(source)                                                                        # type: ignore[arg-type]
         self.where = str(path)
@@ -65,6 +71,23 @@ class Source:
                 self.entries[name], self._files[name] = Entry(tuple(view.get_shape()), view.get_dtype()), file
         if path.suffix == ".json":
             self._check_index(path)
+        self._scales = self._take_scales()
+
+    def _take_scales(self) -> dict[str, str]:
+        """Of weights in fp8 the names of their scales. These, and the rest of ASIDE, are no tensors of a model."""
+        found: dict[str, str] = {}
+        for name, entry in self.entries.items():
+            stem = name.removesuffix("weight")
+            scales = [stem + scale for scale in SCALES if stem + scale in self.entries]
+            if entry.dtype in FP8 and stem != name and scales:
+                found[name] = scales[0]
+        for name, scale in found.items():
+            if torch.Size(self.entries.pop(scale).shape).numel() != 1:
+                raise ValueError(f"{self.where}: {scale}, of {name}, is not one number; other scalings are not known")
+        if any(entry.dtype in FP8 for entry in self.entries.values()):
+            for name in [name for name in self.entries if name.rpartition(".")[2] in ASIDE]:
+                del self.entries[name]
+        return found
 
     @staticmethod
     def shards(index: Path) -> list[Path]:
@@ -88,13 +111,21 @@ class Source:
             raise ValueError(f"{index} names tensors that its shards do not hold: {', '.join(absent[:5])}")
 
     def read(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
-        """A tensor, or `rows` rows of it from `first` on. Raises: ValueError for a dtype that is no weight's."""
+        """A tensor, or `rows` rows of it from `first` on; of fp8 in fp32, scaled.
+
+        Raises: ValueError for a dtype that is no weight's."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES | FP8:
             raise ValueError(
-                f"{self.where}: tensor {name} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}: "
-                "quantised weights have to be cast first"
+                f"{self.where}: tensor {name} has dtype {entry.dtype}; expected one of {', '.join(DTYPES | FP8)}: "
+                "weights quantised otherwise have to be cast first"
             )
+        if entry.dtype not in FP8:
+            return self._raw(name, first, rows)
+        scale = float(self._raw(self._scales[name])) if name in self._scales else 1.0
+        return self._raw(name, first, rows).float() * scale
+
+    def _raw(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
         if self._tensors is not None:
             tensor = self._tensors[name].detach()
             return tensor if rows is None else tensor[first : first + rows]

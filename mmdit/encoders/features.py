@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,18 @@ class TextFeatures(NamedTuple):
     """[L, dim], L the real length, no padding; fp32 from an encoder, bf16 from a cache."""
     pooled: Tensor
     """[pooled_dim], likewise."""
+
+
+@torch.no_grad()
+def batched(
+    features: Callable[[Sequence[str]], tuple[Tensor, Tensor]], captions: Sequence[str], batch: int
+) -> list[TextFeatures]:
+    """Of captions, `batch` at a time, in fp32 on the CPU."""
+    found = []
+    for start in range(0, len(captions), batch):
+        tokens, pooled = features(captions[start : start + batch])
+        found += [TextFeatures(t, p) for t, p in zip(tokens.float().cpu(), pooled.float().cpu(), strict=True)]
+    return found
 
 
 class TextEncoder(Protocol):

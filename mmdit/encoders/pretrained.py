@@ -1,9 +1,10 @@
-"""CLIP and T5 from local folders, through transformers."""
+"""CLIP and T5 from local folders and released single files, through transformers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoint.tensors import variant
-from mmdit.encoders.features import TextFeatures
+from mmdit.encoders import single_file
+from mmdit.encoders.features import TextFeatures, batched
 from mmdit.files import naming, sampled_digest
 
 CLIP_TOKENS = 77
@@ -50,15 +52,23 @@ def settings_of(*folders: str | Path) -> str:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Of the weights in a folder: their headers and a thousandth of their bytes, evenly spread."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Of the weights in a folder, or of a file: their headers and a thousandth of their bytes, evenly spread."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no safetensors; pickles are never loaded")
     return sampled_digest(files)
 
 
+def copied(source: str, folder: Path, part: Any) -> None:
+    """The folder that a part came from, as it is; what came out of a file is written."""
+    if not source or Path(source).is_file():
+        part.save_pretrained(folder)
+    elif Path(source).resolve() != folder.resolve():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
 class _Pretrained:
-    """What the encoders share: a model and a tokenizer from folders."""
+    """What the encoders share: a model and a tokenizer from folders, or a model out of a single file."""
 
     kind = ""
     beside = False
@@ -71,28 +81,41 @@ class _Pretrained:
         settings: str | None,
     ) -> None:  # fmt: skip
         self.folder, self.tokenizer_folder, self.max_tokens, self._dtype = folder, tokenizer, max_tokens, dtype
-        self._weights = fingerprint_of(Path(folder))
+        path = Path(folder)
+        self._weights = fingerprint_of(path)
         if weights is not None and weights != self._weights:
             raise ValueError(f"text encoder {self.kind}: the weights in {folder} are {self._weights}, not {weights}")
-        if not Path(tokenizer).is_dir():
+        if tokenizer and not Path(tokenizer).is_dir():
             raise FileNotFoundError(f"text encoder {self.kind}: {tokenizer} is no folder with a tokenizer")
-        self._settings = settings_of(folder, tokenizer)
+        self._settings = settings_of(*(f for f in (folder, tokenizer) if f and Path(f).is_dir()))
         if settings is not None and settings != self._settings:
             raise ValueError(f"text encoder {self.kind}: the configuration or tokenizer of {folder} is another")
-        package, kind = transformers(), variant(Path(folder))
-        wanted = getattr(torch, dtype) if dtype else "auto"
+        package, wanted = transformers(), getattr(torch, dtype) if dtype else None
         with naming(folder), quiet():
-            self.model: nn.Module = self._model_class(package).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=wanted, variant=kind
-            )
+            self.model: Any = self._from_file(package, path, wanted) if path.is_file() else single_file.loaded(
+                self._model_class(package), folder, local_files_only=True, use_safetensors=True,
+                dtype=wanted or "auto", variant=variant(path),
+            )  # fmt: skip
         self.model.eval().requires_grad_(False)
-        with naming(tokenizer):
-            self._tokenizer = package.AutoTokenizer.from_pretrained(
+        with naming(tokenizer or folder):
+            self._tokenizer = self._own_tokenizer(package) if not tokenizer else package.AutoTokenizer.from_pretrained(
                 tokenizer, local_files_only=True, trust_remote_code=False
             )
 
     def _model_class(self, package: Any) -> Any:
         raise NotImplementedError
+
+    def _from_file(self, package: Any, file: Path, dtype: torch.dtype | None) -> nn.Module:
+        raise NotImplementedError
+
+    def _own_tokenizer(self, package: Any) -> Any:
+        """Where no folder is named."""
+        raise ValueError(f"text encoder {self.kind}: its tokenizer is in no file; name the folder that holds it")
+
+    def save(self, folder: Path, tokenizer: Path) -> None:
+        """Into a folder each, as transformers reads them."""
+        copied(self.folder, folder, self.model)
+        copied(self.tokenizer_folder, tokenizer, self._tokenizer)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """[B, max_tokens]; padded as the tokenizer's configuration says, cut where too long, which is said once."""
@@ -113,13 +136,8 @@ class _Pretrained:
         """(tokens [B, max_tokens, dim], pooled [B, pooled_dim]) in the model's dtype."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str], batch: int = 64) -> list[TextFeatures]:
-        found = []
-        for start in range(0, len(captions), batch):
-            tokens, pooled = self.features(captions[start : start + batch])
-            found += [TextFeatures(t, p) for t, p in zip(tokens.float().cpu(), pooled.float().cpu(), strict=True)]
-        return found
+        return batched(self.features, captions, batch)
 
     def spec(self) -> dict[str, Any]:
         where = {"kind": self.kind, "folder": self.folder, "tokenizer": self.tokenizer_folder}
@@ -131,8 +149,10 @@ class Clip(_Pretrained):
     """A CLIP text encoder: penultimate hidden states without the final norm, and the pooled vector.
 
     Args:
-        folder: of a CLIPTextModelWithProjection. tokenizer: folder of its tokenizer, whose padding differs (CLIP-L pads
-            with the end token, CLIP-G with 0).
+        folder: of a CLIPTextModelWithProjection, or a single file that holds one.
+        tokenizer: folder of its tokenizer, whose padding differs (CLIP-L pads with the end token, CLIP-G with 0); empty
+            for open_clip's vocabulary.
+        part: "clip_l" or "clip_g": which of a single file, and how open_clip's tokenizer pads.
         projected: the pooled vector after the text projection, as diffusers has it; False: before, as the reference
             code has CLIP-L's. The same if the projection is the identity.
         beside: for CLIP-G, whose tokens stand beside CLIP-L's.
@@ -141,10 +161,13 @@ class Clip(_Pretrained):
     kind = "clip"
 
     def __init__(
-        self, folder: str, tokenizer: str, *, projected: bool = True, beside: bool = False,
+        self, folder: str, tokenizer: str = "", *, projected: bool = True, beside: bool = False,
         max_tokens: int = CLIP_TOKENS, dtype: str | None = None, weights: str | None = None,
-        settings: str | None = None,
+        settings: str | None = None, part: str = "",
     ) -> None:  # fmt: skip
+        self.part = part
+        if part not in single_file.PADDING and (part or not tokenizer or Path(folder).is_file()):
+            raise ValueError(f"text encoder clip: part is {part!r}; expected one of {', '.join(single_file.PADDING)}")
         super().__init__(folder, tokenizer, max_tokens, dtype, weights, settings)
         config: Any = self.model.config
         self.projected, self.beside = projected, beside
@@ -154,6 +177,12 @@ class Clip(_Pretrained):
     def _model_class(self, package: Any) -> Any:
         return package.CLIPTextModelWithProjection
 
+    def _from_file(self, package: Any, file: Path, dtype: torch.dtype | None) -> nn.Module:
+        return single_file.clip(package, file, self.part, dtype)
+
+    def _own_tokenizer(self, package: Any) -> Any:
+        return single_file.clip_tokenizer(package, self.part)
+
     def features(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         model: Any = self.model
         out = model.text_model(self.ids(captions).to(model.device), output_hidden_states=True)
@@ -161,14 +190,16 @@ class Clip(_Pretrained):
         return out.hidden_states[-2], pooled
 
     def spec(self) -> dict[str, Any]:
-        return super().spec() | {"projected": self.projected, "beside": self.beside}
+        found = super().spec() | {"projected": self.projected, "beside": self.beside}
+        return found | ({"part": self.part} if self.part else {})
 
 
 class T5(_Pretrained):
     """A T5 encoder: final hidden states, padding attended to, no pooled vector.
 
     Args:
-        folder: of a T5EncoderModel. tokenizer: folder of its tokenizer. max_tokens: 77 in the paper, 256 in diffusers.
+        folder: of a T5EncoderModel, or a single file that holds one. tokenizer: folder of its tokenizer.
+        max_tokens: 77 in the paper, 256 in diffusers.
     """
 
     kind, pooled_dim = "t5", 0
@@ -183,6 +214,9 @@ class T5(_Pretrained):
 
     def _model_class(self, package: Any) -> Any:
         return package.T5EncoderModel
+
+    def _from_file(self, package: Any, file: Path, dtype: torch.dtype | None) -> nn.Module:
+        return single_file.t5(package, file, dtype)
 
     def features(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         model: Any = self.model

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from mmdit.encoders import openclip
 from mmdit.encoders.features import Conditioning, TextFeatures, assemble
-from mmdit.encoders.pretrained import CLIP_TOKENS, T5, Clip, _Pretrained
+from mmdit.encoders.openclip import OpenClip
+from mmdit.encoders.pretrained import CLIP_TOKENS, T5, Clip
 from mmdit.files import read_object
 
 
@@ -30,8 +32,8 @@ class Sd3Text:
 
     def __init__(
         self,
-        clip_l: Clip | None,
-        clip_g: Clip | None,
+        clip_l: Clip | OpenClip | None,
+        clip_g: Clip | OpenClip | None,
         t5: T5 | None,
         *,
         context_dim: int = 4096,
@@ -40,7 +42,7 @@ class Sd3Text:
         device: torch.device | str = "cpu",
         offload: bool = False,
     ) -> None:
-        self.encoders: tuple[_Pretrained | None, ...] = (clip_l, clip_g, t5)
+        self.encoders: tuple[Clip | OpenClip | T5 | None, ...] = (clip_l, clip_g, t5)
         self.context_dim, self.device, self.offload = context_dim, torch.device(device), offload
         known = {0: clip_l, 1: clip_g}
         pooled = [None if e is None else e.pooled_dim for e in known.values()]
@@ -63,7 +65,7 @@ class Sd3Text:
                     encoder.model.to(self.device)
 
     @contextmanager
-    def _visiting(self, encoder: _Pretrained) -> Iterator[None]:
+    def _visiting(self, encoder: Clip | OpenClip | T5) -> Iterator[None]:
         if self.offload:
             encoder.model.to(self.device)
         try:
@@ -86,6 +88,16 @@ class Sd3Text:
     def zeros(self, count: int) -> Conditioning:
         """Every encoder's output zeroed: the paper's unconditional."""
         return assemble([self._absent] * count, self.context_dim, beside=(False, True, False))
+
+
+def clip(source: str, tokenizer: str = "", *, part: str, **settings: Any) -> Clip | OpenClip:
+    """CLIP-L or CLIP-G ("clip_l", "clip_g") of Stable Diffusion 3, from a folder of transformers or of open_clip, or a
+    single file."""
+    if (Path(source) / openclip.CONFIG).is_file():
+        return OpenClip(source, part)
+    if Path(source).is_file() or not tokenizer:
+        settings |= {"part": part, "projected": part == "clip_g"}
+    return Clip(source, tokenizer, beside=part == "clip_g", **settings)
 
 
 def from_folder(folder: Path, names: Sequence[str], make: Callable[..., Any]) -> Any:

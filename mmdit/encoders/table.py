@@ -9,6 +9,7 @@ from typing import Any
 
 from mmdit.encoders.features import TextEncoder
 from mmdit.encoders.minilm import MiniLM
+from mmdit.encoders.openclip import OpenClip
 from mmdit.encoders.pretrained import T5, Clip
 from mmdit.encoders.words import WordVectors
 
@@ -25,8 +26,12 @@ def _from_spec(kind: Callable[..., Any]) -> Callable[..., Any]:
     return lambda dim=0, pooled_dim=0, **arguments: kind(**arguments)
 
 
+def _openclip(dim: int = 0, pooled_dim: int = 0, max_tokens: int = 0, **arguments: Any) -> OpenClip:
+    return OpenClip(**arguments)
+
+
 ENCODERS: dict[str, Callable[..., TextEncoder]] = {
-    "words": WordVectors, "minilm": _minilm, "clip": _from_spec(Clip), "t5": _from_spec(T5),
+    "words": WordVectors, "minilm": _minilm, "clip": _from_spec(Clip), "t5": _from_spec(T5), "openclip": _openclip,
 }  # fmt: skip
 
 

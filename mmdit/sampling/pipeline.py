@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mmdit import adapters, checkpoint, flow, keyed, numbers, pictures
 from mmdit import autoencoder as vae
-from mmdit.encoders import T5, Clip, Conditioning, Sd3Text
+from mmdit.checkpoint import parts
+from mmdit.encoders import T5, Conditioning, Sd3Text, clip
 from mmdit.encoders.sd3 import from_folder
 from mmdit.files import read_object, replacing, write_atomically
 from mmdit.flow.solvers import Constraint, Progress
@@ -78,6 +79,11 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
         image.save(partial, format="PNG", pnginfo=chunk)
 
 
+def _text(encoders: Sequence[Any], model: MMDiT, **settings: Any) -> Sd3Text:
+    config = model.config
+    return Sd3Text(*encoders, context_dim=config.context_dim, pooled_dim=config.pooled_dim, **settings)
+
+
 class Pipeline:
     """A model with SD3's text encoders and autoencoder.
 
@@ -126,16 +132,12 @@ class Pipeline:
             raise FileNotFoundError(f"{root} is no pipeline's folder: it has no vae; expected diffusers' layout")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = checkpoint.load(root / "transformer" if weights is None else weights, device=device, dtype=dtype)
-        kinds = (Clip, lambda *a: Clip(*a, beside=True), T5 if t5 else None)
+        kinds = (partial(clip, part="clip_l"), partial(clip, part="clip_g"), T5 if t5 else None)
         found = [
             None if kind is None else from_folder(root, names, kind)
             for names, kind in zip(zip(ENCODERS, TOKENIZERS, strict=True), kinds, strict=True)
         ]
-        config = model.config
-        text = Sd3Text(
-            *found, context_dim=config.context_dim, pooled_dim=config.pooled_dim, t5_tokens=t5_tokens, device=device,
-            offload=offload,
-        )  # fmt: skip
+        text = _text(found, model, t5_tokens=t5_tokens, device=device, offload=offload)
         kl = vae.KL(str(root / "vae"), dtype=vae_dtype, tiled=tiled, device=str(device))
         scheduler = root / "scheduler" / "scheduler_config.json"
         shift = read_object(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
@@ -145,6 +147,54 @@ class Pipeline:
         if side is not None:
             numbers.whole(f"{file}: sample_size", side, 1)
         return cls(model, text, kl, shift=shift, size=None if side is None else (side * kl.factor, side * kl.factor))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        autoencoder: str | os.PathLike[str] | None = None,
+        clip_l: str | os.PathLike[str] | None = None,
+        clip_g: str | os.PathLike[str] | None = None,
+        t5xxl: str | os.PathLike[str] | None = None,
+        t5_tokenizer: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        t5: bool = True,
+        t5_tokens: int = 256,
+        offload: bool = False,
+        vae_dtype: str = "float32",
+        tiled: bool = False,
+    ) -> Pipeline:
+        """From a released single file. What it does not hold comes from files of their own (or folders): weights in
+        fp16, bf16 or fp8, scaled or not. CLIP's tokenizer is open_clip's; the schedule's shift is 3, as released.
+
+        Args:
+            autoencoder, clip_l, clip_g, t5xxl: where the file does not hold the part, or another is wanted.
+            t5_tokenizer: folder of T5's tokenizer, which no file holds; without it T5 is left out, with a warning.
+            dtype: of the model; as stored unless given, bf16 of fp8 alone.
+            device, t5, t5_tokens, offload, vae_dtype, tiled: as in `from_pretrained`.
+        Raises: FileNotFoundError; ValueError that names the parts that are missing; ImportError without transformers,
+            diffusers or open_clip.
+        """
+        given = {"autoencoder": autoencoder, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
+        held = parts.held(file)
+        where = {part: str(path or file) for part, path in given.items() if path is not None or part in held}
+        if missing := [part for part in ("autoencoder", "clip_l", "clip_g") if part not in where]:
+            listed = ", ".join(f"{part} ({parts.PARTS[part][0]}*)" for part in missing)
+            raise ValueError(f"{file} holds no {listed}; give a file for each: {', '.join(f'{p}=' for p in missing)}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = checkpoint.load(file, device=device, dtype=dtype)
+        if t5 and (t5_tokenizer is None or "t5xxl" not in where):
+            lacks = "is in neither file" if "t5xxl" not in where else "has a tokenizer in neither (t5_tokenizer=)"
+            logging.getLogger(__name__).warning("%s: T5 %s; drawing without it", file, lacks)
+            t5 = False
+        encoders = [
+            *(clip(where[part], part=part) for part in ("clip_l", "clip_g")),
+            T5(where["t5xxl"], str(t5_tokenizer)) if t5 else None,
+        ]
+        text = _text(encoders, model, t5_tokens=t5_tokens, device=device, offload=offload)
+        return cls(model, text, vae.KL(where["autoencoder"], dtype=vae_dtype, tiled=tiled, device=str(device)))
 
     def load_lora(self, source: str | os.PathLike[str], weight: float = 1.0) -> None:
         """Puts a LoRA on the model, on top of those that are there: a file of diffusers, kohya, ComfyUI or ours. The
@@ -170,7 +220,6 @@ class Pipeline:
             "transformer": ["diffusers", "SD3Transformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         }
-        copies = {"vae": self.autoencoder.folder}
         classes = (("CLIPTextModelWithProjection", "CLIPTokenizer"),) * 2 + (("T5EncoderModel", "T5TokenizerFast"),)
         for encoder, names, (own, tokenizer) in zip(
             self.text.encoders, zip(ENCODERS, TOKENIZERS, strict=True), classes, strict=True
@@ -178,10 +227,8 @@ class Pipeline:
             for name, kind in zip(names, (own, tokenizer), strict=True):
                 index[name] = [None, None] if encoder is None else ["transformers", kind]
             if encoder is not None:
-                copies |= dict(zip(names, (encoder.folder, encoder.tokenizer_folder), strict=True))
-        for name, source in copies.items():
-            if Path(source).resolve() != (root / name).resolve():
-                shutil.copytree(source, root / name, dirs_exist_ok=True)
+                encoder.save(*(root / name for name in names))
+        self.autoencoder.save(root / "vae")
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": self.shift}
         (root / "scheduler").mkdir(exist_ok=True)
         write_atomically(root / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2).encode())

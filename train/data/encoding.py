@@ -31,7 +31,8 @@ def caption_of(record: Record, synthetic: float) -> str | None:
 def build_autoencoder(config: Precompute, device: torch.device) -> autoencoder.Autoencoder:
     if config.pipeline is None:
         return autoencoder.PixelSpace(config.pixel_factor)
-    return autoencoder.KL(str(config.pipeline / "vae"), posterior=config.posterior, device=str(device))
+    source = config.pipeline if config.pipeline.is_file() else config.pipeline / "vae"
+    return autoencoder.KL(str(source), posterior=config.posterior, device=str(device))
 
 
 def build_encoder(config: Precompute, name: str, device: torch.device) -> encoders.TextEncoder:
@@ -42,12 +43,14 @@ def build_encoder(config: Precompute, name: str, device: torch.device) -> encode
     if config.pipeline is None:
         raise DataError(f"text encoder {name} is a pipeline's: pass --pipeline FOLDER")
     suffix = RELEASED[name]
-    folders = [str(config.pipeline / (part + suffix)) for part in ("text_encoder", "tokenizer")]
-    encoder: encoders.Clip | encoders.T5
+    source, tokenizer = (str(config.pipeline / (part + suffix)) for part in ("text_encoder", "tokenizer"))
+    if config.pipeline.is_file():
+        source, tokenizer = str(config.pipeline), ""
+    encoder: encoders.Clip | encoders.OpenClip | encoders.T5
     if name == "t5":
-        encoder = encoders.T5(folders[0], folders[1], max_tokens=config.t5_tokens)
+        encoder = encoders.T5(source, tokenizer, max_tokens=config.t5_tokens)
     else:
-        encoder = encoders.Clip(folders[0], folders[1], beside=name == "clip_g")
+        encoder = encoders.clip(source, tokenizer, part=name)
     encoder.model.to(device)
     return encoder
 

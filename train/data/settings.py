@@ -36,7 +36,8 @@ class Precompute:
     pixel_factor: int = 2
     """Pixel space: a block of this many pixels squared becomes one latent pixel."""
     pipeline: Path | None = None
-    """Folder of a StableDiffusion3Pipeline: its autoencoder instead of pixel space, and its text encoders."""
+    """Folder of a StableDiffusion3Pipeline, or a released single file: its autoencoder instead of pixel space, and its
+    text encoders (T5 of a folder alone, where its tokenizer is)."""
     posterior: Literal["mode", "sample"] = "mode"
     """Of the pipeline's autoencoder: the posterior's mean, or one draw of it for each image."""
     t5_tokens: int = 77

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit.encoders import openclip
 from mmdit.encoders.pretrained import quiet
-from mmdit.files import naming
+from mmdit.files import naming, read_object
 
 BATCH = 64         # pictures or captions at a time
 
@@ -31,7 +32,30 @@ class Critic(Protocol):
         ...
 
 
-class Clip:
+class _Embeddings:
+    """CLIP score and CLIP features, of what makes embeddings of pictures and of captions."""
+
+    def _pictures(self, images: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+    def _captions(self, captions: Sequence[str]) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
+        """Mean cosine of a picture's and its caption's embeddings, in [-1, 1] (Hessel et al. 2021, without their factor
+        2.5 and floor of 0)."""
+        pictures = F.normalize(_batched(images, self._pictures), dim=-1)
+        texts = F.normalize(_batched(captions, self._captions), dim=-1)
+        return float((pictures * texts).sum(-1).mean())
+
+    @torch.no_grad()
+    def embedded(self, images: np.ndarray) -> np.ndarray:
+        """The projected image features, not normalised."""
+        return _batched(images, self._pictures).numpy()
+
+
+class Clip(_Embeddings):
     """CLIP score and CLIP features, of a CLIPModel that transformers reads: ViT-L/14 in the paper.
 
     Args: folder: model, tokenizer and image processor, as `save_pretrained` leaves them; nothing is fetched.
@@ -52,31 +76,50 @@ class Clip:
         self.processor = _loaded(processor, folder)
         self.device = device
 
-    def score(self, images: np.ndarray, captions: Sequence[str]) -> float:
-        """Mean cosine of a picture's and its caption's embeddings, in [-1, 1] (Hessel et al. 2021, without their factor
-        2.5 and floor of 0)."""
-        pictures = F.normalize(self._images(images), dim=-1)
-        texts = F.normalize(_batched(captions, self._captions), dim=-1)
-        return float((pictures * texts).sum(-1).mean())
-
-    def embedded(self, images: np.ndarray) -> np.ndarray:
-        """The projected image features, not normalised."""
-        return self._images(images).numpy()
-
-    def _images(self, images: np.ndarray) -> Tensor:
-        return _batched(images, self._pictures)
-
-    @torch.no_grad()
     def _pictures(self, images: np.ndarray) -> Tensor:
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
         out: Tensor = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return out
 
-    @torch.no_grad()
     def _captions(self, captions: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(self.device)
         out: Tensor = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
         return out
+
+
+class OpenClip(_Embeddings):
+    """CLIP score and CLIP features, of a CLIP in open_clip's files.
+
+    Args: folder: open_clip_config.json, whose preprocess_cfg is followed, and open_clip_model.safetensors.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
+        package, path = openclip.open_clip(), Path(folder)
+        self.model = openclip.network(path, pictures=True).to(device)
+        settings = read_object(path / openclip.CONFIG).get("preprocess_cfg", {})
+        with naming(path / openclip.CONFIG):
+            known = {"size": self.model.visual.image_size, **settings}
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            self._shown = image_transform_v2(PreprocessCfg(**known), is_train=False)
+        self.tokenizer = package.SimpleTokenizer(context_length=self.model.context_length)
+        self.device = device
+
+    def _pictures(self, images: np.ndarray) -> Tensor:
+        from PIL import Image
+
+        pixels = torch.stack([self._shown(Image.fromarray(image)) for image in images]).to(self.device)
+        out: Tensor = self.model.encode_image(pixels)
+        return out
+
+    def _captions(self, captions: Sequence[str]) -> Tensor:
+        out: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
+        return out
+
+
+def clip(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Critic:
+    """CLIP from a folder of transformers or of open_clip."""
+    return (OpenClip if (Path(folder) / openclip.CONFIG).is_file() else Clip)(folder, device)
 
 
 def _loaded(kind: Any, folder: str | os.PathLike[str], **more: Any) -> Any:

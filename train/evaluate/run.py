@@ -26,7 +26,8 @@ from train.engine.compatibility import check_compatible
 from train.engine.loop import autocast
 from train.engine.metrics import frechet
 from train.engine.validation import validate
-from train.evaluate.critics import Clip, feature_network
+from train.evaluate.critics import Critic, feature_network
+from train.evaluate.critics import clip as clip_critic
 from train.evaluate.held_out import captions, pictures
 from train.evaluate.prompts import Task, compbench, fill, geneval
 from train.objectives import Flow
@@ -95,7 +96,7 @@ def measure(wanted: Evaluation) -> dict[str, float]:
     sampler = Sampler.load(wanted.run, wanted.device)
     device = next(sampler.model.parameters()).device
     networks: dict[str, Network] = {}
-    clip = Clip(wanted.clip, device) if wanted.clip else None
+    clip = clip_critic(wanted.clip, device) if wanted.clip else None
     if clip is not None:
         networks["FID (CLIP features)"] = clip.embedded
     if wanted.features:
@@ -157,7 +158,7 @@ def digest(sampler: Sampler) -> str:
 
 def compared(
     wanted: Evaluation, sampler: Sampler, cache: Cache, draw: Drawing,
-    networks: dict[str, Network], clip: Clip | None,
+    networks: dict[str, Network], clip: Critic | None,
 ) -> dict[str, float]:  # fmt: skip
     """Pictures of held-out captions against the pictures held out, by the networks that there are."""
     asked = captions(cache, wanted.images)

@@ -21,7 +21,7 @@ from train.data.shards import Cache
 from train.engine.best import ABOUT, AVERAGED, RAW
 from train.engine.loop import train
 from train.engine.metrics import frechet
-from train.evaluate.critics import Clip, Critic
+from train.evaluate.critics import Critic, clip
 from train.evaluate.held_out import captions, pictures
 from train.study.judge import trained
 from train.study.plan import FEWER, SETTINGS, Job, Study, Variants, config_of, row_path
@@ -72,7 +72,7 @@ def critic_of(study: Study) -> Critic:
     """CLIP, where there is one, as in the paper; or a small network that knows the captioned shapes."""
     if study.clip is None:
         return trained(study.folder)
-    return Clip(study.clip, "cuda" if torch.cuda.is_available() else "cpu")
+    return clip(study.clip, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:

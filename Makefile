@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: demo demo-tune demo-emoji test test-all test-slow test-oldest sanitize gpu-pretend docs docs-serve lint clean help
+.PHONY: demo demo-tune demo-emoji test test-all test-slow test-oldest sanitize gpu-pretend hub docs docs-serve lint clean help
 
 help:
 	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 3 minutes on 2 CPU cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize    run the kernels' tests with every memory access checked"
 	@echo "make lint        ruff, mypy, and the compiler's report on the kernels"
 	@echo "make docs        build the documentation site into docs/site/built; make docs-serve shows it"
+	@echo "make hub         write the ops as a kernel that Hugging Face's package kernels loads"
 	@echo "make clean       remove what the demos made"
 
 # One stamp per set of extras; a changed pyproject.toml installs again.
@@ -104,6 +105,10 @@ gpu-pretend: $(OLDEST)/.installed
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py \
 		joint_attention_kernels.py optim.py patch_kernels.py qk_norm.py)
+
+# The ops as a kernel that Hugging Face's package `kernels` loads, into the folder hub: upload that.
+hub: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BIN)/python -m rfkernels.hub hub
 
 # The documentation site, into docs/site/built; a link or anchor that leads nowhere fails it.
 SITE := cd docs/site && NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true PYTHONPATH=$(CURDIR) $(abspath $(BIN))/python -W ignore -m mkdocs

@@ -38,6 +38,8 @@ def _load() -> str | None:
     global entry
     from rfkernels import build, dispatch, launcher, registration
 
+    if registration.NAMESPACE != "rfkernels":
+        return "the native code is that of the package rfkernels, not of a copy under another name"
     if os.environ.get("RFKERNELS_NATIVE") == "0":
         return "RFKERNELS_NATIVE is 0"
     try:

@@ -25,7 +25,10 @@ from rfkernels.transforms import (
     transforming,
 )  # fmt: skip
 
-_library = torch.library.Library("rfkernels", "DEF")
+NAMESPACE = __name__.partition(".")[0]
+"""Of the operators: the package's name. A copy of the package under another name (rfkernels.hub) has its own."""
+_library = torch.library.Library(NAMESPACE, "DEF")
+_operators = getattr(torch.ops, NAMESPACE)
 _backwards: dict[str, Callable[..., Any]] = {}          # by the forward's name, differentiable
 
 
@@ -69,8 +72,8 @@ def operator(
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if code is not None:
         _library.impl(name, code, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rfkernels::{name}", fake, lib=_library)
-    registered = getattr(torch.ops.rfkernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    registered = getattr(_operators, name).default
     return lambda *args: registered(*args) if code is None or watched(args) else code(*args)
 
 
@@ -116,10 +119,10 @@ class Operator:
             _library.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
             if code is not None:
                 _library.impl(full, code, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"rfkernels::{full}", fake, lib=_library)
-        self.forward = getattr(torch.ops.rfkernels, name).default
+            torch.library.register_fake(f"{NAMESPACE}::{full}", fake, lib=_library)
+        self.forward = getattr(_operators, name).default
         outputs = len(self.forward._schema.returns)
-        self.backward = getattr(torch.ops.rfkernels, f"{name}_backward").default
+        self.backward = getattr(_operators, f"{name}_backward").default
         forward_code: Callable[..., Any] = forward or self.forward
         backward_code: Callable[..., Any] = backward or self.backward
 
@@ -134,12 +137,12 @@ class Operator:
         def through_library(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, self.backward, *_flat(grads))
 
-        torch.library.register_autograd(f"rfkernels::{name}", through_library, setup_context=save, lib=_library)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", through_library, setup_context=save, lib=_library)
 
         def no_second(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(no_second_derivative(f"rfkernels::{name}"))
+            raise RuntimeError(no_second_derivative(f"{NAMESPACE}::{name}"))
 
-        torch.library.register_autograd(f"rfkernels::{name}_backward", no_second, lib=_library)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", no_second, lib=_library)
         twice = None if backward_definition is None else fused(run_apart, backward_definition)
 
         def run_differentiable(*args: Any) -> Any:
@@ -165,7 +168,7 @@ class Operator:
                     return differentiate(ctx, twice, *grads)
                 with torch.no_grad():
                     gradients = differentiate(ctx, run_backward, *grads)
-                return once(f"rfkernels::{name}", *_flat(gradients))
+                return once(f"{NAMESPACE}::{name}", *_flat(gradients))
 
         def run_forward(*args: Any) -> Any:
             return self.forward(*args) if watched(args) else forward_code(*args)

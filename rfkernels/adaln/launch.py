@@ -17,7 +17,7 @@ from rfkernels.triton_support import MAX_GRID, device_name, kernels_of, multipro
 SECOND_STAGE: dict[str, Any] = {"ROWS": 32, "CHUNK": 32, "num_warps": 2, "enable_fp_fusion": True}
 
 
-_kernels = kernels_of("rfkernels.adaln.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 NONE, SUMMED, STORED = range(3)          # what becomes of a vector's gradient
 
 

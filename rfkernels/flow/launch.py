@@ -13,7 +13,7 @@ BLOCK = 2048                 # elements of a program: 16 a thread with four warp
 SETTINGS: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
-_kernels = kernels_of("rfkernels.flow.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 
 
 def _samples(x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ STAGES = 3                                 # of the backward: tiles whose loads 
 MOST_TOKENS = (1 << 31) - (1 << 16)        # of a stream in all samples, numbered in 32 bits
 
 
-_kernels = kernels_of("rfkernels.joint_attention.join_kernels")
-_sums = kernels_of("rfkernels.joint_attention.backward_kernels")
+_kernels = kernels_of(f"{__package__}.join_kernels")
+_sums = kernels_of(f"{__package__}.backward_kernels")
 
 
 def takes(streams: list[Parts], layout: str) -> bool:

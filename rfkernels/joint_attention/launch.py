@@ -41,7 +41,7 @@ def beyond_tile(*activations: Tensor | None) -> str | None:
 
 
 _forward_kernels, _backward_kernels, _prepare_kernels = (
-    kernels_of(f"rfkernels.joint_attention.{name}") for name in ("kernels", "backward_kernels", "prepare_kernels")
+    kernels_of(f"{__package__}.{name}") for name in ("kernels", "backward_kernels", "prepare_kernels")
 )
 
 

@@ -12,7 +12,7 @@ from rfkernels.triton_support import MAX_GRID, device_name, kernels_of, multipro
 PROGRAMS_PER_SM = 8
 
 
-_kernels = kernels_of("rfkernels.mlp.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 
 
 def gelu_backward(h: Tensor, da: Tensor, value: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:

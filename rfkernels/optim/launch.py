@@ -11,7 +11,7 @@ from rfkernels.triton_support import kernels_of, on
 TILES = {True: (16, 8), False: (8, 8)}
 """(blocks, warps) of a program, with states of 8 bits and without: sixteen and eight elements a thread, 16 bytes of the
 narrowest tensor."""
-_kernels = kernels_of("rfkernels.optim.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 
 
 @torch.no_grad()

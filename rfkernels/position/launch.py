@@ -15,7 +15,7 @@ from rfkernels.triton_support import capability, device_name, kernels_of, multip
 PROGRAMS_PER_SM = 2          # of the weight's gradient, each with a partial sum of its own
 
 
-_kernels = kernels_of("rfkernels.position.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ FORWARD, BACKWARD = 2048, 4096     # elements of a program at a time: 16 and 32 
 PROGRAMS_PER_SM = 4                # of a backward, for q and k together
 
 
-_kernels = kernels_of("rfkernels.qk_norm.kernels")
+_kernels = kernels_of(f"{__package__}.kernels")
 
 
 def _settings(dim: int, elements: int) -> dict[str, Any]:

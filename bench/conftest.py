@@ -12,6 +12,7 @@ import torch
 
 from bench import environment, gate, tables
 from bench.cases import left_out
+from bench.history import SLOWER
 
 RESULTS = Path(__file__).with_name("results")
 ROWS = pytest.StashKey[tables.Rows]()                    # of this run
@@ -42,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--against", metavar="JSON", help="fail if ours over eager is worse than in this file, which --benchmark-json "
         "wrote; 'newest' takes the newest of this GPU in bench/results",
     )  # fmt: skip
-    group.addoption("--slower", type=float, default=0.10, help="how much worse fails, as a fraction (0.10)")
+    group.addoption("--slower", type=float, default=SLOWER, help=f"how much worse fails, as a fraction ({SLOWER:.2f})")
     group.addoption("--ops", default="", help="only cases whose name contains this, or one of several: a;b")
 
 

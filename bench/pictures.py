@@ -20,6 +20,7 @@ TITLES = {
     "roofline": "FLOP/s against FLOPs per byte, with the ceilings measured in the same run",
     "breakdown": "Where the time of a step goes",
     "memory": "Bytes kept for backward against batch",
+    "host": "Host time of a call, by launcher",
 }
 
 
@@ -131,24 +132,54 @@ def memory(results: dict[str, Any], axes: Any) -> None:
     axes.legend(fontsize=8)
 
 
-def draw(results: dict[str, Any], stem: Path) -> None:
-    """STEM-speedups.png and so on: those of TITLES."""
+def host(results: dict[str, Any], axes: Any) -> None:
+    """Of a call, up to the launch: what a driver that runs nothing leaves."""
+    found = tables.host_times(results.get("notes", []))
+    ways = list(next(iter(found.values())))
+    for j, way in enumerate(ways):
+        at = [i + 0.8 * (j + 0.5) / len(ways) for i in range(len(found))]
+        axes.barh(at, [by_way[way][1] for by_way in found.values()], 0.8 / len(ways), label=way)
+    axes.set_yticks([i + 0.4 for i in range(len(found))], list(found))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("microseconds of the host, forward and backward; the driver runs nothing")
+    axes.set_title("Host time of a call, by launcher")
+    axes.legend(fontsize=8)
+
+
+def saved(paint: Callable[[Any], None], path: Path, height: float) -> None:
+    """A figure of one pair of axes as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    paint(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def shown(results: dict[str, Any]) -> list[str]:
+    """Of TITLES those that there is something to draw for."""
+    return [name for name in TITLES if name != "host" or tables.host_times(results.get("notes", []))]
+
+
+def draw(results: dict[str, Any], stem: Path) -> None:
+    """STEM-speedups.png and so on: those of TITLES."""
     found = tables.rows(results)
     lines = sum(len(c) for c in found.values())
     steps = sum("breakdown" in r for c in found.values() for r in c.values())
     heights = {"overview": 4.2, "speedups": 1.2 + 0.22 * lines, "roofline": 5.0, "breakdown": 1.4 + 0.42 * steps,
-               "memory": 4.5}  # fmt: skip
+               "memory": 4.5, "host": 4.2}  # fmt: skip
     painters: dict[str, Callable[[dict[str, Any], Any], None]] = {
         "overview": overview, "speedups": speedups, "roofline": roofline, "breakdown": breakdown, "memory": memory,
+        "host": host,
     }  # fmt: skip
-    for name, paint in painters.items():
-        figure, axes = plt.subplots(figsize=(9, heights[name]), layout="constrained")
-        paint(results, axes)
-        axes.set_title(f"{axes.get_title()}\n{tables.where(results)}", fontsize=9)
-        figure.savefig(f"{stem}-{name}.png", dpi=110)
-        plt.close(figure)
+    for name in shown(results):
+
+        def paint(axes: Any, name: str = name) -> None:
+            painters[name](results, axes)
+            axes.set_title(f"{axes.get_title()}\n{tables.where(results)}", fontsize=9)
+
+        saved(paint, Path(f"{stem}-{name}.png"), heights[name])

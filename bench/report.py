@@ -1,22 +1,28 @@
 """Results as tables and pictures, and the section of docs/benchmarks.md: python -m bench report
 
-What --benchmark-json wrote becomes FILE.md and five pictures beside it. The section is made from the newest of each
-device. Losses stay in.
+What --benchmark-json wrote becomes FILE.md and pictures beside it. The section is made from the newest of each
+device, and from all of them over time. Losses stay in.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench import gate, pictures, tables
+from bench import gate, history, pictures, tables
 from bench.environment import importable
 
 BEGIN = "<!-- bench: what follows is written by `python -m bench report`; edits are lost -->"
 END = "<!-- bench: end -->"
+FROM_DOCS = "../bench/results"
+OVER_TIME = (
+    "How many times as fast as eager PyTorch in the same run, by date and commit. Gate: below this "
+    f"`pytest bench --against` fails, {history.SLOWER:.0%} slower than the newest run."
+)
 
 
 def ceilings(results: dict[str, Any]) -> str:
@@ -55,20 +61,24 @@ def page(results: dict[str, Any], stem: str) -> str:
         tables.full(found),
         tables.EXPLAINED,
         tables.short(found),
-        "\n".join(f"![{title}]({stem}-{name}.png)" for name, title in pictures.TITLES.items()),
+        "\n".join(f"![{pictures.TITLES[name]}]({stem}-{name}.png)" for name in pictures.shown(results)),
         f"```\n{notes}\n```" if notes else "",
     ]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def section(runs: dict[str, dict[str, Any]]) -> str:
-    """Of docs/benchmarks.md: of each run the short table."""
-    parts = [BEGIN]
+def section(runs: dict[str, dict[str, Any]], over_time: dict[str, history.History]) -> str:
+    """Of docs/benchmarks.md: of each run the short table and its pictures, then each device's cases over runs."""
+    parts = [BEGIN, tables.EXPLAINED]
     for run, results in runs.items():
         said = " ".join(filter(None, (behind(results), ratio_to_diffusers(results))))
-        head = f"**{tables.where(results)}** ([all of it](../bench/results/{run}.md))"
-        parts += [head, tables.short(tables.rows(results)), said]
-    return "\n\n".join(part.rstrip() for part in [*parts, tables.EXPLAINED, END])
+        drawn = [f"![{pictures.TITLES[n]}]({FROM_DOCS}/{run}-{n}.png)" for n in pictures.shown(results)]
+        parts += [f"### {tables.where(results)}", f"[All of it]({FROM_DOCS}/{run}.md). {said}"]
+        parts += [tables.short(tables.rows(results)), *drawn]
+    parts += ["## Over time", OVER_TIME]
+    for device, one in over_time.items():
+        parts += [f"### {device}", f"![Each case over runs]({FROM_DOCS}/{device}-history.png)", history.table(one)]
+    return "\n\n".join(part.rstrip() for part in [*parts, END])
 
 
 def replaced(text: str, new: str, where: Path) -> str:
@@ -91,17 +101,20 @@ def main(files: list[Path], out: Path, readme: Path | None, check: bool) -> None
     if empty or not runs:
         found = ", ".join(empty) or f"{out} without results"
         raise ValueError(f"report: found {found}; expected what pytest bench --benchmark-json wrote")
+    over_time = history.histories(out)
     if check:
         if readme is None:
             raise ValueError("report: --check needs --readme where --out is not the project's own results")
         text = readme.read_text()
-        if replaced(text, section(runs), readme) != text:
+        if replaced(text, section(runs, over_time), readme) != text:
             sys.exit(f"error: the bench section of {readme} is not that of {out}; run python -m bench report")
         return
     for run, results in tqdm(runs.items(), desc="report", disable=None):
         (out / f"{run}.md").write_text(page(results, run))
         if importable("matplotlib"):
             pictures.draw(results, out / run)
+    for device, one in over_time.items() if importable("matplotlib") and not files else ():
+        pictures.saved(partial(history.draw, one), out / f"{device}-history.png", 1.4 + 0.2 * len(one.cases))
     if readme is not None:
-        readme.write_text(replaced(readme.read_text(), section(runs), readme))
+        readme.write_text(replaced(readme.read_text(), section(runs, over_time), readme))
         print(f"refreshed {readme}")

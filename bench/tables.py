@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -51,6 +52,23 @@ def duration(us: float) -> str:
 
 def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def host_times(notes: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """What `bench.host_overhead` printed into a run's notes: of each op, by way, microseconds of a call, forward and
+    forward and backward."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    start = next((i for i, line in enumerate(notes) if line.startswith("microseconds a call")), len(notes))
+    ways: list[str] = []
+    for line in notes[start + 1 :]:
+        pairs = re.findall(r"([\d.]+) / +([\d.]+)", line)
+        if pairs and len(pairs) == len(ways):
+            found[line.split()[0]] = {w: (float(f), float(b)) for w, (f, b) in zip(ways, pairs, strict=True)}
+        elif found:
+            break
+        elif not line.startswith("no native"):
+            ways = line.split()
+    return found
 
 
 COLUMNS = ("case", "ours", "eager", "x eager", "best other", "x best", "launches", "kept")

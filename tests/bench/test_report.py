@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from bench import gate, pictures, report, roofline
+from bench import gate, history, pictures, report, roofline, tables
 from bench.__main__ import COMMANDS, RESULTS
 from mmdit import commands
 from tests.bench.results import synthetic
@@ -48,7 +49,7 @@ def test_the_report_shows_times_losses_and_where(stored):
     assert "slower than eager PyTorch by 1 % or more in 1 of 3" in text and "a line that the run said" in text
     assert "2.00 times as fast in the d2-64px-B2 training step" in text
     assert "| adaln forward | 1.0 us | 2.0 us | 2.00 | eager 2.0 us | 2.00 | 1 / 4 | 8.0 MB / 16.0 MB |" in text
-    for name in pictures.TITLES:
+    for name in pictures.shown(synthetic()):
         with Image.open(stored / f"synthetic_gpu-2026-01-02-{name}.png") as picture:
             assert min(picture.size) > 200 and len(set(picture.convert("L").get_flattened_data())) > 20, name
     section = readme.read_text()
@@ -58,6 +59,44 @@ def test_the_report_shows_times_losses_and_where(stored):
     readme.write_text(section.replace("0.75", "1.75"))
     with pytest.raises(SystemExit, match="is not that of"):
         report.main([], stored, readme, check=True)
+
+
+def test_cases_over_runs_and_the_gates_limits(stored):
+    """Of a device every run that has cases, oldest first; a case that a run lacks is empty there."""
+    older = {**synthetic(), "benchmarks": synthetic()["benchmarks"][2:5], "commit_info": {"id": "0123456789"}}
+    older["benchmarks"][0]["extra_info"]["ratio"] = 0.5
+    (stored / "synthetic_gpu-2025-12-31.json").write_text(json.dumps(older))
+    (found,) = history.histories(stored).values()
+    assert found.runs == ["2025-12-31 0123456", "2026-01-02"]
+    speeds = {case: known for case, known in found.cases.items()}
+    assert speeds["attention both"] == [2.0, 0.75] and speeds["adaln forward"] == [None, 2.0]
+    assert found.limit("adaln forward") == pytest.approx(2.0 / 1.1)
+    before = {case: 1 / known[-1] for case, known in speeds.items()}
+    for factor, fails in ((0.999, True), (1.001, False)):                        # the limit is where the gate fails
+        after = {case: 1 / (found.limit(case) * factor) for case in before}
+        assert bool(gate.regressions(before, after, history.SLOWER)) == fails
+    section = report.section({}, {"synthetic_gpu": found})
+    assert "| attention both | 2.00 | 0.75 | 0.68 |" in section and "| adaln forward |  | 2.00 | 1.82 |" in section
+    assert "![Each case over runs](../bench/results/synthetic_gpu-history.png)" in section
+    pictures.saved(partial(history.draw, found), stored / "history.png", 3)
+    with Image.open(stored / "history.png") as picture:
+        assert len(set(picture.convert("L").get_flattened_data())) > 20
+
+
+def test_host_times_are_read_as_they_were_printed(tmp_path):
+    notes = ["before", "microseconds a call, gradients recorded, forward / forward and backward; torch 3.4",
+             "no native launcher: it is not built", f"{'':18s}{'eager':>22s}{'triton':>22s}",
+             f"{'adaln':18s}{2.8:13.1f} /{15.4:7.1f}{23.6:13.1f} /{107.0:7.1f}",
+             f"{'block':18s}{255.1:13.1f} /{1774.0:7.1f}{589.8:13.1f} /{1780.4:7.1f}", "after 1.0 / 2.0"]  # fmt: skip
+    found = tables.host_times(notes)
+    assert found == {"adaln": {"eager": (2.8, 15.4), "triton": (23.6, 107.0)},
+                     "block": {"eager": (255.1, 1774.0), "triton": (589.8, 1780.4)}}  # fmt: skip
+    assert tables.host_times(["nothing of it"]) == {}
+    results = {**synthetic(), "notes": notes}
+    assert "host" in pictures.shown(results) and "host" not in pictures.shown(synthetic())
+    pictures.saved(partial(pictures.host, results), tmp_path / "host.png", 3)
+    with Image.open(tmp_path / "host.png") as picture:
+        assert len(set(picture.convert("L").get_flattened_data())) > 20
 
 
 def test_a_report_of_nothing_says_what_was_wanted(tmp_path):

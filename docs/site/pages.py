@@ -24,6 +24,15 @@ PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*
           *(f"{room}/README.md" for room in ("bench", "csrc", "mmdit", "tests")))  # fmt: skip
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 RENAMED = {"README.md": "index.md"}
+FOUND_FIRST = ("docs/tutorials/", "docs/training/", "docs/fine-tuning/", "docs/released-weights.md", "README.md")
+FOUND_LAST = ("CHANGELOG.md", "CONTRIBUTING.md", "tests/", "docs/features.md", "csrc/")
+
+
+def ranked(page: str) -> str:
+    """Front matter that says how early a search shows a page: guides before the reference, the reference before what
+    is for who works on the project."""
+    boost = 4 if page.startswith(FOUND_FIRST) else 0.2 if page.startswith(FOUND_LAST) else 1
+    return f"---\nsearch:\n  boost: {boost}\n---\n\n"
 
 
 def pages() -> list[str]:
@@ -61,7 +70,7 @@ def write_pages() -> None:
         text, shown = linked((ROOT / page).read_text(), page, set(paths))
         pictures |= shown
         with mkdocs_gen_files.open(RENAMED.get(page, page), "w") as file:
-            file.write(text)
+            file.write(ranked(page) + text)
     for picture in pictures:
         with mkdocs_gen_files.open(picture, "wb") as file:
             file.write((ROOT / picture).read_bytes())

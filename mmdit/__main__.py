@@ -122,6 +122,8 @@ def sample(
             image=pictures.opened(image) if image else None, strength=strength,
             mask_image=pictures.opened(mask) if mask else None, **settings,
         )  # fmt: skip
+        for parameters in drawn.parameters if edit else ():
+            parameters["edit"] = list(map(str, edit))
         print("wrote " + ", ".join(map(str, drawn.save(out))))
         return
     sampler = Sampler.load(source, device)

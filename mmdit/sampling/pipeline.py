@@ -186,8 +186,8 @@ class Pipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = checkpoint.load(file, device=device, dtype=dtype)
         if t5 and (t5_tokenizer is None or "t5xxl" not in where):
-            lacks = "is in neither file" if "t5xxl" not in where else "has a tokenizer in neither (t5_tokenizer=)"
-            logging.getLogger(__name__).warning("%s: T5 %s; drawing without it", file, lacks)
+            lacks = "T5 is not in it (t5xxl=)" if "t5xxl" not in where else "T5 lacks its tokenizer (t5_tokenizer=)"
+            logging.getLogger(__name__).warning("%s: %s; drawing without T5", file, lacks)
             t5 = False
         encoders = [
             *(clip(where[part], part=part) for part in ("clip_l", "clip_g")),
@@ -312,7 +312,8 @@ class Pipeline:
             drawn.append(vae.to_uint8(self.autoencoder.decode(z)))
         common = {**asdict(chosen), "height": height, "width": width, "seed": seed, "unconditional": unconditional}
         common |= {"lora": [list(pair) for pair in self.loras]} if self.loras else {}
-        common |= {"strength": strength if image is not None else None, "own_latents": latents is not None}
+        common |= {"strength": strength if image is not None else None, "own_latents": latents is not None,
+                   "edit": edit is not None}  # fmt: skip
         parameters = [
             {"prompt": p, "negative_prompt": n, "image": i, **common, "skip_blocks": list(chosen.skip_blocks)}
             for i, (p, n) in enumerate(zip(prompts, negatives, strict=True))

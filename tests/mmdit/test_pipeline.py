@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from mmdit import Pipeline, checkpoint
+from mmdit.__main__ import COMMANDS
 from mmdit.autoencoder import to_float, to_uint8
 from mmdit.encoders import T5, Clip, Sd3Text
+from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings
 from tests.mmdit.conftest import VARIANTS
 
@@ -206,3 +209,32 @@ def test_command_line_and_the_parameters_in_the_picture(folders, tmp_path):
         assert picture.size == (96, 64)
     assert parameters["prompt"] == "a cat" and parameters["negative_prompt"] == "dog"
     assert (parameters["steps"], parameters["solver"], parameters["schedule"]) == (3, "dpmpp_2m", "sd3_release")
+
+
+def test_an_editor_sees_the_picture_and_the_png_names_it(folders, tmp_path):
+    """With columns of zeros for the picture it draws what it drew; with others the picture counts."""
+    _, folder = folders()
+    plain = Pipeline.from_pretrained(folder, device="cpu", t5=False)
+    photo = Image.new("RGB", (64, 64), "teal")
+    photo.save(tmp_path / "photo.png")
+    settings = {"num_inference_steps": 2, "height": 64, "width": 64, "progress": False}
+    before = plain("make it blue", **settings).images[0]
+    weights = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    columns = weights["patch_embed.proj.weight"]
+    for std, same in ((0.0, True), (0.2, False)):
+        widened = {**weights, "patch_embed.proj.weight": torch.cat([columns, std * torch.randn_like(columns)], 1)}
+        config = replace(plain.model.config, reference_channels=16)
+        model = MMDiT(config)
+        model.load_state_dict(widened)
+        checkpoint.save(model, tmp_path / "editor", layout="diffusers")
+        pipe = Pipeline.from_pretrained(folder, weights=tmp_path / "editor", device="cpu", t5=False)
+        drawn = pipe("make it blue", edit=photo, image_guidance=1.0, **settings)
+        assert (drawn.images[0].tobytes() == before.tobytes()) == same and drawn.parameters[0]["edit"]
+    COMMANDS["sample"]([str(folder), "make it blue", "--weights", str(tmp_path / "editor"), "--no-t5", "--steps", "2",
+                        "--edit", str(tmp_path / "photo.png"), "--size", "64", "64", "--image-guidance", "1",
+                        "--device", "cpu", "--out", str(tmp_path / "x.png")])  # fmt: skip
+    with Image.open(tmp_path / "x.png") as picture:
+        assert json.loads(picture.text["parameters"])["edit"] == [str(tmp_path / "photo.png")]
+        assert np.array_equal(np.asarray(picture), np.asarray(drawn.images[0]))
+    with pytest.raises(ValueError, match=r"the model has neither reference_channels nor reference_tokens"):
+        plain("make it blue", edit=photo, **settings)

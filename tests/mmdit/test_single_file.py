@@ -86,7 +86,7 @@ def test_t5_is_left_out_where_its_tokenizer_is_and_that_is_said(saved, caplog):
     folder, file = saved()
     with caplog.at_level(logging.WARNING):
         pipe = Pipeline.from_single_file(file, device="cpu")
-    assert "T5 has a tokenizer in neither (t5_tokenizer=); drawing without it" in caplog.text
+    assert "T5 lacks its tokenizer (t5_tokenizer=); drawing without T5" in caplog.text
     assert np.array_equal(drawn(pipe), drawn(Pipeline.from_pretrained(folder, device="cpu", t5=False)))
     caplog.clear()
     Pipeline.from_single_file(file, device="cpu", t5=False)

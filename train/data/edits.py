@@ -48,10 +48,6 @@ class World:
     def size(self, of: Found) -> str:
         return min(self.sizes, key=lambda name: abs(self.sizes[name] - of.half))
 
-    def name(self, of: Found) -> str:
-        """How an instruction names an object."""
-        return "it" if self.objects == 1 else f"the {of.shape}"
-
 
 CORNERS = {
     f"at the {side} {where}": (x, y)
@@ -154,7 +150,7 @@ def _one_of(names: object, rng: np.random.Generator, without: tuple[str, ...] = 
 def _recolour(there: World, after: Objects, rng: np.random.Generator) -> Edit:
     first, *others = after
     before = replace(first, colour=_one_of(COLOURS, rng, (first.colour,)))
-    return Edit("recolour", f"make {there.name(first)} {first.colour}", (before, *others), after)
+    return Edit("recolour", f"make the {first.shape} {first.colour}", (before, *others), after)
 
 
 def _move(there: World, after: Objects, rng: np.random.Generator) -> Edit:
@@ -164,7 +160,7 @@ def _move(there: World, after: Objects, rng: np.random.Generator) -> Edit:
     (x, y), (from_x, from_y) = there.places[place], there.places[came]
     before = replace(first, x=first.x - x + from_x, y=first.y - y + from_y)
     to = place.replace("at ", "to ").replace("in ", "to ")
-    return Edit("move", f"move {there.name(first)} {to}", (before, *others), after)
+    return Edit("move", f"move the {first.shape} {to}", (before, *others), after)
 
 
 def _resize(there: World, after: Objects, rng: np.random.Generator) -> Edit:
@@ -172,17 +168,17 @@ def _resize(there: World, after: Objects, rng: np.random.Generator) -> Edit:
     size = there.size(first)
     other = _one_of(there.sizes, rng, (size,))
     before = replace(first, half=first.half - there.sizes[size] + there.sizes[other])
-    return Edit("resize", f"make {there.name(first)} {size}", (before, *others), after)
+    return Edit("resize", f"make the {first.shape} {size}", (before, *others), after)
 
 
 def _replace(there: World, after: Objects, rng: np.random.Generator) -> Edit:
     first, *others = after
     before = replace(first, shape=_one_of(SHAPES, rng, tuple(one.shape for one in after)))
-    return Edit("replace", f"turn {there.name(before)} into a {first.shape}", (before, *others), after)
+    return Edit("replace", f"turn the {before.shape} into a {first.shape}", (before, *others), after)
 
 
 def _remove(there: World, after: Objects, rng: np.random.Generator) -> Edit:
-    return Edit("remove", f"remove {there.name(after[0])}", after, after[1:])
+    return Edit("remove", f"remove the {after[0].shape}", after, after[1:])
 
 
 def _add(there: World, after: Objects, rng: np.random.Generator) -> Edit:
@@ -199,7 +195,7 @@ def _inpaint(there: World, after: Objects, rng: np.random.Generator) -> Edit:
 
 
 def _colourise(there: World, after: Objects, rng: np.random.Generator) -> Edit:
-    said = " and ".join(f"{there.name(one)} {one.colour}" for one in after)
+    said = " and ".join(f"the {one.shape} {one.colour}" for one in after)
     return Edit("colourise", f"colour {said}", after, after)
 
 
@@ -209,7 +205,7 @@ def _deblur(there: World, after: Objects, rng: np.random.Generator) -> Edit:
 
 def _segment(there: World, after: Objects, rng: np.random.Generator) -> Edit:
     first = after[0]
-    return Edit("segment", f"segment {there.name(first)}", after, (replace(first, colour="black"),))
+    return Edit("segment", f"segment the {first.shape}", after, (replace(first, colour="black"),))
 
 
 _MAKERS = (_recolour, _move, _resize, _replace, _remove, _add, _inpaint, _colourise, _deblur, _segment)

@@ -27,19 +27,28 @@ def drawn(curves: dict[str, Points], label: str, *, log: bool = False, starts: I
     there = {name: points for name, points in curves.items() if points}
     if not there:
         return ""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    # A run waits for this: margins are not laid out, and text is the browser's, not shapes.
+    figure = Figure(figsize=(7.5, 3.4))
+    axes = figure.add_axes((0.1, 0.15, 0.88, 0.82))
     for name, points in there.items():
         few = len(points) < 60
         axes.plot(*zip(*thinned(points), strict=True), "o-" if few else "-", markersize=3, linewidth=1.0, label=name)
     for step in starts:
         axes.axvline(step, color="0.6", linewidth=0.8, linestyle=":")
     values = [value for points in there.values() for _, value in points]
-    axes.set(xlabel="step", ylabel=label, yscale="log" if log and min(values) > 0 else "linear")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="best", fontsize=8)
-    made = io.StringIO()
-    figure.savefig(made, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    axes.set(xlabel="step", ylabel=label)
+    if log and min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize=8)
+    made, unsaid = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(made, format="svg", transparent=True, metadata=unsaid)
     return "".join(made.getvalue().partition("<svg")[1:])

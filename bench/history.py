@@ -19,20 +19,22 @@ class History:
     """Of one device, oldest run first."""
 
     runs: list[str]
-    """The date and the commits of each."""
+    """The date and the commits of each; + after one: with changes that were not committed."""
     cases: dict[str, list[float | None]]
     """Times as fast as eager PyTorch, by case and run; None where a run has no such case."""
 
     def limit(self, case: str) -> float | None:
-        """What the next run must reach: the newest that there is, less what the gate lets pass."""
-        known = [speed for speed in self.cases[case] if speed is not None]
-        return known[-1] / (1 + SLOWER) if known else None
+        """What the next run must reach: the newest run's speed, less what the gate lets pass; None if it lacks the
+        case, which the gate passes over then."""
+        newest = self.cases[case][-1]
+        return None if newest is None else newest / (1 + SLOWER)
 
 
 def commits(files: list[Path]) -> str:
     """Of a run's parts, each commit once."""
-    found = (gate.read([file]).get("commit_info", {}).get("id", "")[:7] for file in files)
-    return ", ".join(dict.fromkeys(filter(None, found)))
+    found = (gate.read([file]).get("commit_info", {}) for file in files)
+    named = (info.get("id", "")[:7] + ("+" if info.get("dirty") else "") for info in found)
+    return ", ".join(dict.fromkeys(filter(None, named)))
 
 
 def histories(folder: Path) -> dict[str, History]:
@@ -58,7 +60,7 @@ def table(history: History) -> str:
     return tables.markdown(["times as fast as eager", *history.runs, "gate"], body)
 
 
-def draw(history: History, axes: Any) -> None:
+def draw(history: History, axes: Any, device: str = "") -> None:
     """A row for each case, a point for each run, a bar where the gate would fail."""
     for i, run in enumerate(history.runs):
         at = [(speeds[i], j) for j, speeds in enumerate(history.cases.values()) if speeds[i] is not None]
@@ -77,5 +79,7 @@ def draw(history: History, axes: Any) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("times as fast as eager PyTorch in the same run")
-    axes.set_title("Each case over runs")
+    speeds = [known[-1] for known in history.cases.values() if known[-1] is not None]
+    slower = sum(speed < 1 / 1.01 for speed in speeds)
+    axes.set_title(f"{device}: in the newest run {slower} of {len(speeds)} cases are slower than eager", fontsize=10)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -133,7 +133,7 @@ def memory(results: dict[str, Any], axes: Any) -> None:
 
 
 def host(results: dict[str, Any], axes: Any) -> None:
-    """Of a call, up to the launch: what a driver that runs nothing leaves."""
+    """Of a call, with a driver that runs nothing; eager PyTorch computes on the CPU, on small tensors."""
     found = tables.host_times(results.get("notes", []))
     ways = list(next(iter(found.values())))
     for j, way in enumerate(ways):
@@ -143,7 +143,7 @@ def host(results: dict[str, Any], axes: Any) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("microseconds of the host, forward and backward; the driver runs nothing")
-    axes.set_title("Host time of a call, by launcher")
+    axes.set_title("Host time of a call, by launcher (eager: PyTorch on the CPU, with its arithmetic)")
     axes.legend(fontsize=8)
 
 

@@ -20,7 +20,8 @@ BEGIN = "<!-- bench: what follows is written by `python -m bench report`; edits 
 END = "<!-- bench: end -->"
 FROM_DOCS = "../bench/results"
 OVER_TIME = (
-    "How many times as fast as eager PyTorch in the same run, by date and commit. Gate: below this "
+    "How many times as fast as eager PyTorch in the same run, by date and commit (+: with changes that were not "
+    "committed). Gate: below this "
     f"`pytest bench --against` fails, {history.SLOWER:.0%} slower than the newest run."
 )
 
@@ -114,7 +115,8 @@ def main(files: list[Path], out: Path, readme: Path | None, check: bool) -> None
         if importable("matplotlib"):
             pictures.draw(results, out / run)
     for device, one in over_time.items() if importable("matplotlib") and not files else ():
-        pictures.saved(partial(history.draw, one), out / f"{device}-history.png", 1.4 + 0.2 * len(one.cases))
+        paint = partial(history.draw, one, device=device)
+        pictures.saved(paint, out / f"{device}-history.png", 1.4 + 0.2 * len(one.cases))
     if readme is not None:
         readme.write_text(replaced(readme.read_text(), section(runs, over_time), readme))
         print(f"refreshed {readme}")

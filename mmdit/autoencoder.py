@@ -199,14 +199,18 @@ class KL:
 
 
 def _kl_from_file(file: str, dtype: torch.dtype) -> Any:
-    """The autoencoder of a single file, in the names of its first code base, which diffusers converts. How latents are
-    scaled no tensor tells: as in all of Stable Diffusion 3."""
+    """The autoencoder of a single file, whose names are those of latent diffusion, which diffusers converts. The file
+    does not say how latents are scaled: as in all of Stable Diffusion 3."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     from mmdit.checkpoint import parts
 
     state, _ = parts.read(file, "autoencoder", dtype)
+    if "encoder.down.0.block.0.conv1.weight" not in state:
+        known = "encoder.down_blocks.0.resnets.0.conv1.weight" in state
+        why = "its names are diffusers': give the folder with its config.json" if known else "it has no encoder.down.0"
+        raise ValueError(f"{file} is no autoencoder of a single file: {why}")
     levels = range(len({name.split(".")[2] for name in state if name.startswith("encoder.down.")}))
     blocks = {name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}
     latents, narrowest = state["decoder.conv_in.weight"].shape[1], state["encoder.conv_in.weight"].shape[0]

@@ -1,11 +1,12 @@
 """The ops as a kernel that Hugging Face's package `kernels` loads: python -m rfkernels.hub FOLDER
 
-    ops = kernels.get_local_kernel(Path("FOLDER"))      # from the Hub: kernels.get_kernel("OWNER/rfkernels", version=0)
+    ops = kernels.get_local_kernel(Path("FOLDER"))
     y = ops.adaln(x, shift, scale)
 
 Such a kernel is loaded under a name of its own, from any path and beside other versions of itself, so imports within
 the package become relative, and its operators are registered under that name. Triton compiles for the GPU at hand: one
-copy serves every version of PyTorch. The native code is not part of it, so on a CPU plain PyTorch runs.
+copy serves every version of PyTorch. The native code is not part of it, so on a CPU plain PyTorch runs. On the Hub the
+folder goes to the branch v0 of a kernel repository, from which `kernels.get_kernel(..., version=0)` takes it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ tags: [kernel, triton]
 
 # rfkernels {version}
 
-Fused ops for MM-DiT, the Stable Diffusion 3 architecture, in Triton: `{ops}`. On a CPU, and on GPUs without
-Triton, plain PyTorch computes the same.
+Fused ops for MM-DiT, the Stable Diffusion 3 architecture, in Triton: `{ops}`. For NVIDIA GPUs; on a CPU plain
+PyTorch computes the same.
 
 ```python
 from kernels import get_kernel
 
-ops = get_kernel("OWNER/rfkernels", version={number})
+ops = get_kernel("OWNER/rfkernels", version={number}, trust_remote_code=["OWNER/rfkernels"])
 y = ops.adaln(x, shift, scale)
 print(ops.explain("adaln", x, shift, scale))          # which implementation runs, and why
 ```
@@ -63,7 +64,12 @@ def relative(source: str, depth: int) -> str:
 
 
 def written(folder: Path) -> list[Path]:
-    """Writes the kernel for each of BACKENDS: folder/build/torch-BACKEND. Returns: their folders."""
+    """Writes the kernel for each of BACKENDS: folder/build/torch-BACKEND, and a card. Returns: their folders.
+
+    Raises: ValueError for a folder with another README.md than such a card."""
+    card = folder / "README.md"
+    if card.exists() and not card.read_text().startswith(CARD.partition("license")[0]):
+        raise ValueError(f"{card} is there and no card of a kernel; give a folder of its own")
     root = Path(rfkernels.__file__).parent
     files: dict[Path, bytes] = {}
     for path in sorted(root.rglob("*")):
@@ -87,7 +93,7 @@ def written(folder: Path) -> list[Path]:
         (variant / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
         found.append(variant)
     ops = "`, `".join(name for name in rfkernels.__all__ if name[0].islower())
-    (folder / "README.md").write_text(CARD.format(version=rfkernels.__version__, ops=ops, number=number))
+    card.write_text(CARD.format(version=rfkernels.__version__, ops=ops, number=number))
     return found
 
 
@@ -95,8 +101,12 @@ def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m rfkernels.hub FOLDER\n\nWrite the ops as a kernel of Hugging Face's package `kernels`.")
         return 0 if sys.argv[1:] == ["--help"] else 2
-    for variant in written(Path(sys.argv[1])):
-        print(f"wrote {variant}")
+    try:
+        made = written(Path(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"wrote {variant}" for variant in made))
     return 0
 
 

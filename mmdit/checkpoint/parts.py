@@ -4,12 +4,13 @@ files that hold one such part alone (clip_l.safetensors, t5xxl_fp16.safetensors)
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmdit.checkpoint.tensors import DTYPES, FP8, Source
+from mmdit.checkpoint.tensors import DTYPES, Source
 
 PARTS = {
     "autoencoder": ("first_stage_model.", "decoder.conv_in.weight"),
@@ -18,6 +19,8 @@ PARTS = {
     "t5xxl": ("text_encoders.t5xxl.transformer.", "shared.weight"),
 }
 """Of each part its prefix in a single file, and a tensor that it always has. Alone in a file it has no prefix."""
+ITS_OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "text_model.", "text_projection.", "shared.")
+"""How a part's names begin; what else may lie beside them (a logit scale, a picture tower) is not read."""
 
 
 def held(path: str | os.PathLike[str]) -> set[str]:
@@ -31,19 +34,19 @@ def held(path: str | os.PathLike[str]) -> set[str]:
 def read(
     path: str | os.PathLike[str], part: str, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], torch.dtype]:
-    """A part's tensors without their prefix, and their dtype: the one given, or as stored (of fp8 that of others, or
-    bf16).
+    """A part's tensors without their prefix, and their dtype: the one given, or that in which most of the part is
+    stored, fp8 aside; bf16 if all of it is fp8.
 
-    Raises: FileNotFoundError; ValueError for a file without the part, or with several dtypes."""
+    Raises: FileNotFoundError; ValueError for a file without the part."""
     source, (prefix, sign) = Source(path), PARTS[part]
     prefix = next((p for p in (prefix, "") if p + sign in source.entries), "?")
-    names = {name.removeprefix(prefix): name for name in source.entries if name.startswith(prefix)}
-    if not names:
+    whole = {name.removeprefix(prefix): name for name in source.entries if name.startswith(prefix)}
+    if not whole:
         raise ValueError(f"{path} holds no {part}: no tensor {PARTS[part][0]}{sign}, nor {sign}")
-    names = {short: name for short, name in names.items() if not short.endswith("position_ids")}        # no weights
-    if dtype is None:
-        stored = {source.entries[name].dtype for name in names.values()} - FP8.keys()
-        if len(stored) > 1:
-            raise ValueError(f"{path}: {part} mixes dtypes ({', '.join(sorted(stored))}); say which one is wanted")
-        dtype = DTYPES.get(stored.pop()) if stored else torch.bfloat16
-    return {short: source.read(name).to(dtype) for short, name in names.items()}, dtype or torch.float32
+    names = {n: name for n, name in whole.items() if n.startswith(ITS_OWN) and not n.endswith("position_ids")}
+    stored: Counter[str] = Counter()
+    for name in names.values():
+        stored[source.entries[name].dtype] += torch.Size(source.entries[name].shape).numel()
+    known = [DTYPES[kind] for kind, _ in stored.most_common() if kind in DTYPES]
+    dtype = dtype or (known[0] if known else torch.bfloat16)
+    return {short: source.read(name).to(dtype) for short, name in names.items()}, dtype

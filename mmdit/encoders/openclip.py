@@ -14,6 +14,14 @@ from mmdit.encoders.features import TextFeatures, batched
 from mmdit.files import naming, read_object, sampled_digest
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+OTHERS = ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "no_causal_mask", "embed_cls")
+"""Of a text tower: what makes it another network than CLIP's, or reads with another tokenizer."""
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder is open_clip's. Many hold transformers' files too: those are taken then."""
+    theirs = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return (folder / CONFIG).is_file() and not theirs
 
 
 def open_clip() -> Any:
@@ -31,8 +39,11 @@ def network(folder: Path, *, pictures: bool) -> Any:
     Raises: FileNotFoundError; ValueError for another architecture, or tensors that are missing or unknown."""
     package, config = open_clip(), read_object(folder / CONFIG)
     settings = config.get("model_cfg", config)
-    if not {"vision_cfg", "text_cfg"} <= settings.keys() or "hf_model_name" in settings["text_cfg"]:
-        raise ValueError(f"{folder / CONFIG} describes no CLIP of open_clip's own two towers")
+    text = settings.get("text_cfg")
+    if not isinstance(text, dict) or "vision_cfg" not in settings:
+        raise ValueError(f"{folder / CONFIG} describes no CLIP: it has no vision_cfg and text_cfg")
+    if others := [n for n in OTHERS if text.get(n)] + ["pool_type"] * (text.get("pool_type", "argmax") != "argmax"):
+        raise ValueError(f"{folder / CONFIG} describes no CLIP as OpenAI's: text_cfg has {', '.join(others)}")
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; pickles are never loaded")
     names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
@@ -54,7 +65,8 @@ def network(folder: Path, *, pictures: bool) -> Any:
 
 class OpenClip:
     """A CLIP text encoder as `Clip`, through open_clip: penultimate hidden states without the final norm, and the
-    pooled vector. Its tokenizer is open_clip's own, which also undoes HTML's entities.
+    pooled vector. Its tokenizer is open_clip's own, which differs from the released folders' in two points: it undoes
+    HTML's entities, and it reads "!" as a word, which for CLIP-G's in those folders is padding.
 
     Args:
         folder: open_clip_config.json and open_clip_model.safetensors, of CLIP-L or bigG/14.
@@ -98,9 +110,6 @@ class OpenClip:
 
     def encode(self, captions: Sequence[str], batch: int = 64) -> list[TextFeatures]:
         return batched(self.features, captions, batch)
-
-    def save(self, folder: Path, tokenizer: Path) -> None:
-        raise ValueError(f"{self.folder} is a CLIP in open_clip's files, which have no place in diffusers' folder")
 
     def spec(self) -> dict[str, Any]:
         sizes = {"dim": self.dim, "pooled_dim": self.pooled_dim, "max_tokens": self.max_tokens}

@@ -91,16 +91,16 @@ class _Pretrained:
         if settings is not None and settings != self._settings:
             raise ValueError(f"text encoder {self.kind}: the configuration or tokenizer of {folder} is another")
         package, wanted = transformers(), getattr(torch, dtype) if dtype else None
+        with naming(tokenizer or folder):
+            self._tokenizer = self._own_tokenizer(package) if not tokenizer else package.AutoTokenizer.from_pretrained(
+                tokenizer, local_files_only=True, trust_remote_code=False
+            )
         with naming(folder), quiet():
             self.model: Any = self._from_file(package, path, wanted) if path.is_file() else single_file.loaded(
                 self._model_class(package), folder, local_files_only=True, use_safetensors=True,
                 dtype=wanted or "auto", variant=variant(path),
             )  # fmt: skip
         self.model.eval().requires_grad_(False)
-        with naming(tokenizer or folder):
-            self._tokenizer = self._own_tokenizer(package) if not tokenizer else package.AutoTokenizer.from_pretrained(
-                tokenizer, local_files_only=True, trust_remote_code=False
-            )
 
     def _model_class(self, package: Any) -> Any:
         raise NotImplementedError

@@ -93,7 +93,7 @@ class Sd3Text:
 def clip(source: str, tokenizer: str = "", *, part: str, **settings: Any) -> Clip | OpenClip:
     """CLIP-L or CLIP-G ("clip_l", "clip_g") of Stable Diffusion 3, from a folder of transformers or of open_clip, or a
     single file."""
-    if (Path(source) / openclip.CONFIG).is_file():
+    if openclip.is_one(Path(source)):
         return OpenClip(source, part)
     if Path(source).is_file() or not tokenizer:
         settings |= {"part": part, "projected": part == "clip_g"}

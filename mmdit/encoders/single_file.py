@@ -19,7 +19,6 @@ def clip(package: Any, file: Path, part: str, dtype: torch.dtype | None) -> nn.M
     """A CLIPTextModelWithProjection of transformers. CLIP-L's projection, which the reference code does not use, is the
     identity where it is absent."""
     state, dtype = parts.read(file, part, dtype)
-    state = {name: value for name, value in state.items() if name.startswith(("text_model.", "text_projection."))}
     vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
     if part == "clip_l":
         state.setdefault("text_projection.weight", torch.eye(width, dtype=dtype))

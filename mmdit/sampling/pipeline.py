@@ -22,7 +22,7 @@ from torch import Tensor
 from mmdit import adapters, checkpoint, flow, keyed, numbers, pictures
 from mmdit import autoencoder as vae
 from mmdit.checkpoint import parts
-from mmdit.encoders import T5, Conditioning, Sd3Text, clip
+from mmdit.encoders import T5, Conditioning, OpenClip, Sd3Text, clip
 from mmdit.encoders.sd3 import from_folder
 from mmdit.files import read_object, replacing, write_atomically
 from mmdit.flow.solvers import Constraint, Progress
@@ -178,11 +178,16 @@ class Pipeline:
             diffusers or open_clip.
         """
         given = {"autoencoder": autoencoder, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
+        for name, path in {"the single file": file, **given, "t5_tokenizer": t5_tokenizer}.items():
+            if path is not None and not Path(path).exists():
+                raise FileNotFoundError(f"{name}: nothing at {path}")
+        if t5 and t5xxl is not None and t5_tokenizer is None:
+            raise ValueError("t5xxl is given without t5_tokenizer, a folder: no file holds T5's tokenizer")
         held = parts.held(file)
         where = {part: str(path or file) for part, path in given.items() if path is not None or part in held}
         if missing := [part for part in ("autoencoder", "clip_l", "clip_g") if part not in where]:
             listed = ", ".join(f"{part} ({parts.PARTS[part][0]}*)" for part in missing)
-            raise ValueError(f"{file} holds no {listed}; give a file for each: {', '.join(f'{p}=' for p in missing)}")
+            raise ValueError(f"{file} holds no {listed}; give {', '.join(missing)}: a file or folder each")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = checkpoint.load(file, device=device, dtype=dtype)
         if t5 and (t5_tokenizer is None or "t5xxl" not in where):
@@ -211,8 +216,12 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """A folder that diffusers' StableDiffusion3Pipeline.from_pretrained reads: the model in diffusers' layout, the
-        other parts as they are on disk."""
+        other parts as their folders have them; what came out of a single file is written as it was read.
+
+        Raises: ValueError for a CLIP in open_clip's files, which has no place there."""
         root = Path(folder)
+        if foreign := [encoder.folder for encoder in self.text.encoders if isinstance(encoder, OpenClip)]:
+            raise ValueError(f"{foreign[0]} is a CLIP in open_clip's files, which have no place in diffusers' folder")
         checkpoint.save(self.model, root / "transformer", layout="diffusers", dtype=dtype)
         index: dict[str, Any] = {
             "_class_name": "StableDiffusion3Pipeline",
@@ -227,6 +236,7 @@ class Pipeline:
             for name, kind in zip(names, (own, tokenizer), strict=True):
                 index[name] = [None, None] if encoder is None else ["transformers", kind]
             if encoder is not None:
+                assert not isinstance(encoder, OpenClip)
                 encoder.save(*(root / name for name in names))
         self.autoencoder.save(root / "vae")
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": self.shift}

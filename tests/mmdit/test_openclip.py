@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -86,11 +87,14 @@ def test_features_are_those_of_transformers(both):
         build({**got.spec(), "weights": "other"})
 
 
-def test_the_score_is_that_of_transformers(both):
+def test_the_score_is_that_of_transformers(both, tmp_path):
     _, theirs, ours = both
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
     got, want = critics.clip(ours), critics.clip(theirs)
     assert isinstance(got, critics.OpenClip) and isinstance(want, critics.Clip)
+    shutil.copytree(theirs, tmp_path / "both")
+    shutil.copytree(ours, tmp_path / "both", dirs_exist_ok=True)
+    assert isinstance(critics.clip(tmp_path / "both"), critics.Clip)                     # as before there was a choice
     np.testing.assert_allclose(got.embedded(images), want.embedded(images), rtol=1e-3, atol=1e-3)
     assert got.score(images, TEXTS[:3]) == pytest.approx(want.score(images, TEXTS[:3]), abs=1e-4)
 
@@ -116,10 +120,12 @@ def test_a_pipeline_takes_open_clips_folders(both, folders):
     [
         (lambda c, t: t.pop("ln_final.bias"), r"open_clip_model\.safetensors misses ln_final\.bias"),
         (lambda c, t: t.update({"text.x": torch.ones(1)}), r"has unknown text\.x"),
-        (lambda c, t: c["model_cfg"]["text_cfg"].update(hf_model_name="x"), r"describes no CLIP of open_clip's own"),
+        (lambda c, t: c["model_cfg"]["text_cfg"].update(hf_model_name="x"), r"no CLIP as .*: text_cfg has hf_"),
+        (lambda c, t: c["model_cfg"]["text_cfg"].update(no_causal_mask=True, pool_type="last"),
+         r"describes no CLIP as OpenAI's: text_cfg has no_causal_mask, pool_type"),
         (lambda c, t: t.clear(), r"misses "),
     ],
-    ids=("missing", "unknown", "other", "empty"),
+    ids=("missing", "unknown", "other", "mask", "empty"),
 )  # fmt: skip
 def test_what_does_not_fit_is_named(spoil, message, both, tmp_path):
     from safetensors.torch import load_file

@@ -74,7 +74,7 @@ def test_the_layout(tmp_path):
     assert "\nfrom rfkernels" not in code and not (folders[0] / "inspect").exists()
     again = hub.written(tmp_path)
     assert again == folders and json.loads((again[0] / "metadata.json").read_text()) == about[0]
-    assert 'get_kernel("OWNER/rfkernels", version=0)' in (tmp_path / "README.md").read_text()
+    assert 'get_kernel("OWNER/rfkernels", version=0, ' in (tmp_path / "README.md").read_text()
 
 
 def test_imports_become_relative():
@@ -86,6 +86,10 @@ def test_imports_become_relative():
     assert hub.relative(source, 1) == want
 
 
-def test_the_command_says_how_it_is_called(capsys, monkeypatch):
+def test_the_command_says_how_it_is_called(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["hub"])
     assert hub.main() == 2 and "usage: python -m rfkernels.hub FOLDER" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("# Mine\n")
+    monkeypatch.setattr(sys, "argv", ["hub", str(tmp_path)])
+    assert hub.main() == 1 and "README.md is there and no card of a kernel" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "build").exists()

@@ -119,7 +119,7 @@ class OpenClip(_Embeddings):
 
 def clip(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Critic:
     """CLIP from a folder of transformers or of open_clip."""
-    return (OpenClip if (Path(folder) / openclip.CONFIG).is_file() else Clip)(folder, device)
+    return (OpenClip if openclip.is_one(Path(folder)) else Clip)(folder, device)
 
 
 def _loaded(kind: Any, folder: str | os.PathLike[str], **more: Any) -> Any:

@@ -53,7 +53,7 @@ class Evaluation:
     reference: int = 10_000
     """Real pictures they are compared with, at most: the validation split's."""
     clip: Path | None = None
-    """Folder of a CLIPModel that transformers reads (ViT-L/14 in the paper): CLIP score, and FID on its features."""
+    """Folder of a CLIP of transformers or open_clip (ViT-L/14 in the paper): CLIP score, and FID on its features."""
     features: str = ""
     """A network of your own for the Frechet distance: package.module:function, uint8 [N, H, W, 3] to [N, D]."""
     geneval: Path | None = None

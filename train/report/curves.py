@@ -33,7 +33,7 @@ def drawn(curves: dict[str, Points], label: str, *, log: bool = False, starts: I
 
     # A run waits for this: margins are not laid out, and text is the browser's, not shapes.
     figure = Figure(figsize=(7.5, 3.4))
-    axes = figure.add_axes((0.1, 0.15, 0.88, 0.82))
+    axes = figure.add_axes((0.13, 0.15, 0.85, 0.82))
     for name, points in there.items():
         few = len(points) < 60
         axes.plot(*zip(*thinned(points), strict=True), "o-" if few else "-", markersize=3, linewidth=1.0, label=name)
@@ -45,7 +45,7 @@ def drawn(curves: dict[str, Points], label: str, *, log: bool = False, starts: I
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", fontsize=8)
     made, unsaid = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))

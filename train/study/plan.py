@@ -61,7 +61,7 @@ class Study:
     best_again: int = 10
     """How many of the best get all seeds."""
     clip: Path | None = None
-    """Folder of a CLIPModel that scores pictures and makes features of them; without it a small network trained on the
+    """Folder of a CLIP that scores pictures and makes features of them; without it a small network trained on the
     captioned shapes, which only data sets of those may be judged by."""
     images: int = 64
     """Pictures per control setting."""

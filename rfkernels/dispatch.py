@@ -107,6 +107,11 @@ def backend(name: str, *only: str) -> Iterator[None]:
 
     Raises: ValueError for an unknown name; RuntimeError from an op that has no such implementation or whose
     implementation cannot run on the inputs. Not thread-safe: it sets a process-wide switch.
+
+    >>> with rfkernels.backend("reference", "adaln"):
+    ...     y = rfkernels.adaln(torch.randn(2, 16, 64), torch.zeros(2, 64))
+    >>> y.shape
+    torch.Size([2, 16, 64])
     """
     global _forced
     unknown = [op for op in only if op not in _registry]
@@ -179,6 +184,9 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         op: a public function of rfkernels, or its name. The other arguments are that function's own.
     Returns: a line for the choice, one for each tensor that is copied first, one for each implementation passed over.
     Raises: ValueError if op is unknown, and whatever the op itself raises on bad arguments.
+
+    >>> rfkernels.explain("adaln", torch.randn(2, 16, 64), torch.zeros(2, 64)).startswith("adaln: ")
+    True
     """
     from rfkernels import native
 

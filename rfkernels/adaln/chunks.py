@@ -101,6 +101,10 @@ def chunk_modulation(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
         count: number of chunks: 6 for a block of an MM-DiT.
     Returns: count views of modulation, C channels each.
     Raises: ValueError or TypeError that names the argument.
+
+    >>> shift, scale, gate = chunk_modulation(torch.randn(2, 3 * 64), 3)
+    >>> gate.shape
+    torch.Size([2, 64])
     """
     op = "chunk_modulation"
     if (made := native.direct(op, modulation, count)) is not None:

@@ -42,6 +42,10 @@ def adaln(
     Returns: [B, S, C]; statistics and arithmetic in fp32, one rounding. Gradients have their input's dtype.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Peebles & Xie 2023, section 3.2; Esser et al. 2024, figure 2b.
+
+    >>> x, shift, scale = torch.randn(2, 16, 64), torch.zeros(2, 64), torch.zeros(2, 64)
+    >>> adaln(x, shift, scale).shape
+    torch.Size([2, 16, 64])
     """
     if weight is bias is None and (y := native.direct("adaln", x, shift, scale, True, norm, eps, dtype)) is not None:
         return y
@@ -57,6 +61,10 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor | None = None)
     Returns: [B, S, C] in the dtype that eager PyTorch would give (fp32 for an fp32 residual and a bf16 branch); one
         rounding, from fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
+
+    >>> x, branch, gate = torch.randn(2, 16, 64), torch.randn(2, 16, 64), torch.zeros(2, 64)
+    >>> torch.equal(gated_residual(x, branch, gate), x)
+    True
     """
     h: Tensor | None = native.direct("gated_residual", residual, branch, gate)
     return dispatch.run("gated_residual", *_check_gated_residual(residual, branch, gate)) if h is None else h
@@ -81,6 +89,12 @@ def gated_adaln(
     Returns: (h, y), both [B, S, C]: h in the dtype that eager PyTorch would give, y in `dtype`. y is the norm of h as
         stored, after rounding.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
+
+    >>> x, branch = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
+    >>> gate, shift, scale = torch.randn(3, 2, 64)
+    >>> residual, normed = gated_adaln(x, branch, gate, shift, scale)
+    >>> normed.shape
+    torch.Size([2, 16, 64])
     """
     plain = (residual, branch, gate, shift, scale, True, norm, eps, dtype)
     if weight is bias is None and (made := native.direct("gated_adaln", *plain)) is not None:

@@ -19,6 +19,11 @@ def rectified_flow(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     Returns: (z_t, target) in x0's dtype; one rounding each, from fp32.
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, equation 13.
+
+    >>> x0, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([0.1, 0.9])
+    >>> z, velocity = rectified_flow(x0, noise, t)
+    >>> z.shape
+    torch.Size([2, 16, 8, 8])
     """
     made: tuple[Tensor, Tensor] | None = native.direct("rectified_flow", x0, noise, t)
     return dispatch.run("rectified_flow", *_check_flow(x0, noise, t)) if made is None else made
@@ -31,6 +36,10 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         prediction, target: [B, ...], one shape; their dtypes may differ. weight: [B].
     Returns: scalar, fp32.
     Raises: ValueError or TypeError that names the argument.
+
+    >>> prediction, target = torch.ones(2, 16, 8, 8), torch.zeros(2, 16, 8, 8)
+    >>> float(weighted_mse(prediction, target, torch.tensor([0.5, 1.5])))
+    1.0
     """
     loss: Tensor | None = native.direct("weighted_mse", prediction, target, weight)
     return dispatch.run("weighted_mse", *_check_mse(prediction, target, weight)) if loss is None else loss

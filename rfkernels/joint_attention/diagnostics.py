@@ -37,6 +37,10 @@ def attention_statistics(
     Returns: AttentionStatistics. Padding is left out. NaN entropy and -inf maximum if no row is valid.
     Raises: ValueError if rows is below 1.
     Source: Esser et al. 2024, section 5.3.2 and figure 5.
+
+    >>> image = Stream(*torch.zeros(3, 2, 16, 4, 32), torch.ones(32), torch.ones(32))
+    >>> round(float(attention_statistics([image]).entropy), 3)                   # uniform: log 16
+    2.773
     """
     checks.positive_int("attention_statistics", rows=rows)
     scale = streams[0].k.shape[-1] ** -0.5 if scale is None else scale
@@ -79,6 +83,11 @@ def observe_attention(rows: int = 32) -> Iterator[list[AttentionStatistics]]:
     """Every `joint_attention` called inside adds its statistics to the list this yields: of a model, one per layer.
 
     Args: rows: as for `attention_statistics`. Not thread-safe: it sets a process-wide switch.
+
+    >>> with observe_attention() as found:
+    ...     _ = joint_attention([Stream(*torch.randn(3, 2, 16, 4, 32))])
+    >>> len(found)
+    1
     """
     global _observed, _rows
     before, (_observed, _rows) = (_observed, _rows), ([], rows)

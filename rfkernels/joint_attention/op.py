@@ -29,6 +29,11 @@ def joint_attention(
         samples without any valid key, are zeros.
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, figure 2b.
+
+    >>> text = Stream(*torch.randn(3, 2, 7, 4, 32), torch.ones(32), torch.ones(32))
+    >>> image = Stream(*torch.randn(3, 2, 16, 4, 32), torch.ones(32), torch.ones(32))
+    >>> [out.shape for out in joint_attention([text, image])]
+    [torch.Size([2, 7, 4, 32]), torch.Size([2, 16, 4, 32])]
     """
     if not diagnostics.observing():
         outs: tuple[Tensor | None, ...] | None = native.direct("joint_attention", streams, scale, eps)

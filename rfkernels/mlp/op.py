@@ -25,6 +25,10 @@ def gelu_mlp(x: Tensor, *layers: nn.Module | Tensor | None, **named: nn.Module |
             [hidden] or None, w2: [out, hidden], b2: [out] or None.
     Returns: [..., out] in x's dtype (autocast's under autocast).
     Raises: ValueError or TypeError that names the argument.
+
+    >>> fc1, fc2 = torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)
+    >>> gelu_mlp(torch.randn(2, 16, 64), fc1, fc2).shape
+    torch.Size([2, 16, 64])
     """
     if not named and (made := _direct(x, *layers)) is not None:
         return made

@@ -39,6 +39,9 @@ def position_grid(
     Returns: [h*w, dim] fp32 on the CPU, row by row.
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, section 5.3.2, "Positional Encodings for Varying Aspect Ratios".
+
+    >>> position_grid(256, 384, 64, resolution=256, max_height=512, max_width=512).shape
+    torch.Size([384, 64])
     """
     grid = {"resolution": resolution, "max_height": max_height, "max_width": max_width, "base": base, "unit": unit}
     return dispatch.run("position_grid", *_check_grid(height, width, dim, **grid))
@@ -64,6 +67,10 @@ def patch_embed(
     Returns: tokens [B, h*w, dim], row by row.
     Raises: ValueError or TypeError that names the argument.
     Source: Esser et al. 2024, section 4.
+
+    >>> latent, weight = torch.randn(2, 16, 8, 8), torch.randn(64, 16, 2, 2)
+    >>> patch_embed(latent, weight, torch.zeros(64), torch.zeros(16, 64)).shape
+    torch.Size([2, 16, 64])
     """
     made: Tensor | None = native.direct("patch_embed", latent, weight, bias, positions, patch_size, dtype)
     if made is not None:
@@ -87,6 +94,10 @@ def patch_unembed(
     Returns: latent [B, C, height, width] in x's dtype (autocast's under autocast).
     Raises: ValueError or TypeError that names the argument.
     Source: Peebles & Xie 2023, section 3.2.
+
+    >>> tokens, weight = torch.randn(2, 16, 64), torch.randn(2 * 2 * 16, 64)
+    >>> patch_unembed(tokens, weight, torch.zeros(64), height=8, width=8).shape
+    torch.Size([2, 16, 8, 8])
     """
     latent: Tensor | None = native.direct("patch_unembed", x, weight, bias, height, width, patch_size)
     if latent is not None:

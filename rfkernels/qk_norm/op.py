@@ -22,6 +22,11 @@ def qk_norm(
     Returns: (q, k) normalised, in the input's dtype; mean square in fp32.
     Raises: ValueError or TypeError if shapes, dtypes or devices do not fit; the message names the argument.
     Source: Esser et al. 2024, section 5.3.2; Dehghani et al. 2023.
+
+    >>> q, k = torch.randn(2, 2, 16, 4, 32)
+    >>> q, k = qk_norm(q, k, torch.ones(32), torch.ones(32))
+    >>> q.shape
+    torch.Size([2, 16, 4, 32])
     """
     made: tuple[Tensor, Tensor] | None = native.direct("qk_norm", q, k, q_weight, k_weight, eps)
     return made or dispatch.run("qk_norm", *_check(q, k, q_weight, k_weight, eps=eps))

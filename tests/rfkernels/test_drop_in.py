@@ -1,6 +1,7 @@
 """What people have in their hands: shapes, strides, norms with parameters, modules on a device."""
 
 import doctest
+import inspect
 import itertools
 import os
 import subprocess
@@ -311,6 +312,17 @@ def test_examples_in_docstrings_run():
         found = doctest.DocTestFinder(recurse=False).find(module, name, globs=names)
         assert found[0].examples, name
         assert not doctest.DocTestRunner().run(found[0]).failed
+
+
+def test_examples_of_the_ops_run():
+    """Every public function has one."""
+    ops = [name for name in rfkernels.__all__ if inspect.isfunction(getattr(rfkernels, name))]
+    assert {"adaln", "joint_attention", "backend", "explain"} <= set(ops)
+    names = {**vars(rfkernels), "torch": torch, "rfkernels": rfkernels}
+    for name in ops:
+        (found,) = doctest.DocTestFinder(recurse=False).find(getattr(rfkernels, name), name, globs=names)
+        assert found.examples, name
+        assert not doctest.DocTestRunner().run(found).failed
 
 
 def test_affine_norms_as_modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,9 @@ def draw(results: dict[str, Any], stem: Path) -> None:
         "host": host,
     }  # fmt: skip
     for name in shown(results):
+        saved(partial(_with_where, painters[name], results), Path(f"{stem}-{name}.png"), heights[name])
 
-        def paint(axes: Any, name: str = name) -> None:
-            painters[name](results, axes)
-            axes.set_title(f"{axes.get_title()}\n{tables.where(results)}", fontsize=9)
 
-        saved(paint, Path(f"{stem}-{name}.png"), heights[name])
+def _with_where(paint: Callable[[dict[str, Any], Any], None], results: dict[str, Any], axes: Any) -> None:
+    paint(results, axes)
+    axes.set_title(f"{axes.get_title()}\n{tables.where(results)}", fontsize=9)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from tyro.conf import Positional, UseAppendAction
+    from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 except ImportError:
     sys.exit("error: python -m mmdit needs tyro: pip install 'rfkernels-mmdit[cli]'")
 
@@ -22,6 +23,22 @@ from mmdit.commands import DTYPES, Dtype
 from mmdit.sampling.pipeline import Pipeline, save_png
 from mmdit.sampling.sample import Sampler, grid
 from mmdit.serving import LOCAL, Drawer, launch, page
+
+
+@dataclass(frozen=True)
+class Files:
+    """Beside a released single file."""
+
+    autoencoder: Path | None = None
+    """The autoencoder, where the single file holds none or another is wanted."""
+    clip_l: Path | None = None
+    """CLIP-L, likewise."""
+    clip_g: Path | None = None
+    """CLIP-G, likewise."""
+    t5xxl: Path | None = None
+    """T5, likewise."""
+    t5_tokenizer: Path | None = None
+    """Folder of T5's tokenizer, which no file holds; without it T5 is left out."""
 
 
 def sample(
@@ -41,11 +58,7 @@ def sample(
     device: str | None = None,
     lora: UseAppendAction[tuple[str, ...]] = (),
     weights: Path | None = None,
-    autoencoder: Path | None = None,
-    clip_l: Path | None = None,
-    clip_g: Path | None = None,
-    t5xxl: Path | None = None,
-    t5_tokenizer: Path | None = None,
+    files: OmitArgPrefixes[Files] = Files(),
     dtype: Dtype | None = None,
     negative: str = "",
     unconditional: Literal["empty", "zeros"] = "empty",
@@ -79,11 +92,7 @@ def sample(
         device: cpu, cuda, ...; a GPU if there is one.
         lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
         weights: Folder: the model's weights from another file, in any layout.
-        autoencoder: Single file: the autoencoder from another file.
-        clip_l: Single file: CLIP-L from another file.
-        clip_g: Single file: CLIP-G from another file.
-        t5xxl: Single file: T5 from another file.
-        t5_tokenizer: Single file: folder of T5's tokenizer; without it T5 is left out.
+        files: What a single file does not hold.
         dtype: Pipeline: of the model; as stored unless given.
         negative: Pipeline: negative prompt.
         unconditional: Pipeline: the encoded negative prompt, or zeros as in the paper.
@@ -108,7 +117,6 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     if steps is not None:
         numbers.whole("steps", steps, 1)
-    files = dict(autoencoder=autoencoder, clip_l=clip_l, clip_g=clip_g, t5xxl=t5xxl, t5_tokenizer=t5_tokenizer)
     pipe = _pipeline(
         source, files, weights, lora, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, t5_tokens=t5_tokens,
         offload=offload, tiled=tiled,
@@ -141,17 +149,17 @@ def sample(
 
 
 def _pipeline(
-    source: Path, files: dict[str, Any], weights: Path | None, lora: tuple[str, ...], **settings: Any
+    source: Path, files: Files, weights: Path | None, lora: tuple[str, ...], **settings: Any
 ) -> Pipeline | None:
     """Of a released single file or a pipeline's folder; None of what is neither."""
     if (source / "model_index.json").is_file():
-        if given := [name for name, path in files.items() if path is not None]:
+        if given := [name for name, path in vars(files).items() if path is not None]:
             raise ValueError(f"{source} is a pipeline's folder; {', '.join(given)} are for a released single file")
         pipe = Pipeline.from_pretrained(source, weights=weights, **settings)
-    elif parts.held(source) or any(files.values()):
+    elif parts.held(source) or files != Files():
         if weights is not None:
             raise ValueError(f"{source} is a single file, which holds the model; weights are for a pipeline's folder")
-        pipe = Pipeline.from_single_file(source, **files, **settings)
+        pipe = Pipeline.from_single_file(source, **vars(files), **settings)
     else:
         return None
     for file, weight in map(weighted, lora):
@@ -166,11 +174,7 @@ def serve(
     device: str | None = None,
     lora: UseAppendAction[tuple[str, ...]] = (),
     weights: Path | None = None,
-    autoencoder: Path | None = None,
-    clip_l: Path | None = None,
-    clip_g: Path | None = None,
-    t5xxl: Path | None = None,
-    t5_tokenizer: Path | None = None,
+    files: OmitArgPrefixes[Files] = Files(),
     dtype: Dtype | None = None,
     t5: bool = True,
     offload: bool = False,
@@ -185,17 +189,12 @@ def serve(
         device: cpu, cuda, ...; a GPU if there is one.
         lora: LoRA file, or FILE:STRENGTH, on top of the weights; may be given several times.
         weights: Folder: the model's weights from another file, in any layout.
-        autoencoder: Single file: the autoencoder from another file.
-        clip_l: Single file: CLIP-L from another file.
-        clip_g: Single file: CLIP-G from another file.
-        t5xxl: Single file: T5 from another file.
-        t5_tokenizer: Single file: folder of T5's tokenizer; without it T5 is left out.
+        files: What a single file does not hold.
         dtype: Pipeline: of the model; as stored unless given.
         t5: Pipeline: --no-t5 leaves T5 out.
         offload: Pipeline: text encoders wait on the CPU.
         tiled: Pipeline: decode in tiles.
     """
-    files = dict(autoencoder=autoencoder, clip_l=clip_l, clip_g=clip_g, t5xxl=t5xxl, t5_tokenizer=t5_tokenizer)
     drawn: Pipeline | Sampler | None = _pipeline(
         source, files, weights, lora, dtype=DTYPES[dtype] if dtype else None, device=device, t5=t5, offload=offload,
         tiled=tiled,

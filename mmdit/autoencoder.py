@@ -157,7 +157,7 @@ class KL:
 
     def save(self, folder: Path) -> None:
         """As diffusers reads it."""
-        from mmdit.encoders.pretrained import copied
+        from mmdit.files import copied
 
         copied(self.folder, folder, self.model)
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -53,6 +54,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def copied(source: str, folder: Path, part: Any) -> None:
+    """The folder that a part came from, as it is; what came out of a file is written."""
+    if not source or Path(source).is_file():
+        part.save_pretrained(folder)
+    elif Path(source).resolve() != folder.resolve():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 class InUse(ValueError):

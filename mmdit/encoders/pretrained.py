@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mmdit.checkpoint.tensors import variant
 from mmdit.encoders import single_file
 from mmdit.encoders.features import TextFeatures, batched
-from mmdit.files import naming, sampled_digest
+from mmdit.files import copied, naming, sampled_digest
 
 CLIP_TOKENS = 77
 SETTINGS = (".json", ".txt", ".model")
@@ -57,14 +56,6 @@ def fingerprint_of(folder: Path) -> str:
     if not files:
         raise FileNotFoundError(f"{folder} holds no safetensors; pickles are never loaded")
     return sampled_digest(files)
-
-
-def copied(source: str, folder: Path, part: Any) -> None:
-    """The folder that a part came from, as it is; what came out of a file is written."""
-    if not source or Path(source).is_file():
-        part.save_pretrained(folder)
-    elif Path(source).resolve() != folder.resolve():
-        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 class _Pretrained:

@@ -68,7 +68,7 @@ def test_cases_over_runs_and_the_gates_limits(stored):
     (stored / "synthetic_gpu-2025-12-31.json").write_text(json.dumps(older))
     (found,) = history.histories(stored).values()
     assert found.runs == ["2025-12-31 0123456", "2026-01-02"]
-    speeds = {case: known for case, known in found.cases.items()}
+    speeds = found.cases
     assert speeds["attention both"] == [2.0, 0.75] and speeds["adaln forward"] == [None, 2.0]
     assert found.limit("adaln forward") == pytest.approx(2.0 / 1.1)
     before = {case: 1 / known[-1] for case, known in speeds.items()}

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ from PIL import Image
 from mmdit import Sampler, presets
 from mmdit.model import MMDiT
 from mmdit.serving import LOCAL, Cancelled, Drawer, Wanted, launch, page
+from tests.browsing import chromium
 
 # Gradio leaves event loops and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -154,15 +154,8 @@ def test_only_this_machine_sees_it(served):
 
 @pytest.fixture
 def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("there is no chromium on this machine")
-    with sync.sync_playwright() as play:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-        opened = play.chromium.launch(executable_path=path, args=flags)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 def test_people_draw_and_are_refused(served, browser):

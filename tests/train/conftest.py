@@ -34,9 +34,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def config(cache, tmp_path):
+    return small(cache, tmp_path / "run")
+
+
+def small(cache, run):
     """A run of twelve steps that takes about a second."""
     return Config(
-        run=tmp_path / "run",
+        run=run,
         cache=cache,
         model=presets.tiny(in_channels=12, context_dim=64, pooled_dim=64, token_pixels=4),
         batch=4,

@@ -20,24 +20,25 @@ from train.engine.loop import train
 from train.report import card
 from train.report.curves import thinned
 
-from .conftest import changed
+from .conftest import changed, small
 
-_finished = {}               # where the run that `run` copies lies
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """Of twelve steps with three previews, resumed with other settings."""
+    first = changed(
+        small(cache, tmp_path_factory.mktemp("finished") / "run"), samples=Samples(every=4, count=3, steps=1), steps=4,
+        keep=1, optimizer=Optimizer(lr=1e-3, warmup=4),
+    )  # fmt: skip
+    train(first)
+    train(changed(first, steps=12, keep=2))
+    return first.run
 
 
 @pytest.fixture
-def run(config, tmp_path_factory):
-    """Of twelve steps with three previews, resumed with other settings; made once, and a copy for each test."""
-    if "run" not in _finished:
-        where = tmp_path_factory.mktemp("finished") / "run"
-        first = changed(
-            config, run=where, samples=Samples(every=4, count=3, steps=1), steps=4, keep=1,
-            optimizer=Optimizer(lr=1e-3, warmup=4),
-        )  # fmt: skip
-        train(first)
-        train(changed(first, steps=12, keep=2))
-        _finished["run"] = where
-    shutil.copytree(_finished["run"], config.run)
+def run(finished, config):
+    """A copy of it."""
+    shutil.copytree(finished, config.run)
     return config.run
 
 

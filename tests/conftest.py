@@ -23,7 +23,8 @@ FIRST = ("train/test_parallel.py", "train/test_faults.py", "train/test_planning.
 DEVICE_TIER = {
     f"test_{name}.py"
     for name in ("adaln_kernels", "bias", "block_styles", "drop_in", "flow_kernels", "gelu_mlp", "join",
-                 "joint_attention_kernels", "joint_attention_operator", "patch_kernels", "qk_norm", "transforms")
+                 "joint_attention_kernels", "joint_attention_operator", "optim", "patch_kernels", "qk_norm",
+                 "transforms")
 }  # fmt: skip
 torch.backends.cudnn.allow_tf32 = False        # a convolution that results are compared with has fp32's error
 

@@ -27,7 +27,7 @@ from bench.device.runner import Outcome, Part, Queue, pack, unpack
 SECONDS = 285.0              # of a call; its machine is given ten minutes at most, and each start costs one or two
 PATIENCE = 5                 # times that, and each deadline, on a CPU, whose speed depends on what else it does
 KERNEL_TESTS = ("adaln_kernels", "bias", "flow_kernels", "gelu_mlp", "join", "joint_attention_kernels",
-                "joint_attention_operator", "patch_kernels", "qk_norm")  # fmt: skip
+                "joint_attention_operator", "optim", "patch_kernels", "qk_norm")  # fmt: skip
 ENTERED = ("adaln_kernels", "bias", "gelu_mlp", "joint_attention_kernels", "qk_norm")
 """Of those, the tests of ops that the native launcher starts."""
 PTXAS = ("ptxas-blackwell", "/usr/local/cuda/bin/ptxas")
@@ -82,17 +82,18 @@ def first(work: Path, pretend: bool) -> list[Part]:
 
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
-        Part("tests", device_tests("tests", tests), 150, beside=True, environment={"RFKERNELS_LAUNCH": "triton"}),
+        Part("tests", device_tests("tests", tests), 240, beside=True, environment={"RFKERNELS_LAUNCH": "triton"}),
         Part("ptxas", python(*one_attention), 60),
         Part("train", python("-m", training, "plain"), 70),
         Part("sample", python("-m", training, "sampled"), 40),
         Part("spread", python(*spread), 60),
         Part("resume", python("-m", training, "resumed"), 60),
+        Part("tuning", python("-m", "bench.device.tuning"), 90),
+        Part("compiled", python("-m", training, "compiled"), 90),
         Part("table", python("-m", "bench.device.ways", "--table", table), 20, after="build"),
         Part("tests-native", device_tests("tests-native", entered), 60, environment=native, after="tests"),
         Part("tests-csrc", device_tests("tests-csrc", entered), 60, environment=csrc, after="tests"),
         Part("profile", python("-m", "bench.profile"), 70),
-        Part("compiled", python("-m", training, "compiled"), 90),
         Part("racecheck", [*sanitized, "racecheck", "--kernel-regex", "kns=attention", *python(*one_attention)], 45,
              environment=uncached, needs="compute-sanitizer"),
         Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 60,
@@ -119,6 +120,7 @@ def second(work: Path, pretend: bool) -> list[Part]:
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),
         Part("paper", python("-m", "bench.device.paper"), 120),
         bench_part("step-again", "model", step, 35, work, RFKERNELS_LAUNCH_TABLES=str(work), **eager),
+        Part("optimizers", python("-m", "bench.device.optimizers"), 30),
         Part("settings", python("-m", "bench.device.settings"), 60),
         Part("error", python("-m", "bench.attention_error"), 30),
     ]
@@ -158,7 +160,7 @@ def prepared(pretend: bool) -> None:
 
 
 def main(call: str, out: Path, pretend: bool, earlier: Path | None, candidates: Path | None, seconds: float,
-         hang: str) -> int:  # fmt: skip
+         parts: str, hang: str) -> int:  # fmt: skip
     prepared(pretend)
     import torch
 
@@ -177,17 +179,17 @@ def main(call: str, out: Path, pretend: bool, earlier: Path | None, candidates: 
         if (work / f"{slug}.json").is_file():                             # of an earlier sweep
             os.environ["RFKERNELS_LAUNCH_TABLES"] = str(work)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rfkernels-triton"))
-        parts = CALLS[call](work, pretend)
+        chosen = [part for part in CALLS[call](work, pretend) if not parts or part.name in parts.split(";")]
         if pretend:
             seconds *= PATIENCE
-            parts = [replace(part, seconds=part.seconds * PATIENCE) for part in parts]
+            chosen = [replace(part, seconds=part.seconds * PATIENCE) for part in chosen]
         if hang:                                             # for the test of deadlines
             stuck = python("-c", "import time; print('hanging', flush=True); time.sleep(1000)")
-            parts = [Part(p.name, stuck, 3, p.beside) if p.name == hang else p for p in parts]
+            chosen = [Part(p.name, stuck, 3, p.beside) if p.name == hang else p for p in chosen]
         queue = Queue(work, seconds, known)
         signal.signal(signal.SIGTERM, signal.default_int_handler)        # archived all the same
         try:
-            queue.run(parts)
+            queue.run(chosen)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
         finally:
@@ -212,5 +214,6 @@ if __name__ == "__main__":
     parser.add_argument("--candidates", type=Path,
                         help="settings to sweep, of bench.device.precompile on another machine")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all parts together ({SECONDS:.0f})")
+    parser.add_argument("--parts", default="", help="these alone, one;another (all)")
     parser.add_argument("--hang", default="", help="a part that is made to hang, to try the deadlines")
     sys.exit(main(**vars(parser.parse_args())))

@@ -93,7 +93,7 @@ def test_deadlines_leave_room(call, tmp_path):
     """No part may take all the time, and what is compiled beside does not count."""
     parts = CALLS[call](tmp_path, False)
     assert len({part.name for part in parts}) == len(parts)
-    assert all(part.seconds <= 150 for part in parts)
+    assert all(part.seconds <= (250 if part.beside else 150) for part in parts)
 
 
 def test_nothing_needs_diffusers_or_tyro():

@@ -172,7 +172,7 @@ def test_what_cannot_be_meant_is_refused(wrong):
 @pytest.mark.parametrize("weight", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("states", reference.STATES)
 @pytest.mark.parametrize("shape", ((3, 300), (1, 1), (5, 256)), ids=str)
-def test_the_kernel_is_the_definition(shape, states, weight):
+def test_the_kernel_is_the_definition(shape, states, weight, on_device):
     """Scales to an ulp, of the root; codes to one that an ulp moves; weights to the powers in the bias correction."""
     p, grads = torch.randn(shape).to(weight), gradients(shape, 3)
     more = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
@@ -188,7 +188,7 @@ def test_the_kernel_is_the_definition(shape, states, weight):
 
 
 @needs_triton
-def test_the_kernel_leaves_everything_where_found_inf_is_1():
+def test_the_kernel_leaves_everything_where_found_inf_is_1(on_device):
     p, grads = torch.randn(2, 300), gradients((2, 300), 1)
     found, state = taken(launch.adamw, p, grads, "int8", found_inf=torch.tensor(1.0))
     assert torch.equal(found, p) and not any(value.any() for value in state.values())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from train.config import Samples, Validation
 
+from ..processes import ranks
 from .conftest import changed
 
 TRAIN = """
@@ -32,22 +33,29 @@ class Launch:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def start(self, script, argument, processes, *torchrun):
-        """The process of torchrun."""
+    def start(self, script, argument, processes):
+        """The ranks, forked from a process that has imported everything."""
+        return ranks(script, [argument], processes)
+
+    def torchrun(self, script, argument, processes, *flags):
+        """The process of torchrun, whose workers import everything anew."""
         path = self.folder / "script.py"
         path.write_text(script)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         return subprocess.Popen(
-            [*command, *torchrun, str(path), str(argument)], env=environment, text=True,
+            [*command, *flags, str(path), str(argument)], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def __call__(self, config, processes, wait=True, before="", torchrun=()):
-        """Trains; returns the process, or what it printed. `before`: Python that runs first, in each process."""
+    def __call__(self, config, processes, wait=True, before="", torchrun=None):
+        """Trains; returns the process, or what it printed. `before`: Python that runs first, in each process;
+        `torchrun`: its flags, where it is to start them."""
         where = self.folder / f"{config.run.name}.pickle"
         where.write_bytes(pickle.dumps(config))
-        process = self.start(TRAIN.format(before=before), where, processes, *torchrun)
+        script = TRAIN.format(before=before)
+        start = self.start if torchrun is None else self.torchrun
+        process = start(script, where, processes, *(torchrun or ()))
         return ended(process) if wait else process
 
     def workers(self):
@@ -60,10 +68,18 @@ class Launch:
 
 
 def ended(process):
-    """What a process printed, once it has ended well."""
-    output = process.communicate(timeout=240)[0]
+    """What processes printed, once they have ended well."""
+    output = said(process)
     assert process.returncode == 0, output[-4000:]
     return output
+
+
+def said(process):
+    """What processes printed, once they have ended."""
+    if isinstance(process, subprocess.Popen):
+        return process.communicate(timeout=240)[0]
+    process.wait()
+    return "".join(process.printed())
 
 
 def until(condition, process, seconds=60):

@@ -26,7 +26,7 @@ from train.engine.parallel import World, build
 from train.engine.rendezvous import agreed
 
 from .conftest import changed
-from .launching import agree, losses
+from .launching import agree, losses, said
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ from .launching import agree, losses
 )
 def test_losses_and_weights_do_not_depend_on_the_processes(processes, parallel, alone, tmp_path, launch):
     spread = changed(alone, run=tmp_path / "run", parallel=parallel)
-    launch(spread, processes)
+    launch(spread, processes, torchrun=() if parallel == Parallel() else None)
     agree(alone.run, spread.run)
     about = json.loads((spread.run / "checkpoints" / "step-00000010" / "run.json").read_text())
     assert about["processes"] == processes
@@ -148,7 +148,7 @@ def test_what_cannot_be_spread_is_said(alone, tmp_path, launch):
         ({"batch": 4, "parallel": Parallel(accumulate=4)}, "expected at least a sample for each of 2 x 4 parts"),
     ):
         process = launch(changed(alone, run=tmp_path / "run", **change), 2, wait=False)
-        output = process.communicate(timeout=120)[0]
+        output = said(process)
         assert process.returncode != 0 and message in output
 
 

@@ -49,7 +49,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return inside, reached - first
 
 
-def steps() -> None:
+def steps(wanted_steps: str) -> None:
     device = environment.device()
     size = (models.GPU if device.type == "cuda" else models.CPU)[0]
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -62,6 +62,8 @@ def steps() -> None:
         ways = models.contenders(size, device, dtype, only=wanted)
         inputs = models.inputs(size, device, dtype)
         for (step, run), way in product((("training", training), ("sampling", sampling)), wanted):
+            if step not in wanted_steps:
+                continue
             call = partial(run, models.Autocast(ways[way]) if autocasting else ways[way], inputs)
             call()
             print(f"\n{size.name(step)}, {way}{', autocast over fp32 weights' * autocasting}", flush=True)
@@ -106,8 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", action="store_true", help="one call of each op, for Nsight Compute")
     parser.add_argument("--ops", default="", help="cases, one;another: their kernels by every contender")
+    parser.add_argument("--steps", default="training;sampling", help="which steps of the model (both)")
     given = parser.parse_args()
-    kernels() if given.kernels else ops(given.ops) if given.ops else steps()
+    kernels() if given.kernels else ops(given.ops) if given.ops else steps(given.steps)
 
 
 if __name__ == "__main__":

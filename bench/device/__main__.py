@@ -76,8 +76,8 @@ def first(work: Path, pretend: bool) -> list[Part]:
     csrc = {**native, "RFKERNELS_LAUNCH_TABLES": table}
     entered = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else ENTERED)]
 
-    def device_tests(name: str, files: list[str]) -> list[str]:
-        return python("-m", "pytest", "-p", "no:benchmark", "-m", "device", "-n", processes, "--dist", "load",
+    def device_tests(name: str, files: list[str], marked: str = "device") -> list[str]:
+        return python("-m", "pytest", "-p", "no:benchmark", "-m", marked, "-n", processes, "--dist", "load",
                       "--timeout", 150, "--tb", "line", "--junit-xml", work / f"{name}.xml", *files)  # fmt: skip
 
     return [
@@ -92,8 +92,9 @@ def first(work: Path, pretend: bool) -> list[Part]:
         Part("compiled", python("-m", training, "compiled"), 90),
         Part("table", python("-m", "bench.device.ways", "--table", table), 20, after="build"),
         Part("tests-native", device_tests("tests-native", entered), 60, environment=native, after="tests"),
-        Part("tests-csrc", device_tests("tests-csrc", entered), 60, environment=csrc, after="tests"),
-        Part("profile", python("-m", "bench.profile"), 70),
+        Part("tests-csrc", device_tests("tests-csrc", entered, "device and not same_kernel"), 60, environment=csrc,
+             after="tests"),
+        Part("profile", python("-m", "bench.profile", "--steps", "training"), 60),
         Part("racecheck", [*sanitized, "racecheck", "--kernel-regex", "kns=attention", *python(*one_attention)], 45,
              environment=uncached, needs="compute-sanitizer"),
         Part("memcheck", [*sanitized, "memcheck", *python("-m", "pytest", "-p", "no:xdist", *lengths)], 60,
@@ -114,7 +115,7 @@ def second(work: Path, pretend: bool) -> list[Part]:
     return [
         Part("build", python("-m", "rfkernels.build"), 120, beside=True),
         *([] if known else [Part("precompile", python(*compile_), 130, beside=True)]),
-        bench_part("step", "model", step, 45, work, **eager),
+        bench_part("step", "model", step, 100, work, **eager),
         Part("sweep", python(*sweep), 60, after="precompile"),
         *(bench_part(name, "ops", case, 40, work, **eager) for name, case in ops.items()),
         Part("ways", python("-m", "bench.device.ways"), 60, after="build"),

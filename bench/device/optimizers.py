@@ -1,14 +1,14 @@
 """AdamW's step by what it stores: python -m bench.device.optimizers
 
-Of one block's matrices of the 2B model, several times over, beside torch's fused AdamW; gigabytes are those that must
-move: weights and moments read and written, gradients read.
+Of the matrices of some blocks of the 2B model, and of a LoRA of all of its matrices, beside torch's fused AdamW.
+Gigabytes are those that must move: weights and moments read and written, gradients read.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -18,16 +18,17 @@ from bench.device.runner import VERDICT
 from bench.environment import pretending
 from rfkernels.optim import AdamW
 
-WIDTH, BLOCKS = (64, 1) if pretending() else (1536, 8)
-SHAPES = ((3, 1), (1, 1), (4, 1), (1, 4), (6, 1)) * 2                   # of WIDTH: qkv, out, fc1, fc2, modulation
+WIDTH, BLOCKS, RANK = (64, 1, 2) if pretending() else (1536, 8, 16)
+SHAPES = [(3, 1), (1, 1), (4, 1), (1, 4), (6, 1)] * 2                   # of WIDTH: qkv, out, fc1, fc2, modulation
+MATRICES = [(rows * WIDTH, columns * WIDTH) for rows, columns in SHAPES * BLOCKS]
+LORA = [shape for rows, columns in MATRICES * 3 for shape in ((RANK, columns), (rows, RANK))]
 ROUNDS, STEPS = (1, 1) if pretending() else (7, 5)
 
 
-def parameters(weights: torch.dtype, gradients: torch.dtype, device: torch.device) -> list[nn.Parameter]:
-    made = [nn.Parameter(torch.randn(rows * WIDTH, columns * WIDTH, device=device).to(weights))
-            for rows, columns in SHAPES * BLOCKS]  # fmt: skip
+def parameters(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     for parameter in made:
-        parameter.grad = torch.randn_like(parameter, dtype=gradients)
+        parameter.grad = torch.randn_like(parameter)
     return made
 
 
@@ -56,12 +57,13 @@ def main() -> None:
         "ours, moments of 8 bits": (fp32, 16, lambda p: AdamW(p, states="int8")),
         "ours, bf16 weights, moments of 8 bits": (bf16, 10, lambda p: AdamW(p, states="int8")),
     }
-    for way, (weights, moved, make) in ways.items():
-        held = parameters(weights, weights, device)
-        count = sum(parameter.numel() for parameter in held)
-        ms = milliseconds(make(held).step)
-        told = f"{ms:.2f} ms, {count * moved / ms / 1e6:.0f} GB/s"
-        print(f"{VERDICT}AdamW, {count / 1e6:.0f} M parameters, {way}: {told}", flush=True)
+    for of, shapes in (("matrices", MATRICES), ("a LoRA", LORA)):
+        for way, (weights, moved, make) in ways.items():
+            held = parameters(shapes, weights, device)
+            count = sum(parameter.numel() for parameter in held)
+            ms = milliseconds(make(held).step)
+            told = f"{ms:.2f} ms, {count * moved / ms / 1e6:.0f} GB/s"
+            print(f"{VERDICT}AdamW, {of}, {len(held)} of {count / 1e6:.0f} M, {way}: {told}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def compile_only(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any,
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         flat = [inner for a in args for inner in (a if isinstance(a, tuple) else (a,))]
         tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        tensors += [behind for a in tensors for behind in getattr(a, "behind", ())]            # a table of addresses
         launched.append((self.fn.__name__, kernel, sum(t.numel() * t.element_size() for t in tensors)))
         return kernel
 

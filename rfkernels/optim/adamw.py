@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,30 +73,41 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
-                if not self.state[parameter]:
-                    self.state[parameter].update(self.fresh(parameter))
-                self._update(parameter, self.state[parameter], group, number)
+        updates = list(self._updates())
+        if updates:
+            steps = [update.step for update in updates]
+            torch._foreach_add_(steps, 1)
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf.to(step.device) for step in steps])
+        by_kernel: dict[torch.device, list[launch.Update]] = defaultdict(list)
+        for update in updates:
+            run = _chosen(update.parameter, update.gradient)
+            if run is launch.adamw:
+                by_kernel[update.parameter.device].append(update)
+            else:
+                run(*update, self.grad_scale, self.found_inf)
+        for members in by_kernel.values():
+            launch.adamw_all(members, self.grad_scale, self.found_inf)
+        written = [tensor for u in updates for tensor in (u.parameter, *u.state.values())]
+        torch.autograd.graph.increment_version(written)                   # kernels write where autograd does not look
         return loss
 
-    def _update(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], number: int) -> None:
-        step = state["step"]
-        step.add_(1 if self.found_inf is None else 1 - self.found_inf.to(step.device))
-        given, gradient = _rows(_local(parameter)), _rows(_local(parameter.grad))                     # type: ignore[arg-type]
-        own = {name: _rows(_local(value)) for name, value in state.items() if name != "step"}
-        key = (self.seed * 0x9E3779B1 + number * 0x85EBCA77) & 0x7FFFFFFF
-        beta1, beta2 = group["betas"]
-        settings = Settings(
-            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, _first_row(parameter)
-        )
-        run = _chosen(given, gradient := gradient.contiguous())
-        run(given, gradient, own, step, settings, self.grad_scale, self.found_inf)
-        torch.autograd.graph.increment_version((given, *own.values()))    # kernels write where autograd does not look
+    def _updates(self) -> Iterator[launch.Update]:
+        """Of each parameter that has a gradient."""
+        parameters = ((group, parameter) for group in self.param_groups for parameter in group["params"])
+        for number, (group, parameter) in enumerate(parameters, 1):
+            if parameter.grad is None:
+                continue
+            if not (state := self.state[parameter]):
+                state.update(self.fresh(parameter))
+            key = (self.seed * 0x9E3779B1 + number * 0x85EBCA77) & 0x7FFFFFFF
+            beta1, beta2 = group["betas"]
+            settings = Settings(
+                float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, _first_row(parameter)
+            )
+            own = {name: _rows(_local(value)) for name, value in state.items() if name != "step"}
+            given, gradient = _rows(_local(parameter)), _rows(_local(parameter.grad)).contiguous()
+            yield launch.Update(given, gradient, own, state["step"], settings)
 
 
 def _chosen(parameter: Tensor, gradient: Tensor) -> Callable[..., None]:

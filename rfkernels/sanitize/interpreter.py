@@ -116,12 +116,16 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> None:
     kwargs = {k: v for k, v in kwargs.items() if k in inspect.getfullargspec(self.fn).args}
     arguments = inspect.getcallargs(self.fn, *args, **kwargs)
     launch = Launch(self.fn.__name__, self.fn.__code__)
+    tables = {name: value for name, value in arguments.items() if hasattr(value, "behind")}
+    arguments |= {name: value.detach().clone() for name, value in tables.items()}
     for name, value in arguments.items():
         for label, tensor in () if name in self.constexprs else _tensors(name, value):
             base = tensor.base if type(tensor).__name__ == "TensorWrapper" else tensor
             if base.device.type != "cpu":
                 raise ValueError(f"{launch.name}: {label} is on {base.device}; the sanitizer takes tensors of the CPU")
             launch.register(label, base, tensor)
+    for name, table in tables.items():
+        _tag(launch, name, table, arguments[name])
     for hook in getattr(self, "pre_run_hooks", ()):
         hook(*args, **kwargs)
     if watch.launch is not None:
@@ -153,6 +157,14 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> None:
         while _scopes:
             _scopes.pop().restore()
         _patched.clear()
+
+
+def _tag(launch: Launch, name: str, table: Any, copy: Any) -> None:
+    """Tags the addresses of a table, those of the tensors that its attribute `behind` lists, as arguments are."""
+    for tensor in table.behind:
+        launch.register(f"{name}'s", tensor, tensor)
+    tags = {argument.pointer: argument.tagged for argument in launch.arguments[::-1]}
+    copy.copy_(copy.new_tensor([tags.get(value, value) for value in table.flatten().tolist()]).view_as(copy))
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

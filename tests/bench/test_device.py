@@ -97,8 +97,9 @@ def test_deadlines_leave_room(call, tmp_path):
 
 
 def test_nothing_needs_diffusers_or_tyro():
-    modules = ["bench.device.__main__", "bench.device.attention", "bench.device.training",
-               "bench.device.precompile", "bench.sweep", "bench.profile", "bench.attention_error", "bench.test_model",
+    modules = ["bench.device.__main__", "bench.device.attention", "bench.device.training", "bench.device.tuning",
+               "bench.device.optimizers", "bench.device.precompile", "bench.sweep", "bench.profile",
+               "bench.attention_error", "bench.test_model",
                "bench.test_ops"]  # fmt: skip
     code = "import sys\nfor name in ('tyro', 'diffusers'): sys.modules[name] = None\n"
     code += "\n".join(f"import {module}" for module in modules)

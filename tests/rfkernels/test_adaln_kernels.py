@@ -339,6 +339,7 @@ def test_recompilations_do_not_grow_with_length_or_batch():
     assert counts[-1] == counts[2] <= 3, "the first shape, a dynamic length, a dynamic batch, and no more"
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("selective", (False, True))
 def test_inside_activation_checkpointing(selective):
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -128,6 +128,7 @@ def test_sums_hold_for_the_gradient_that_they_came_with():
     assert torch.equal(bias.gradient_of(gradient, gradient.view(10, C)), 2 * sums)
 
 
+@pytest.mark.same_kernel
 def test_layers_computed_again_in_the_backward():
     block, xs, vectors = weights_and_inputs(torch.float32)
     again = lambda call: lambda: checkpoint(call, use_reentrant=False)  # noqa: E731

@@ -88,6 +88,7 @@ def test_moves_each_activation_once():
     assert moved.loaded(h) == moved.loaded(da) == moved.stored(a) == moved.stored(dh) == h.numel()
 
 
+@pytest.mark.same_kernel
 @pytest.mark.parametrize("frozen", range(5))
 def test_only_the_gradients_that_are_wanted(frozen):
     """A frozen weight, as under LoRA, costs no product; the others stay as they were."""

@@ -188,6 +188,29 @@ def test_the_kernel_is_the_definition(shape, states, weight, on_device):
 
 
 @needs_triton
+def test_one_launch_takes_parameters_of_all_kinds(on_device):
+    """Matrices of which some rows are not whole blocks or 16 bytes, large ones, vectors; bits as one by one."""
+    shapes = ((40, 256), (3, 300), (7, 1), (4100, 1), (2, 9000), (0, 8), (5, 512))
+    settings = [Settings(1e-2, 0.9, 0.99, 1e-8, 0.1, seed=i, first_row=5 * i) for i in range(len(shapes))]
+    updates, alone = [], []
+    for shape, own in zip(shapes, settings, strict=True):
+        p, (g,) = torch.randn(shape).bfloat16(), gradients(shape, 1)
+        for into in (updates, alone):
+            state = reference.empty_state(p, "int8" if shape[1] > 1 else "fp32")
+            into.append(launch.Update(p.clone(), g.bfloat16(), state, torch.tensor(1.0), own))
+    launch.adamw_all(updates)
+    for one, other in zip(updates, alone, strict=True):
+        reference.adamw(*other)
+        torch.testing.assert_close(one.parameter.float(), other.parameter.float(), rtol=2.0**-7, atol=1e-7)
+        assert (one.parameter == other.parameter).float().mean().nan_to_num(1) > 0.99
+        for name, value in one.state.items():
+            if name.endswith("scale"):
+                torch.testing.assert_close(value, other.state[name], rtol=3e-7, atol=0)
+            else:
+                assert (value == other.state[name]).float().mean().nan_to_num(1) > 0.98
+
+
+@needs_triton
 def test_the_kernel_leaves_everything_where_found_inf_is_1(on_device):
     p, grads = torch.randn(2, 300), gradients((2, 300), 1)
     found, state = taken(launch.adamw, p, grads, "int8", found_inf=torch.tensor(1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class AdamW(torch.optim.Optimizer):
         if not (lr >= 0 and eps > 0 and weight_decay >= 0):
             raise ValueError(f"AdamW: lr is {lr}, eps {eps}, weight_decay {weight_decay}; expected positive numbers")
         self.states, self.seed = states, seed
+        self._held: dict[Tensor, _Held] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def fresh(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -100,14 +101,36 @@ class AdamW(torch.optim.Optimizer):
                 continue
             if not (state := self.state[parameter]):
                 state.update(self.fresh(parameter))
+            held = self._held.get(parameter)
+            if held is None or not held.is_of(parameter, state):
+                held = self._held[parameter] = _Held.of(parameter, state)
             key = (self.seed * 0x9E3779B1 + number * 0x85EBCA77) & 0x7FFFFFFF
             beta1, beta2 = group["betas"]
             settings = Settings(
-                float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, _first_row(parameter)
+                float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], key, held.first_row
             )
-            own = {name: _rows(_local(value)) for name, value in state.items() if name != "step"}
-            given, gradient = _rows(_local(parameter)), _rows(_local(parameter.grad)).contiguous()
-            yield launch.Update(given, gradient, own, state["step"], settings)
+            gradient = _local(parameter.grad).contiguous()
+            gradient = gradient if gradient.ndim == 2 else gradient.view(held.parameter.shape)
+            yield launch.Update(held.parameter, gradient, held.state, state["step"], settings)
+
+
+class _Held(NamedTuple):
+    """A parameter and its state as rows, kept from step to step: views of hundreds of tensors take milliseconds."""
+
+    parameter: Tensor
+    state: dict[str, Tensor]
+    first_row: int
+    made_of: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor, state: dict[str, Tensor]) -> _Held:
+        own = {name: _rows(_local(value)) for name, value in state.items() if name != "step"}
+        return cls(_rows(_local(parameter)), own, _first_row(parameter), state["exp_avg"])
+
+    def is_of(self, parameter: Tensor, state: dict[str, Tensor]) -> bool:
+        """False after a state was loaded or weights were exchanged."""
+        same = self.parameter.data_ptr() == _local(parameter).data_ptr()
+        return same and self.made_of is state["exp_avg"]
 
 
 def _chosen(parameter: Tensor, gradient: Tensor) -> Callable[..., None]:

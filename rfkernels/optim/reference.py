@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,7 @@ ROUNDED = {"exp_avg": 0, "exp_avg_sq": 1, "weight": 2}
 """What is rounded at random, each with noise of its own."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Of a step."""
 
     lr: float

@@ -56,12 +56,15 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 	$(BIN)/python -m train run openmoji --run runs/openmoji-$(SEED) --seed $(SEED)
 	$(BIN)/python -m train score runs/openmoji-$(SEED)
 
-# As many workers as cores, each with one thread.
+# As many workers as cores, each with one thread. Of the kernels' tests each value of each parameter once; the rest of their
+# product, `product`, is left to the sanitizer, and of the files that it does not run, to the slow tests.
+SANITIZED := $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
+	optim.py patch_kernels.py qk_norm.py)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not product"
 
 test-all: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
@@ -69,7 +72,7 @@ test-all: $(VENV)/.installed-dev+train+emoji+minilm
 
 test-slow: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow or product" $(SANITIZED:%=--ignore=%)
 
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers. Of the kernels' tests each value
 # of each parameter once.
@@ -103,8 +106,7 @@ gpu-pretend: $(OLDEST)/.installed
 	test $$(find $(PRETEND) -name '*.tgz' -size -16M | wc -l) = 3
 
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
-	$(BIN)/python -m rfkernels.sanitize -m pytest $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py \
-		joint_attention_kernels.py optim.py patch_kernels.py qk_norm.py)
+	$(BIN)/python -m rfkernels.sanitize -m pytest $(SANITIZED)
 
 # The ops as a kernel that Hugging Face's package `kernels` loads, into the folder hub: upload that.
 hub: $(VENV)/.installed-dev+train+emoji+minilm

@@ -78,7 +78,8 @@ def _begin(target, arguments, environment, folder, outputs):
     target(*arguments)
 
 
-def _module(words):
+def module(words):
+    """`python -m words`."""
     sys.argv = list(words)
     sys.modules.pop(f"{words[0]}.__main__", None)                        # runpy warns of what was imported before
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
@@ -91,7 +92,7 @@ def _script(text, words):
 
 def start(*words, folder=None, **environment):
     """`python -m words`, begun."""
-    return Started(_module, [str(word) for word in words], environments=[environment], folder=folder)
+    return Started(module, [str(word) for word in words], environments=[environment], folder=folder)
 
 
 def called(*words, folder=None, timeout=240, **environment):
@@ -101,11 +102,13 @@ def called(*words, folder=None, timeout=240, **environment):
     return subprocess.CompletedProcess(words, code, *process.printed())
 
 
-def ranks(script, words, processes):
-    """A script on the ranks of a distributed run, begun."""
+def ranks(target, arguments, processes):
+    """A script with these words, or a function with these arguments, on the ranks of a distributed run, begun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     each = [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return Started(_script, script, [str(word) for word in words], environments=each)
+    if isinstance(target, str):
+        target, arguments = _script, (target, [str(word) for word in arguments])
+    return Started(target, *arguments, environments=each)

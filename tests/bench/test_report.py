@@ -1,8 +1,6 @@
 """Results on disk, and what is written of them."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,8 @@ from bench import gate, history, pictures, report, roofline, tables
 from bench.__main__ import COMMANDS, RESULTS
 from mmdit import commands
 from tests.bench.results import synthetic
+
+from ..processes import called
 
 README = Path(__file__).parents[2] / "docs/benchmarks.md"
 
@@ -137,8 +137,7 @@ def test_command_lines():
     for wrong in (["roofline", "--pixels", "500"], ["roofline", "--batch", "0"], ["nothing"]):
         with pytest.raises(SystemExit):
             commands.dispatch("python -m bench", "", COMMANDS, wrong)
-    command = [sys.executable, "-m", "bench", "roofline", "--gpu", "abacus"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = called("bench", "roofline", "--gpu", "abacus")
     assert done.returncode == 1 and "error: roofline: gpu is 'abacus'; expected one of A100" in done.stderr
 
 

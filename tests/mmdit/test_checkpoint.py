@@ -1,8 +1,6 @@
 """Weights in and out: three layouts, exact both ways, strict, streamed."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from mmdit import MMDiT, checkpoint, presets
 from mmdit.checkpoint.layouts import pieces
 from tests.mmdit.pipelines import transformer
+
+from ..processes import called
 
 SMALL = {"in_channels": 16, "context_dim": 48, "pooled_dim": 32, "max_height": 128, "max_width": 128, "resolution": 64}
 VARIANTS = {
@@ -236,9 +236,7 @@ def test_our_files_are_safetensors_to_the_library(tmp_path):
 def test_command_line(tmp_path):
     theirs = transformer((0,))
     theirs.save_pretrained(tmp_path / "theirs")
-    run = lambda *words: subprocess.run(  # noqa: E731
-        [sys.executable, "-W", "ignore", "-m", "mmdit", *map(str, words)], capture_output=True, text=True
-    )
+    run = lambda *words: called("mmdit", *words)  # noqa: E731
     done = run("convert", tmp_path / "theirs", tmp_path / "a.safetensors", "--layout", "sd3")
     assert done.returncode == 0 and "a.safetensors" in done.stdout, done.stderr
     back = run("convert", tmp_path / "a.safetensors", tmp_path / "back", "--layout", "diffusers")

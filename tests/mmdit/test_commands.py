@@ -7,11 +7,9 @@ import pytest
 
 from mmdit import commands
 
+from ..processes import called
+
 PROGRAMS = ("mmdit", "train", "bench")
-
-
-def called(*words, **more):
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, **more)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

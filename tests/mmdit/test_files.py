@@ -13,6 +13,8 @@ from mmdit import MMDiT, checkpoint, commands, presets
 from mmdit.files import InUse, claimed, read_json
 from mmdit.sampling.sample import Sampler
 
+from ..processes import called
+
 HOLDS = """
 import sys, time
 from pathlib import Path
@@ -87,10 +89,7 @@ def test_what_a_library_raises_is_one_line(capsys, monkeypatch):
 @pytest.mark.parametrize("out", ("folder", "x.jpg", "x"))
 def test_where_a_picture_goes_is_checked_before_anything_is_loaded(out, tmp_path):
     (tmp_path / "folder").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "mmdit", "sample", str(tmp_path / "nothing"), "a", "--out", str(tmp_path / out)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = called("mmdit", "sample", tmp_path / "nothing", "a", "--out", tmp_path / out)
     assert done.returncode == 1 and "expected a file that ends in .png" in done.stderr
     assert "Traceback" not in done.stderr
 

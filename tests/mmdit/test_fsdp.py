@@ -1,14 +1,12 @@
 """The ops inside FSDP2: parameters are DTensors outside a forward and plain tensors within, on every process."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import rfkernels
 from mmdit import MMDiT, presets
+
+from ..processes import ranks
 
 WORLD = 2
 
@@ -36,8 +34,7 @@ def gradients(made, inputs):
     return {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
-def sharded(rank, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+def sharded(out):
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
@@ -51,29 +48,23 @@ def sharded(rank, port, queue):
             if hasattr(module, "set_gradient_divide_factor"):
                 module.set_gradient_divide_factor(1.0)                   # sums: the loss is a sum over all samples
                 module.set_force_sum_reduction_for_comms(True)           # Gloo has no scaled sums
+        rank = torch.distributed.get_rank()
         found = {name: grad.full_tensor() for name, grad in gradients(made, batch(rank)).items()}
         if rank == 0:
-            queue.put({name: grad.numpy() for name, grad in found.items()})
+            torch.save(found, out)
         torch.distributed.barrier()                                      # who leaves first takes Gloo's threads along
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's two processes; a GPU has its own test in train")
-def test_gradients_of_two_processes_are_those_of_one():
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    running = mp.start_processes(sharded, (port, queue), nprocs=WORLD, join=False, start_method="spawn")
-    found = queue.get(timeout=240)                                       # before they end: they wait to be read
-    while not running.join(timeout=60):
-        pass
+    assert ranks(sharded, (tmp_path / "found.pt",), WORLD).wait() == 0
+    found = torch.load(tmp_path / "found.pt")
     want = gradients(model(), batch())
     assert found.keys() == want.keys() and any(name.endswith("q_norm.weight") for name in found)
     for name, grad in want.items():
-        difference = (torch.from_numpy(found[name]) - grad).abs().max()
+        difference = (found[name] - grad).abs().max()
         # fp32 sums in another order: up to 1.2e-5 seen (an EPYC); a wrong reduction is off by a factor of 2
         assert difference <= 1e-4 * grad.abs().max(), f"{name}: {difference} of {grad.abs().max()}"

@@ -1,8 +1,6 @@
 """Released weights in diffusers' folders: the same text features, the same pictures, and back."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +16,8 @@ from mmdit.encoders import T5, Clip, Sd3Text
 from mmdit.model import MMDiT
 from mmdit.sampling.sample import Settings
 from tests.mmdit.conftest import VARIANTS
+
+from ..processes import called
 
 PROMPTS = ["a red circle", "two blue squares at the top and a very long tail of words " * 3]
 
@@ -198,10 +198,10 @@ def test_what_does_not_fit_is_named(pipe, folders, tmp_path):
 def test_command_line_and_the_parameters_in_the_picture(folders, tmp_path):
     _, folder = folders()
     checkpoint.convert(folder, tmp_path / "sd3.safetensors", layout="sd3")
-    command = [sys.executable, "-W", "ignore", "-m", "mmdit", "sample", str(folder), "a cat", "--out", "x.png"]
+    command = ["mmdit", "sample", folder, "a cat", "--out", "x.png"]
     command += ["--steps", "3", "--size", "64", "96", "--weights", "sd3.safetensors", "--no-t5", "--offload"]
     command += ["--negative", "dog"]
-    done = subprocess.run([*command, "--solver", "dpmpp_2m"], capture_output=True, text=True, cwd=tmp_path)
+    done = called(*command, "--solver", "dpmpp_2m", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3/3" in done.stderr                                                                  # the progress bar
     with Image.open(tmp_path / "x.png") as picture:

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,8 @@ from safetensors.torch import save_file
 
 from mmdit import MMDiT, Sampler, autoencoder, checkpoint, encoders, presets
 from mmdit.sampling.sample import WEIGHTS, grid
+
+from ..processes import called
 
 EXTRA = {
     "encoders": [{"kind": "words", "dim": 16}],
@@ -83,14 +83,14 @@ def test_guidance_and_size(run):
 
 def test_command_line(run):
     out = run / "x.png"
-    command = [sys.executable, "-m", "mmdit", "sample", str(run), "a", "b", "--out", str(out), "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ["mmdit", "sample", run, "a", "b", "--out", out, "--steps", "2"]
+    done = called(*words)
     assert done.returncode == 0, done.stderr
     with Image.open(out) as picture:
         assert picture.width > 2 * 32
-    wrong = subprocess.run([*command, "--guidence", "3"], capture_output=True, text=True)
+    wrong = called(*words, "--guidence", "3")
     assert wrong.returncode != 0 and "--guidance" in wrong.stdout + wrong.stderr
-    missing = subprocess.run([*command[:4], str(run / "none"), "a"], capture_output=True, text=True)
+    missing = called(*words[:2], run / "none", "a")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
 
 

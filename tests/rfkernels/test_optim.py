@@ -11,6 +11,8 @@ from rfkernels.optim import AdamW, launch, native, reference
 from rfkernels.optim.reference import BLOCK, Settings, decoded, encoded, noise, to_bf16
 from rfkernels.triton_support import INSTALLED
 
+from ..processes import ranks
+
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 SETTINGS = Settings(1e-2, 0.9, 0.99, 1e-8, 0.1, seed=7)
 
@@ -292,9 +294,9 @@ def test_what_is_not_finite_shows_in_the_scale_of_its_block_alone(bad, instructi
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def shards(rank, size, file, out):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    mesh = dist.init_device_mesh("cpu", (size,))
+def shards(out):
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     layers = [torch.randn(7, 300), torch.randn(10), torch.randn(4, 5, 60).bfloat16(), torch.randn(1, 40)]
     parameters = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in layers]
@@ -307,7 +309,7 @@ def shards(rank, size, file, out):
         optimizer.step()
     found = [parameter.full_tensor().detach() for parameter in parameters]
     found += [value.full_tensor() for p in parameters for n, value in optimizer.state[p].items() if n != "step"]
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
@@ -316,7 +318,7 @@ def test_shards_have_the_bits_of_the_whole(tmp_path):
     results = []
     for size in (1, 2, 4):
         out = tmp_path / f"{size}.pt"
-        torch.multiprocessing.spawn(shards, (size, str(tmp_path / f"store{size}"), str(out)), nprocs=size)
+        assert ranks(shards, (out,), size).wait() == 0
         results.append(torch.load(out, weights_only=True))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 import math
-import subprocess
 import sys
 import time
 import types
@@ -33,6 +32,7 @@ from train.engine.throughput import Throughput, Watchdog
 from train.objectives import Flow
 from train.recipes import RECIPES
 
+from ..processes import called
 from .conftest import changed
 
 ALONE = World(torch.device("cpu"))
@@ -148,9 +148,7 @@ def test_a_damaged_shard_is_named_and_made_anew(folder, tmp_path, fault):
         shard.unlink()
     else:
         shard.with_suffix(".jsonl").write_text("")
-    run = lambda *words: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "train", "verify", str(tmp_path / "cache"), *words], capture_output=True, text=True
-    )
+    run = lambda *words: called("train", "verify", tmp_path / "cache", *words)  # noqa: E731
     told = run()
     assert told.returncode == 1 and "00001.safetensors" in told.stdout and "1 damaged shards" in told.stderr
     assert run("--repair").returncode == 0

@@ -16,7 +16,7 @@ from train.data.settings import Precompute
 from train.engine.loop import train
 
 from .conftest import changed
-from .launching import agree, ended, logged, until
+from .launching import agree, ended, logged, said, until
 
 KILLS = int(os.environ.get("RFKERNELS_KILLS", "5"))
 SLOW_SAVES = """
@@ -27,9 +27,8 @@ filesystem.FileSystemWriter.write_data = lambda *a: time.sleep(0.3) or write(*a)
 """
 
 
-def kill(launch, rng):
+def kill(workers, rng):
     """One process of a run, at random. Returns: whether there was one."""
-    workers = launch.workers()
     if workers:
         os.kill(rng.choice(workers), signal.SIGKILL)
     return bool(workers)
@@ -47,8 +46,8 @@ def test_killed_at_random_moments_the_run_is_the_undisturbed_one(alone, tmp_path
         until(lambda run=run, before=before: logged(run) != before, process)
         time.sleep(rng.random() * 0.8)
         in_a_save += any((disturbed.run / "checkpoints").glob("*.partial"))
-        kill(launch, rng)
-        process.communicate(timeout=120)
+        kill(process.pids, rng)
+        said(process)
         if (disturbed.run / "checkpoints" / "step-00000010").is_dir():
             launch(disturbed, 2)
             agree(alone.run, disturbed.run)
@@ -67,7 +66,7 @@ def test_torchrun_restarts_a_run_by_itself(alone, tmp_path, launch):
     for kills in range(3):
         until(lambda kills=kills: logged(config.run) >= 2 * kills + 2, process)
         assert process.poll() is None and logged(config.run) < 10
-        assert kill(launch, random.Random(kills))
+        assert kill(launch.workers(), random.Random(kills))
     output = ended(process)
     assert output.count("failed (exitcode: -9)") == 3, "three were killed, and all were started again each time"
     assert "resuming " in output
@@ -78,8 +77,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path, launch):
     long = changed(alone, run=tmp_path / "run", steps=5000, checkpoint_every=5000)
     process = launch(long, 2, wait=False)
     until(lambda: logged(long.run) > 4, process)
-    os.kill(launch.workers()[-1], signal.SIGUSR1)
-    output = process.communicate(timeout=120)[0]
+    os.kill(process.pids[-1], signal.SIGUSR1)
+    output = said(process)
     assert "saving after this step" in output
     (saved,) = (long.run / "checkpoints").iterdir()
     assert int(saved.name[5:]) == logged(long.run)
@@ -128,7 +127,7 @@ def test_nan_in_one_process_is_passed_over_by_all(alone, tmp_path, launch):
 def test_nan_in_one_process_that_stays_stops_all_and_names_the_samples(alone, tmp_path, launch):
     config = changed(alone, run=tmp_path / "run", skip_nonfinite=2, checkpoint_every=2)
     process = launch(config, 2, wait=False, before=NAN_IN_ONE.replace("{calls}", "range(5, 50)"))
-    output = process.communicate(timeout=120)[0]
+    output = said(process)
     assert process.returncode != 0 and "the last of 3 in a row; their samples are in" in output
     found = json.loads((config.run / "nonfinite.json").read_text())
     assert [entry["step"] for entry in found] == [4, 5, 6] and len(found[0]["rows"]) == config.batch

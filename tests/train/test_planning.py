@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -25,6 +23,8 @@ from train.planning.activations import _traces, activations, model_on_meta, whol
 from train.planning.plan import Layout, plan, units
 from train.planning.report import report
 from train.recipes import RECIPES
+
+from ..processes import called
 
 H100 = GPUS["H100 80GB HBM3"]
 
@@ -160,8 +160,7 @@ def test_communication_and_time_follow_their_definitions():
 
 
 def test_the_eight_billion_on_a_thousand_gpus():
-    command = [sys.executable, "-W", "ignore", "-m", "train", "plan", "d38-256", "--gpus", "1024", "--gpu", "h100"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = called("train", "plan", "d38-256", "--gpus", "1024", "--gpu", "h100")
     assert done.returncode == 0, done.stderr
     for part in ("8.06B parameters (33% of them modulation)", "weights, fp32, sharded", "fits: ", "MFU"):
         assert part in done.stdout
@@ -169,7 +168,7 @@ def test_the_eight_billion_on_a_thousand_gpus():
         (("--gpu", "abacus"), "gpu is 'abacus'; expected how one of these begins: A100"),
         (("--gpus", "5000"), "batch is 4096; expected a sample for each of 5000 x 1 parts"),
     ):
-        wrong = subprocess.run([*command[:6], "d24-256", *words], capture_output=True, text=True)
+        wrong = called("train", "plan", "d24-256", *words)
         assert wrong.returncode == 1 and message in wrong.stderr
 
 

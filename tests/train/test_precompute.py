@@ -5,9 +5,8 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -22,6 +21,9 @@ from train.data.records import DataError, Record
 from train.data.settings import Precompute
 from train.data.shards import Cache, Index, captions_of
 
+from ..processes import module, ranks
+from ..processes import start as begin
+from .launching import ended, said
 from .test_data import count_encoded
 
 KILLS = int(os.environ.get("RFKERNELS_KILLS", "5"))
@@ -35,14 +37,8 @@ def contents(cache):
 
 def start(cache, processes, *flags):
     """python -m train precompute of the shapes on n processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [*(torchrun if processes > 1 else [sys.executable, "-m"]), *(["--"] if processes > 1 else [])]
     words = ["train", "precompute", "--cache", str(cache), "--copies", "3", "--shard-size", "100", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    return ranks(module, (words,), processes) if processes > 1 else begin(*words)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +49,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_two_processes_make_the_same_cache(undisturbed, tmp_path):
-    process = start(tmp_path / "cache", 2)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output[-2000:]
+    output = ended(start(tmp_path / "cache", 2))
     assert contents(tmp_path / "cache") == undisturbed
     assert output.count("samples in") == 2, "one line for a bucket, from one process"
 
@@ -72,16 +66,16 @@ def test_killed_at_random_moments_nothing_is_lost_or_made_twice(undisturbed, tmp
                 break
             time.sleep(0.05)
         time.sleep(rng.random() * 0.1)
-        subprocess.run(["pkill", "-KILL", "-f", str(cache)])             # torchrun's workers have sessions of their own
-        process.communicate()
+        for pid in process.pids:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        process.wait()
         unfinished += not Index.load(cache).complete
         if len(list((cache / "blocks").glob("*.json"))) == blocks:
             for path in list((cache / "blocks").glob("*.json"))[::2]:                 # all done: some of it again
                 path.unlink()
     assert unfinished >= KILLS // 2, "they were killed at work"
-    process = start(cache, 1)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    ended(start(cache, 1))
     assert contents(cache) == undisturbed
     files = [cache / entry["file"] for entries in Cache(cache).index.shards.values() for entry in entries]
     ids = [sample["id"] for file in files for sample in captions_of(file)]
@@ -95,8 +89,8 @@ def test_a_signal_keeps_what_is_encoded(undisturbed, tmp_path):
         if process.poll() is not None or list((cache / "blocks").glob("*.json")):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    os.kill(process.pids[0], signal.SIGTERM)
+    output = said(process)
     assert process.returncode == 130 and "keeping what is encoded" in output, output
     newest = max((cache / "blocks").glob("*.json"))
     block = Block.load(cache, int(newest.stem))

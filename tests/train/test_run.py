@@ -1,9 +1,7 @@
 import json
-import pickle
+import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,7 +18,9 @@ from train.engine.storage import Reader
 from train.engine.validation import times, validate
 from train.objectives import Flow
 
+from ..processes import called
 from .conftest import changed
+from .launching import said, until
 
 
 def test_a_run_leaves_what_it_promises(config):
@@ -67,22 +67,13 @@ def test_resume_is_bitwise_the_uninterrupted_run(config, tmp_path, killed_at, at
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, number):
-    script = (
-        "import sys, pickle; from train.engine.loop import train\n"
-        "outcome = train(pickle.load(open(sys.argv[1], 'rb'))); sys.exit(outcome.stopped_by or 0)"
-    )
+def test_a_signal_saves_and_the_same_command_goes_on(config, launch, number):
     long = changed(config, steps=3000, checkpoint_every=3000)
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(long))
-    command = [sys.executable, "-c", script, str(tmp_path / "config.pickle")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = launch(long, 1, wait=False)
     log = config.run / "metrics.jsonl"
-    for _ in range(600):
-        if process.poll() is not None or (log.is_file() and log.read_text().count("\n") > 5):
-            break
-        signal.sigtimedwait([], 0.1)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0].decode()
+    until(lambda: log.is_file() and log.read_text().count("\n") > 5, process)
+    os.kill(process.pids[0], number)
+    output = said(process)
     assert process.returncode == number, output
     assert "saving after this step" in output
     steps = [int(p.name[5:]) for p in (config.run / "checkpoints").iterdir()]
@@ -266,14 +257,10 @@ def test_learning_rate_follows_steps_or_minutes(config):
         changed(config, minutes=1.0)
 
 
-def run_command(*arguments):
-    return subprocess.run([sys.executable, "-m", "train", *arguments], capture_output=True, text=True)
-
-
 def test_command_line_suggests_the_right_flag():
-    done = run_command("run", "shapes", "--encoder-dropuot", "0.1")
+    done = called("train", "run", "shapes", "--encoder-dropuot", "0.1")
     assert done.returncode != 0 and "--encoder-dropout" in done.stdout + done.stderr
-    done = run_command("precompute", "--source", "/nowhere", "--cache", "/nowhere")
+    done = called("train", "precompute", "--source", "/nowhere", "--cache", "/nowhere")
     assert done.returncode == 1 and done.stderr.startswith("error: source '/nowhere' does not exist")
 
 

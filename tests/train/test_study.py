@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -23,6 +21,8 @@ from train.study import figures, judge, ranking
 from train.study.plan import SETTINGS, changed, small_base
 from train.study.report import report
 from train.study.variants import BACKBONES, VARIANTS, backbones, default, parameters, step_flops
+
+from ..processes import called, start
 
 
 def test_ranks_are_the_rounds_in_which_nothing_dominates():
@@ -119,22 +119,21 @@ def test_backbones_have_equal_parameters_or_flops(cache):
 def test_a_killed_study_loses_no_row_and_repeats_none(cache, tmp_path):
     precompute(Precompute(cache=tmp_path / "data", copies=1, sizes=((16, 16),)))
     command = [
-        sys.executable, "-m", "train", "study", "formulations", "--folder", str(tmp_path / "study"),
-        "--caches", str(tmp_path / "data"), "--base.steps", "6", "--base.validation.samples", "4", "--images", "4",
+        "train", "study", "formulations", "--folder", tmp_path / "study", "--caches", tmp_path / "data",
+        "--base.steps", "6", "--base.validation.samples", "4", "--images", "4",
         "--only", "rf", "eps/cos", "edm/rf", "--seeds", "1", "--workers", "1",
     ]  # fmt: skip
     rows = tmp_path / "study" / "rows"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = start(*command, OMP_NUM_THREADS="1")
     for _ in range(2400):
         if process.poll() is not None or len(list(rows.glob("*.json"))) >= 1:
             break
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pids[0], signal.SIGKILL)
     process.wait()
     before = {path.name: path.read_bytes() for path in rows.glob("*.json")}
     assert 1 <= len(before) < 3
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = called(*command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     found = [json.loads(line) for line in (tmp_path / "study" / "rows.jsonl").read_text().splitlines()]
     assert sorted(row["variant"] for row in found) == ["edm/rf", "eps/cos", "rf"]

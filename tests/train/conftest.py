@@ -8,6 +8,7 @@ from mmdit import presets
 from train.config import Config, Ema, Optimizer, Samples, Validation
 from train.data.precompute import precompute
 from train.data.settings import Precompute
+from train.engine.log import Log
 from train.engine.loop import train
 from train.objectives import Flow
 
@@ -53,6 +54,15 @@ def small(cache, run):
         device="cpu",
         threads=1,
     )
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch):
+    """A run's page and its curve take as long as the run: they are drawn where a test looks at them."""
+    looked_at = request.module.__name__.endswith(("test_report", "test_fine_tuning_page"))
+    if not looked_at and request.node.name != "test_a_run_leaves_what_it_promises":
+        monkeypatch.setattr(Log, "page", lambda self, last=False: None)
+        monkeypatch.setattr(Log, "plot", lambda self: None)
 
 
 class Killed(Exception):

@@ -48,6 +48,7 @@ class Log:
         self.run, self.path, self.writes = run, run / "metrics.jsonl", writes
         self._board: Any = None
         self._wandb: Any = None
+        self._next_page = 0.0
         if not writes:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -105,14 +106,17 @@ class Log:
         with naming(path), path.open("a") as file:
             file.write(json.dumps({**about, "config": json.loads(config.to_json())}) + "\n")
 
-    def page(self) -> None:
-        """RUN/report.html, anew. A page that cannot be made is no reason to stop a run."""
-        if not self.writes:
+    def page(self, last: bool = False) -> None:
+        """RUN/report.html, anew, unless that would take more than a twentieth of the time. A page that cannot be made
+        is no reason to stop a run."""
+        began = time.monotonic()
+        if not self.writes or not (last or began >= self._next_page):
             return
         try:
             report.write(self.run)
         except Exception as error:
             print(f"warning: {self.run / report.NAME} was not written ({type(error).__name__}: {error})", flush=True)
+        self._next_page = began + 20 * (time.monotonic() - began)
 
     def picture(self, step: int, images: np.ndarray, captions: Sequence[str] = ()) -> None:
         if not self.writes:
@@ -129,6 +133,7 @@ class Log:
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
+        self.page(last=True)
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

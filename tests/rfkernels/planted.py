@@ -95,6 +95,23 @@ def hinted(x_ptr, y_ptr, stride, M: tl.constexpr, C: tl.constexpr, ASSUME: tl.co
 n = 100
 
 
+@triton.jit
+def copy_by_table(table_ptr, n, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """From the first address of a table to the second."""
+    x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+    y_ptr = tl.load(table_ptr + 1).to(tl.pointer_type(tl.float32))
+    columns = tl.arange(0, BLOCK)
+    mask = columns < n if MASK else columns < BLOCK
+    tl.store(y_ptr + columns, tl.load(x_ptr + columns, mask=mask), mask=columns < n)
+
+
+def of_table(mask, known=2):
+    x, y = torch.randn(n), torch.empty(n)
+    table = torch.tensor([x.data_ptr(), y.data_ptr()])
+    table.behind = [x, y][:known]
+    copy_by_table[(1,)](table, n, mask, 128)
+
+
 def of_rows(programs, skip, again=False):
     y = torch.empty(4, n)
     rows[(programs,)](torch.randn(4, n), y, n, skip, 128)
@@ -129,6 +146,9 @@ PLANTS = {
     "clean tuple": lambda: copy_of_two[(2,)]((both[0], both[1]), torch.empty(2 * n), n, 0, 128),
     "before its start": lambda: copy_of_two[(2,)]((torch.randn(n), torch.randn(n)), torch.empty(2 * n), n, 3, 128),
     "in the other argument": lambda: copy_of_two[(2,)]((both[0], both[1]), torch.empty(2 * n), n, 3, 128),
+    "clean table": lambda: of_table(True),
+    "missing mask behind a table": lambda: of_table(False),
+    "an address that a table does not own to": lambda: of_table(True, known=1),
     "overlapping blocks": lambda: copy[(3,)](torch.randn(n), torch.empty(n), n, True, 32, 64),
     "two values": lambda: constant[(3,)](torch.empty(1), 1.0, False),
     "one value by many": lambda: constant[(3,)](torch.empty(1), 1.0, True),

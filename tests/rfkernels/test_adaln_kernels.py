@@ -349,8 +349,7 @@ def test_inside_activation_checkpointing(selective):
 
     def policy(context, op, *args, **kwargs):
         seen.append(op)
-        keep = op == fused
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op == fused else CheckpointPolicy.PREFER_RECOMPUTE
 
     options = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if selective else {}
     with kernels():

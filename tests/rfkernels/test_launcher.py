@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -27,9 +28,10 @@ def asked(code, **environment):
     return subprocess.run([sys.executable, *code], capture_output=True, text=True, env=given)
 
 
-@pytest.fixture(scope="module")
-def launches():
-    done = asked(["-m", "tests.rfkernels.launches"])
+@cache
+def launches(length, dtype):
+    """Of all cases; compiles for half a minute."""
+    done = asked(["-m", "tests.rfkernels.launches", str(length), dtype])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -39,11 +41,11 @@ def same(a, b):
     return a == b or ("new" in (a, b) and any(word.startswith("gradient") for word in (a, b)))
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-@pytest.mark.parametrize("length", (5, 70))
 @pytest.mark.parametrize("case", CASES)
-def test_hands_over_what_tritons_launcher_does(case, length, dtype, launches):
-    ways = launches[f"{case}-{length}-{dtype}"]
+@pytest.mark.parametrize("length", (5, 70))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_hands_over_what_tritons_launcher_does(dtype, length, case):
+    ways = launches(length, dtype)[f"{case}-{length}-{dtype}"]
     assert len(ways["triton"]) == CASES[case]
     for ours, theirs in zip(ways["native"], ways["triton"], strict=True):
         assert len(ours) == len(theirs) and all(map(same, ours, theirs)), (ours, theirs)
@@ -51,8 +53,8 @@ def test_hands_over_what_tritons_launcher_does(case, length, dtype, launches):
     assert {"input" if case != "gelu-mlp" else "new", "gradient"} <= named, "tensors are told apart"
 
 
-def test_a_launch_that_fails_says_which_and_why(launches):
-    assert launches["failure"].startswith("adaln_fwd: the launch failed: an error (700)")
+def test_a_launch_that_fails_says_which_and_why():
+    assert launches(5, "bfloat16")["failure"].startswith("adaln_fwd: the launch failed: an error (700)")
 
 
 def test_takes_the_first_call_too():

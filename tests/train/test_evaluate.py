@@ -29,12 +29,12 @@ from .conftest import changed
 def test_scenes_are_read_back_and_others_are_not_taken_for_them(tag):
     rng, prompts = np.random.default_rng(0), scenes.everything(tag)
     right, others = [], []
-    for _ in range(34):
+    for _ in range(12):
         one, other = (prompts[i] for i in rng.choice(len(prompts), 2, replace=False))
         image = scenes.draw(one, rng)
         right.append(scenes.correct(image, one))
         others.append(scenes.correct(image, other))
-    assert np.mean(right) >= 0.97 and np.mean(others) <= 0.03
+    assert all(right) and not any(others)
 
 
 def test_a_scene_in_one_detail_wrong_is_wrong():
@@ -113,7 +113,7 @@ def test_real_pictures_are_the_caches_whatever_the_model_draws(config):
 def test_score_of_scenes_that_are_all_right_and_all_wrong(tmp_path):
     by_text = {prompt["prompt"]: prompt for prompt in scenes.asked()}
     rng = np.random.default_rng(2)
-    truth = score_scenes(lambda prompts: np.stack([scenes.draw(by_text[p], rng) for p in prompts]), tmp_path, 2)
+    truth = score_scenes(lambda prompts: np.stack([scenes.draw(by_text[p], rng) for p in prompts]), tmp_path, 1)
     assert min(truth.values()) > 0.95 and (tmp_path / "scenes.png").is_file()
     nothing = score_scenes(lambda prompts: np.full((len(prompts), 32, 32, 3), 235, np.uint8), images=1)
     assert set(nothing.values()) == {0.0}

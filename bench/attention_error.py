@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rfkernels
+from bench.environment import pretending
 from rfkernels import Stream
 from rfkernels.triton_support import INTERPRETED
 
@@ -71,7 +72,7 @@ def main() -> None:
     print(f"relative error against fp64, bf16, head dimension {DIM}; torch {torch.__version__}, {where}")
     print(f"{'tokens':>10s} {'weights to':>10s} {'of':>11s} {'ours':>9s} {'eager':>9s} {'SDPA':>9s}")
     cases = [(sizes, weight) for sizes in ((154, 256), (154, 1024)) for weight in WEIGHTS]
-    for sizes, weight in tqdm(cases, disable=None):
+    for sizes, weight in tqdm(cases[:1] if pretending() else cases, disable=None):
         exact = tensors(sizes, weight, torch.float64, "reference")
         rows = [tensors(sizes, weight, torch.bfloat16, way) for way in ("triton", "eager", "sdpa")]
         for name in exact:

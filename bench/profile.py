@@ -62,7 +62,7 @@ def steps(wanted_steps: str) -> None:
         ways = models.contenders(size, device, dtype, only=wanted)
         inputs = models.inputs(size, device, dtype)
         for (step, run), way in product((("training", training), ("sampling", sampling)), wanted):
-            if step not in wanted_steps:
+            if not environment.asked_for(step, wanted_steps):
                 continue
             call = partial(run, models.Autocast(ways[way]) if autocasting else ways[way], inputs)
             call()

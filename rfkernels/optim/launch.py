@@ -54,7 +54,8 @@ class Kind(NamedTuple):
     vector: bool
     aligned: bool
     """Accesses of 16 bytes are possible."""
-    numbers: tuple[float, float, float, float, float]
+    hyperparameters: tuple[float, float, float, float, float]
+    """lr, beta1, beta2, eps, weight_decay."""
 
 
 Member = tuple[Row, Update]
@@ -117,7 +118,7 @@ def _launch(kind: Kind, members: Sequence[Member], grad_scale: Tensor | None, fo
 
     rows, updates = zip(*members, strict=True)
     device = updates[0].parameter.device
-    lr, beta1, beta2, eps, weight_decay = kind.numbers
+    lr, beta1, beta2, eps, weight_decay = kind.hyperparameters
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     # Whose addresses these are, for those who watch what a kernel touches.
     table.behind = [t for u in updates for t in (u.parameter, u.gradient, *u.state.values(), u.step)]   # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ PLANTS = {
     "in the other argument": lambda: copy_of_two[(2,)]((both[0], both[1]), torch.empty(2 * n), n, 3, 128),
     "clean table": lambda: of_table(True),
     "missing mask behind a table": lambda: of_table(False),
-    "an address that a table does not own to": lambda: of_table(True, known=1),
+    "an address that a table does not list": lambda: of_table(True, known=1),
     "overlapping blocks": lambda: copy[(3,)](torch.randn(n), torch.empty(n), n, True, 32, 64),
     "two values": lambda: constant[(3,)](torch.empty(1), 1.0, False),
     "one value by many": lambda: constant[(3,)](torch.empty(1), 1.0, True),

@@ -30,7 +30,7 @@ def asked(code, **environment):
 
 @cache
 def launches(length, dtype):
-    """Of all cases; compiles for half a minute."""
+    """Of all cases, each compiled."""
     done = asked(["-m", "tests.rfkernels.launches", str(length), dtype])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

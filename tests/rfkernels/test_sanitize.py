@@ -21,7 +21,7 @@ FOUND = {
     "in the other argument": [("outside-view", "copy_of_two", "xs[1]"), ("out-of-bounds", "copy_of_two", "xs[0]")],
     "clean table": [],
     "missing mask behind a table": [("out-of-bounds", "copy_by_table", "table_ptr's")],
-    "an address that a table does not own to": [("wild-pointer", "copy_by_table", "")],
+    "an address that a table does not list": [("wild-pointer", "copy_by_table", "")],
     "overlapping blocks": [("race-same-bits", "copy", "y_ptr")],
     "two values": [("race-write-write", "constant", "y_ptr")],
     "one value by many": [("race-same-bits", "constant", "y_ptr")],
@@ -137,5 +137,6 @@ def test_a_test_during_which_a_kernel_erred_fails(tmp_path):
 def test_a_script_without_kernels_ends_as_it_would(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nsys.exit(int(sys.argv[1]))\n")
+    assert run("-m", "rfkernels.sanitize", script, 0).returncode == 0
     assert run("-m", "rfkernels.sanitize", script, 3).returncode == 3
     assert run("-m", "rfkernels.sanitize").returncode == 2

@@ -16,6 +16,7 @@ from mmdit.adapters import Lora
 from train import report
 from train.__main__ import COMMANDS
 from train.config import Config, Optimizer, Samples
+from train.engine.log import Log
 from train.engine.loop import train
 from train.report import card
 from train.report.curves import thinned
@@ -51,6 +52,25 @@ def test_a_run_writes_its_page_at_each_preview(run, config):
     assert len(captions) == 3 and all(f"<li>{caption}</li>" in page for caption in captions)
     assert re.search(r"<code>keep</code>: 1 → 2", page) and re.search(r"<code>steps</code>: 4 → 12", page)
     assert "12 of 12" in page and "<code>optimizer.lr</code>" in page
+
+
+def test_pages_take_a_twentieth_of_the_time(config, monkeypatch):
+    clock, written = [0.0], []
+
+    def write(run):
+        written.append(clock[0])
+        clock[0] += 1
+
+    monkeypatch.setattr("train.engine.log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(report, "write", write)
+    log = Log(config, 0)
+    for now in (0.0, 5.0, 19.0, 20.0, 25.0):
+        clock[0] = now
+        log.page()
+    log.close()
+    assert written == [0.0, 20.0, 25.0], "the last one, which was due, when the run ends"
+    Log(config, 0).close()
+    assert len(written) == 3
 
 
 def _without_namespaces(page):

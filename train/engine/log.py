@@ -48,7 +48,7 @@ class Log:
         self.run, self.path, self.writes = run, run / "metrics.jsonl", writes
         self._board: Any = None
         self._wandb: Any = None
-        self._next_page = 0.0
+        self._next_page, self._page_is_due = 0.0, False
         if not writes:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -107,10 +107,13 @@ class Log:
             file.write(json.dumps({**about, "config": json.loads(config.to_json())}) + "\n")
 
     def page(self, last: bool = False) -> None:
-        """RUN/report.html, anew, unless that would take more than a twentieth of the time. A page that cannot be made
-        is no reason to stop a run."""
+        """RUN/report.html, anew, unless that would take more than a twentieth of the time: then `close` writes it. A
+        page that cannot be made is no reason to stop a run."""
+        if not self.writes:
+            return
         began = time.monotonic()
-        if not self.writes or not (last or began >= self._next_page):
+        self._page_is_due = not last and began < self._next_page
+        if self._page_is_due:
             return
         try:
             report.write(self.run)
@@ -133,7 +136,8 @@ class Log:
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self.page(last=True)
+        if self._page_is_due:
+            self.page(last=True)
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

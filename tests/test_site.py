@@ -1,5 +1,5 @@
-"""The documentation site in a browser: search finds the page one wants, nothing is wider than a telephone, and no page
-asks another server for anything."""
+"""The documentation site in a browser: search finds the page one wants, nothing is wider than a telephone, formulas are
+drawn, and no page asks another server for anything."""
 
 import functools
 import http.server
@@ -69,10 +69,15 @@ def test_pages_fit_and_ask_nobody_else(width, scheme, site, browser):
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, asked = context.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
+    formulas = 0
     for file in sorted(built.rglob("*.html")):
         page.goto(address + file.relative_to(built).as_posix())
         wider = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         broken = page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
         assert wider <= 0 and not broken, (file, wider, broken)
+        heights = page.evaluate("[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().height)")
+        assert all(height > 10 for height in heights), (file, heights)
+        formulas += len(heights)
     context.close()
+    assert formulas == sum(path.read_text().count("```math") for path in (ROOT / "rfkernels").glob("*/README.md")) > 0
     assert not [url for url in asked if not url.startswith((address, "data:"))]

@@ -50,8 +50,7 @@ def compile_setting(name: str, setting: dict[str, Any], arch: int) -> dict[str, 
         launched.clear()
         task.call()
     wanted = "adaln_bwd" if task.kernel.startswith("gated_adaln_bwd") else task.kernel
-    of_it = [kernel for kernel_name, kernel, _ in launched if kernel_name == wanted]
-    found = read_cuda(wanted, of_it[0], arch)
+    found = read_cuda(next(launch for launch in launched if launch.name == wanted), arch)
     return {"spills": found.spills, "occupancy": found.occupancy, "registers": found.registers, "loops": found.loops}
 
 

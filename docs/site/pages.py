@@ -4,12 +4,14 @@ pages and pictures hold as they stand; the reference, from docstrings and from t
 from __future__ import annotations
 
 import contextlib
+import html
 import inspect
 import io
 import posixpath
 import re
 from pathlib import Path
 
+import latex2mathml.converter
 import mkdocs_gen_files
 
 import bench.__main__
@@ -22,6 +24,7 @@ import train.__main__
 ROOT = Path(__file__).parents[2]
 PLACES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*/*.md", "rfkernels/*/README.md",
           *(f"{room}/README.md" for room in ("bench", "csrc", "mmdit", "tests")))  # fmt: skip
+FORMULA = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 RENAMED = {"README.md": "index.md"}
 FOUND_FIRST = ("docs/tutorials/", "docs/training/", "docs/fine-tuning/", "docs/released-weights.md", "README.md")
@@ -63,6 +66,18 @@ def linked(text: str, page: str, known: set[str]) -> tuple[str, set[str]]:
     return LINK.sub(to, text), pictures
 
 
+def typeset(text: str) -> str:
+    """Blocks of LaTeX as MathML, which browsers draw by themselves. A command that is not known stays as text: refused."""
+
+    def to(match: re.Match[str]) -> str:
+        formula = latex2mathml.converter.convert(match[1].strip(), display="block").replace(r"\_", "_")
+        if unknown := re.search(r"\\[a-z]+", html.unescape(formula)):
+            raise ValueError(f"{unknown[0]} is not known to latex2mathml: {match[1]}")
+        return f'<div class="formula">{formula}</div>'
+
+    return FORMULA.sub(to, text)
+
+
 def write_pages() -> None:
     paths = pages()
     pictures: set[str] = set()
@@ -70,7 +85,7 @@ def write_pages() -> None:
         text, shown = linked((ROOT / page).read_text(), page, set(paths))
         pictures |= shown
         with mkdocs_gen_files.open(RENAMED.get(page, page), "w") as file:
-            file.write(ranked(page) + text)
+            file.write(ranked(page) + typeset(text))
     for picture in pictures:
         with mkdocs_gen_files.open(picture, "wb") as file:
             file.write((ROOT / picture).read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,21 +44,26 @@ def write_table(path: Path, table: dict[str, dict]) -> None:
     path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table.items()) + "\n}\n")
 
 
-def inspect(targets: tuple[str, ...], only: str = "") -> dict[str, Compiled]:
-    """Compiles all cases whose name contains `only`; "case kernel target" -> report."""
+def inspect(targets: tuple[str, ...], only: str, table: dict[str, dict]) -> dict[str, Compiled]:
+    """Compiles all cases whose name contains `only`, but for kernels whose key is in the table: those are the table's.
+    "case kernel target" -> report."""
     chosen = [case for case in cases() if only in case.name]
+    known = {row["key"]: row for row in table.values() if row.get("key")}
     reports = {}
     for target in targets:
         cuda = target.startswith("sm_")
-        with compile_only("cuda" if cuda else "hip", int(target[3:]) if cuda else target) as launched:
+        with compile_only("cuda" if cuda else "hip", int(target[3:]) if cuda else target, known) as launched:
             for case in tqdm(chosen, desc=target, disable=None):
                 launched.clear()
                 case.call()
-                moved = sum(size for *_, size in launched) / case.bytes
-                for name, kernel, _ in launched:
-                    read = read_cuda(name, kernel, int(target[3:])) if cuda else read_hip(name, kernel, target)
-                    read.moved, read.excess = moved, case.excess
-                    reports[f"{case.name} {name} {target}"] = read
+                moved = sum(launch.bytes for launch in launched) / case.bytes
+                for launch in launched:
+                    if launch.kernel is None:
+                        report = Compiled(**known[launch.key])
+                    else:
+                        report = read_cuda(launch, int(target[3:])) if cuda else read_hip(launch, target)
+                    report.moved, report.excess = moved, case.excess
+                    reports[f"{case.name} {launch.name} {target}"] = report
     return reports
 
 
@@ -107,8 +113,11 @@ def regressions(reports: dict[str, Compiled], table: dict[str, dict]) -> list[st
     return found
 
 
-def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TARGETS, only: str = "") -> None:
-    """Compile the kernels for GPUs that are not here and report.
+def main(
+    check: bool = False, write: bool = False, targets: tuple[str, ...] = TARGETS, only: str = "", all: bool = False
+) -> None:
+    """Compile the kernels for GPUs that are not here and report. What a kernel of the committed table is compiled from,
+    source, arguments, settings and compiler, is kept with it as a key; where that is the same, so are the figures.
 
     Args:
         check: Exit 1 on a defect, or on a regression against the committed tables, where there are any of this version
@@ -116,24 +125,29 @@ def main(check: bool = False, write: bool = False, targets: tuple[str, ...] = TA
         write: Write these tables.
         targets: sm_80, sm_90, sm_100, gfx942.
         only: Only cases whose name contains this; those of csrc/cuda begin with cuda.
+        all: Compile again also what has the table's key.
     """
     import triton
 
     if INTERPRETED:
         sys.exit("error: TRITON_INTERPRET is set; inspection needs the compiler")
-    reports = inspect(targets, only)
+    table = {} if all else read_table(table_path())
+    reports = inspect(targets, only, table)
+    keys = {row.get("key") for row in table.values()}
+    print(f"{sum(r.key in keys for r in reports.values())} of {len(reports)} are known by their key")
     print(
         f"Triton {triton.__version__}; shared memory in bytes; occ: share of a multiprocessor's warps resident; "
         "loops: instructions of those that multiply matrices"
     )
-    wrong = settle(reports, defects(reports), table_path(), check, write, bool(only))
+    kept = (lambda row: True) if only else (lambda row: row["target"] not in targets)         # of a table, by --write
+    wrong = settle(reports, defects(reports), table_path(), check, write, kept)
     if only and not only.startswith("cuda"):
         return finish(wrong, check)
     try:
         compiled = {key: r for key, r in cuda.compiled(targets).items() if only in key}
         print(f"csrc/cuda by nvcc {cuda.version()}")
         path = TABLES / f"cuda-{cuda.version()}.json"
-        wrong += settle(compiled, cuda.defects(compiled), path, check, write, bool(only))
+        wrong += settle(compiled, cuda.defects(compiled), path, check, write, kept)
     except CannotBuild as error:
         print(f"csrc/cuda is not looked at: {error}")
     finish(wrong, check)
@@ -147,7 +161,12 @@ def finish(wrong: list[str], check: bool) -> None:
 
 
 def settle(
-    reports: dict[str, Compiled], wrong: list[str], path: Path, check: bool, write: bool, partly: bool
+    reports: dict[str, Compiled],
+    wrong: list[str],
+    path: Path,
+    check: bool,
+    write: bool,
+    kept: Callable[[dict], bool],
 ) -> list[str]:
     """Prints the reports; writes them to a table, or compares them with it. Returns what is wrong."""
     columns = f"{'regs':>5s} {'spill':>6s} {'shared':>7s} {'warps':>5s} {'occ':>5s}"
@@ -160,8 +179,10 @@ def settle(
             f"{loads:>7s}  {stores:>7s}  {r.counts['mma']:3d}  {r.moved:.3f}  {' '.join(map(str, r.loops))}"
         )
     if write:
-        kept = read_table(path) if partly else {}
-        write_table(path, {**kept, **{key: asdict(r) for key, r in reports.items()}})
+        table = read_table(path)
+        rows = {key: row for key, row in table.items() if kept(row)} | {key: asdict(r) for key, r in reports.items()}
+        place = {key: i for i, key in enumerate(table)}                                # a row stays where it was
+        write_table(path, dict(sorted(rows.items(), key=lambda item: place.get(item[0], len(place)))))
         print(f"wrote {path}")
     if check and path.is_file():
         return wrong + regressions(reports, read_table(path))

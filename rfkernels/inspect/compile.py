@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,22 @@ class Compiled:
     """Bytes of all the case's kernels' tensor arguments over the least that must move, each counted once a kernel."""
     excess: float = 1.05
     """What `moved` may be."""
+    key: str = ""
+    """Hash of all that the machine code comes from and of what reads it; equal keys, equal figures."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch."""
+
+    name: str
+    """The kernel's."""
+    kernel: Any
+    """Triton's compiled kernel; None where its key was known."""
+    bytes: int
+    """Of its tensor arguments."""
+    key: str
+    """As in `Compiled`."""
 
 
 class _Driver:
@@ -87,31 +104,52 @@ class _Driver:
 
 
 @contextmanager
-def compile_only(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any, int]]]:
+def compile_only(backend: str, arch: int | str, known: Container[str] = ()) -> Iterator[list[Launched]]:
     """Inside, a kernel launch on "meta" tensors compiles exactly what it would compile on this target, without running
-    it. Yields the list that (name, compiled kernel, bytes of its tensor arguments) are appended to."""
+    it; what has one of the `known` keys is not compiled. Yields the list that launches are appended to."""
+    from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launched: list[tuple[str, Any, int]] = []
-    run, before = JITFunction.run, driver.__dict__.get("_active")
+    launched: list[Launched] = []
+    keys: dict[int, str] = {}                                      # of what Triton keeps in memory, by its identity
+    key = ""
+    run, before, hook = JITFunction.run, driver.__dict__.get("_active"), knobs.runtime.jit_cache_hook
 
     def compiling(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         flat = [inner for a in args for inner in (a if isinstance(a, tuple) else (a,))]
         tensors = [a for a in flat if isinstance(a, torch.Tensor)]
         tensors += [behind for a in tensors for behind in getattr(a, "behind", ())]            # a table of addresses
-        launched.append((self.fn.__name__, kernel, sum(t.numel() * t.element_size() for t in tensors)))
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        own = key if kernel is None else keys.setdefault(id(kernel), key)
+        launched.append(Launched(self.fn.__name__, kernel, size, own))
         return kernel
 
+    def about_to_compile(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        nonlocal key
+        key = key_of(fn.jit_function, compile, f"{backend} {arch}")
+        return key in known                                                          # true: Triton does not compile
+
     driver.set_active(_Driver(backend, arch))
-    JITFunction.run = compiling
+    JITFunction.run, knobs.runtime.jit_cache_hook = compiling, about_to_compile
     try:
         yield launched
     finally:
-        JITFunction.run = run
+        JITFunction.run, knobs.runtime.jit_cache_hook = run, hook
         if before is not None:
             driver.set_active(before)
+
+
+def key_of(function: Any, compile: dict[str, Any], target: str) -> str:
+    """Of source, also of what it calls and the line it begins at, argument types, constants, launch settings, target,
+    Triton, and this file, which reads the code."""
+    import triton
+    from triton.compiler import ASTSource
+
+    source = ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0]).hash()
+    parts = source, compile["key"], target, triton.__version__, Path(__file__).read_text()
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def tool(name: str, *arguments: str | Path) -> str:
@@ -122,8 +160,9 @@ def tool(name: str, *arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def read_cuda(name: str, kernel: Any, arch: int) -> Compiled:
+def read_cuda(launch: Launched, arch: int) -> Compiled:
     """Registers, spills and instruction mix from the cubin, by the tools that come with Triton."""
+    name, kernel = launch.name, launch.kernel
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "k.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -136,7 +175,7 @@ def read_cuda(name: str, kernel: Any, arch: int) -> Compiled:
     counts = {key: len(re.findall(pattern, code)) for key, pattern in INSTRUCTIONS.items()}
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     fits = occupancy(arch, registers, shared, warps)
-    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, fits, counts, _loops(code))
+    return Compiled(name, f"sm_{arch}", registers, spills, shared, warps, fits, counts, _loops(code), key=launch.key)
 
 
 def _loops(code: str) -> list[int]:
@@ -166,8 +205,8 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     return resident * warps / most
 
 
-def read_hip(name: str, kernel: Any, arch: str) -> Compiled:
-    code = kernel.asm["amdgcn"]
+def read_hip(launch: Launched, arch: str) -> Compiled:
+    code, metadata = launch.kernel.asm["amdgcn"], launch.kernel.metadata
 
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s*(\d+)", code)
@@ -176,6 +215,6 @@ def read_hip(name: str, kernel: Any, arch: str) -> Compiled:
     wide = {"ld16": r"(?:global|buffer)_load_dwordx4", "st16": r"(?:global|buffer)_store_dwordx4"}
     all_ = {"ld": r"(?:global|buffer)_load_", "st": r"(?:global|buffer)_store_", "mma": r"v_mfma"}
     counts = {key: len(re.findall(rf"^\s*{p}", code, re.M)) for key, p in {**wide, **all_}.items()}
-    spills = number("vgpr_spill_count")
-    metadata = kernel.metadata
-    return Compiled(name, arch, number("vgpr_count"), spills, metadata.shared, metadata.num_warps, 0.0, counts)
+    registers, spills = number("vgpr_count"), number("vgpr_spill_count")
+    shared, warps = metadata.shared, metadata.num_warps
+    return Compiled(launch.name, arch, registers, spills, shared, warps, 0.0, counts, key=launch.key)

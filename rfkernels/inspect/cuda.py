@@ -15,16 +15,18 @@ THREADS = {"960": 128, "1152": 160, "1536": 192, "1920": 256, "2432": 320, "3072
 
 
 def compiled(targets: tuple[str, ...]) -> dict[str, Compiled]:
-    """"cuda kernel target" -> report, for those of the targets that csrc/cuda is built for.
+    """"cuda kernel target" -> report, for those of the targets that csrc/cuda is built for. What `python -m
+    rfkernels.build` has compiled of these sources is not compiled again.
 
     Raises: CannotBuild, without nvcc.
     """
+    wanted = [target for target in build.CUDA_TARGETS if f"sm_{target}" in targets]
+    binaries = {target: build.cuda_binary(target) for target in wanted}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        wanted = tuple(target for target in build.CUDA_TARGETS if f"sm_{target}" in targets)
-        build.compile_cuda(Path(folder), wanted)
+        build.compile_cuda(Path(folder), tuple(target for target in wanted if not binaries[target]))
         for target in wanted:
-            for kernel in read(Path(folder) / build.binary(target), target):
+            for kernel in read(binaries[target] or Path(folder) / build.binary(target), target):
                 found[f"cuda {kernel.kernel} {kernel.target}"] = kernel
     return found
 

@@ -65,8 +65,8 @@ with compile_only("cuda", 90) as launched:
     for case in cases():
         if case.name in ("adaln_fwd/960", "gated_adaln_fwd/960"):
             case.call()
-    for name, kernel, _ in launched:
-        print(name, kernel.asm["ptx"].count("div.full.f32"))
+    for launch in launched:
+        print(launch.name, launch.kernel.asm["ptx"].count("div.full.f32"))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", script]
@@ -85,7 +85,7 @@ with compile_only("cuda", 86) as launched:
         x, v = (torch.empty(*shape, channels, device="meta") for shape in ((4, 64), (4,)))
         s = torch.empty(2, 4, 64, device="meta")
         launch.gated_adaln_backward(x, x, x, x, v, v, v, s, True, "layer", 1e-6, torch.float32, True)
-    print(*(kernel.metadata.shared for name, kernel, _ in launched if name == "adaln_bwd"))
+    print(*(launch.kernel.metadata.shared for launch in launched if launch.name == "adaln_bwd"))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", script]

@@ -13,7 +13,12 @@ Backbone = Literal["joint", "cross", "uvit"]
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """Architecture of an MM-DiT. Two models with equal configurations have the same parameters and positions."""
+    """Architecture of an MM-DiT. Two models with equal configurations have the same parameters and positions.
+
+    Examples:
+        >>> MMDiTConfig(depth=24, heads=24, qk_norm=True).width
+        1536
+    """
 
     depth: int
     """Number of joint blocks."""

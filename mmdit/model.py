@@ -40,6 +40,11 @@ class MMDiT(nn.Module):
 
     Args: config: the architecture. Weights are initialised from torch's global generator; on the meta device they are
         left alone: materialise, then call `init_weights()` or load a checkpoint.
+
+    >>> model = MMDiT(mmdit.presets.tiny())
+    >>> latent, context, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32), torch.randn(2, 16)
+    >>> model(latent, torch.tensor([0.1, 0.9]), context, pooled).shape
+    torch.Size([2, 4, 16, 16])
     """
 
     def __init__(self, config: MMDiTConfig) -> None:

@@ -8,7 +8,11 @@ from mmdit.config import MMDiTConfig
 
 
 def by_depth(depth: int, *, resolution: int = 256, **changes: Any) -> MMDiTConfig:
-    """The paper's series: width 64 * depth, as many heads as blocks, QK-RMSNorm. Depth 24 is 2B, 38 is 8B."""
+    """The paper's series: width 64 * depth, as many heads as blocks, QK-RMSNorm. Depth 24 is 2B, 38 is 8B.
+
+    >>> by_depth(24).width, by_depth(38, resolution=1024).max_height
+    (1536, 1024)
+    """
     values: dict[str, Any] = {"heads": depth, "qk_norm": True, "resolution": resolution}
     values |= {"max_height": resolution, "max_width": resolution}
     return MMDiTConfig(depth=depth, **{**values, **changes})
@@ -30,7 +34,11 @@ def sd35_large() -> MMDiTConfig:
 
 
 def tiny(**changes: Any) -> MMDiTConfig:
-    """A complete MM-DiT for tests and laptops: two blocks of width 64 on 32 x 32 pixels."""
+    """A complete MM-DiT for tests and laptops: two blocks of width 64 on 32 x 32 pixels.
+
+    >>> tiny(depth=3).depth
+    3
+    """
     values: dict[str, Any] = {
         "depth": 2,
         "heads": 2,

@@ -23,7 +23,12 @@ Grid = Literal["paper", "midpoints", "mlperf"]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW as in the paper, or Muon."""
+    """AdamW as in the paper, or Muon.
+
+    Examples:
+        >>> Optimizer(lr=2e-4, states="int8", weights="bf16").betas
+        (0.9, 0.999)
+    """
 
     kind: OptimizerKind = "adamw"
     """muon: Muon for the matrices inside blocks, AdamW for the rest."""
@@ -52,7 +57,12 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Ema:
-    """Moving average of the weights, in fp32; it is what samples are drawn from."""
+    """Moving average of the weights, in fp32; it is what samples are drawn from.
+
+    Examples:
+        >>> Ema(decay=0.999, every=10)
+        Ema(decay=0.999, every=10)
+    """
 
     decay: float = 0.99
     """Weight of the former average at each update."""
@@ -62,7 +72,12 @@ class Ema:
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss on held-out data, at fixed times and with fixed noise."""
+    """Loss on held-out data, at fixed times and with fixed noise.
+
+    Examples:
+        >>> Validation(every=500, grid="midpoints").samples
+        256
+    """
 
     every: int = 1000
     """Steps between validations; 0: only at the end."""
@@ -74,7 +89,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures drawn during training."""
+    """Pictures drawn during training.
+
+    Examples:
+        >>> Samples(prompts=("a red circle",), shift=3.0).guidance
+        3.0
+    """
 
     every: int = 1000
     """Steps between grids; 0: only at the end."""
@@ -94,7 +114,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Preference:
-    """Direct preference optimisation (Diffusion-DPO, arXiv 2311.12908) on the formulation's output."""
+    """Direct preference optimisation (Diffusion-DPO, arXiv 2311.12908) on the formulation's output.
+
+    Examples:
+        >>> Preference(beta=2000.0, safeguard=0.5).weight
+        'constant'
+    """
 
     beta: float = 500.0
     """How far the model may leave its base: of mean squared errors, not of sums, which differ with the resolution."""
@@ -114,7 +139,12 @@ class Preference:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a run is spread over the processes that torchrun started; the weights do not depend on it."""
+    """How a run is spread over the processes that torchrun started; the weights do not depend on it.
+
+    Examples:
+        >>> Parallel(replicas=8, checkpointing="selective").accumulate
+        1
+    """
 
     replicas: int = 1
     """Groups of processes, each of which shards a whole model (HSDP); 1: all processes shard one (FSDP)."""
@@ -135,7 +165,13 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Exactly one of `steps` and `minutes` is its budget."""
+    """A training run. Exactly one of `steps` and `minutes` is its budget.
+
+    Examples:
+        >>> config = Config(run=Path("runs/mine"), cache=Path("cache/mine"), steps=1000)
+        >>> Config.from_json(config.to_json()) == config
+        True
+    """
 
     run: Path
     """Run folder; a run found there resumes."""

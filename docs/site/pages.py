@@ -67,7 +67,7 @@ def linked(text: str, page: str, known: set[str]) -> tuple[str, set[str]]:
 
 
 def typeset(text: str) -> str:
-    """Blocks of LaTeX as MathML, which browsers draw by themselves. A command that is not known stays as text: refused."""
+    """Blocks of LaTeX as MathML, which browsers draw by themselves. Raises: ValueError for an unknown command."""
 
     def to(match: re.Match[str]) -> str:
         formula = latex2mathml.converter.convert(match[1].strip(), display="block").replace(r"\_", "_")

@@ -108,6 +108,10 @@ def read(source: str | os.PathLike[str] | Mapping[str, Tensor], config: MMDiTCon
         config: of the model that it is for; told by its metadata or found among the released models unless given.
     Raises: FileNotFoundError; ValueError that names every tensor which is not understood, has no partner, holds NaN or
         belongs to another kind of adapter: a file is read whole or not at all.
+
+    >>> adapter = read("style.safetensors")                                                         # doctest: +SKIP
+    >>> adapter.format, adapter.notes                                                               # doctest: +SKIP
+    ('kohya', [])
     """
     file = Source(source if isinstance(source, Mapping) else _file(source))
     _refuse_others(file)

@@ -79,7 +79,13 @@ def attach(model: MMDiT, lora: Lora) -> None:
     """Freezes a model and gives the layers that are meant a low-rank part, which changes nothing yet. Before sharding:
     what is added later would be whole on every process, its gradients not reduced.
 
-    Raises: ValueError for rank 0 or a target that matches no layer."""
+    Raises: ValueError for rank 0 or a target that matches no layer.
+
+    >>> model = mmdit.MMDiT(mmdit.presets.tiny())
+    >>> attach(model, Lora(rank=4, targets=("blocks",)))
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+    15360
+    """
     if lora.rank < 1:
         raise ValueError(f"Lora: rank is {lora.rank}; expected at least 1")
     if model.config.backbone != "joint":

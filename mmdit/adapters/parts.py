@@ -136,7 +136,10 @@ def load(model: MMDiT, *adapters: Adapter) -> None:
     """Puts adapters on a model, one on top of the other: each as if it were alone, their effects added. Adapters that
     are there stay. The layers' weights are frozen and not touched.
 
-    Raises: ValueError for a layer that the model has not, or of another size."""
+    Raises: ValueError for a layer that the model has not, or of another size.
+
+    >>> load(model, read("style.safetensors"), read("subject.safetensors"))                         # doctest: +SKIP
+    """
     every = Adapter([part for adapter in (of_model(model), *adapters) for part in adapter.parts])
     there, made = dict(model.named_modules()), {}
     for name, parts in every.by_layer().items():

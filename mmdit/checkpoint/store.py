@@ -203,6 +203,8 @@ def load(
     Returns: the model in evaluation mode.
     Raises: FileNotFoundError; ValueError for a pickle, a truncated or foreign file, mixed layouts or dtypes, and
         tensors that are missing, unknown, misshaped or not finite: by name.
+
+    >>> model = load("sd3.5_medium.safetensors", dtype=torch.bfloat16)                              # doctest: +SKIP
     """
     return open_checkpoint(source, **known).model(device, dtype, finite=finite)
 
@@ -237,6 +239,11 @@ def save(
         max_shard_bytes: beyond, shards and an index are written.
     Returns: the files written.
     Raises: ValueError for an unknown layout, or a model that has no such layout.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = save(mmdit.MMDiT(mmdit.presets.tiny()), f"{folder}/model.safetensors")
+    ...     [file.name for file in files], load(f"{folder}/model.safetensors").config.depth
+    (['model.safetensors'], 2)
     """
     state = model.state_dict() if weights is None else weights
     opened = Checkpoint(Source(state), "native", "", model.config, dict(extra or {}), {})
@@ -256,6 +263,8 @@ def convert(
     """From one layout to another, tensor by tensor: the memory of a tensor serves for a model of any size.
 
     Args: as for `load` and `save`. Returns: the files written. Raises: as they do.
+
+    >>> convert("sd3.5_medium.safetensors", "sd3.5-medium", layout="diffusers")                     # doctest: +SKIP
     """
     return _write(open_checkpoint(source, **known), path, layout, dtype, max_shard_bytes, progress)
 

@@ -125,6 +125,11 @@ def by_name(name: str, shift: float = 1.0) -> Formulation:
 
     Args: shift: alpha of the timestep shift applied to the training times of rf and x (3.0 at 1024 x 1024); 1: none.
     Raises: ValueError for an unknown name, wrong number of arguments or values outside their range.
+
+    >>> formulation = by_name("rf/lognorm(0.00,1.00)", shift=3.0)
+    >>> read, target = formulation.training_pair(torch.zeros(2, 4), torch.ones(2, 4), torch.tensor([0.25, 0.5]))
+    >>> read[:, 0].tolist(), target[:, 0].tolist()                             # (1 - t) x0 + t noise, noise - x0
+    ([0.25, 0.5], [1.0, 1.0])
     """
     match = _NAME.fullmatch(name.replace(" ", ""))
     if match is None or match["kind"] not in MAKERS:

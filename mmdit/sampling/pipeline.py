@@ -126,6 +126,9 @@ class Pipeline:
             offload: text encoders wait on the CPU and visit the device one at a time.
             vae_dtype, tiled: of the autoencoder.
         Raises: FileNotFoundError; ValueError for what does not fit; ImportError without transformers or diffusers.
+
+        >>> pipe = Pipeline.from_pretrained("stable-diffusion-3.5-medium")                              # doctest: +SKIP
+        >>> pipe("a lighthouse at dawn", seed=0).images[0].save("lighthouse.png")                       # doctest: +SKIP
         """
         root = Path(folder)
         if not (root / "vae").is_dir():
@@ -176,6 +179,8 @@ class Pipeline:
             device, t5, t5_tokens, offload, vae_dtype, tiled: as in `from_pretrained`.
         Raises: FileNotFoundError; ValueError that names the parts that are missing; ImportError without transformers,
             diffusers or open_clip.
+
+        >>> pipe = Pipeline.from_single_file("sd3_medium_incl_clips.safetensors", t5=False)             # doctest: +SKIP
         """
         given = {"autoencoder": autoencoder, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
         for name, path in {"the single file": file, **given, "t5_tokenizer": t5_tokenizer}.items():
@@ -206,7 +211,10 @@ class Pipeline:
         weights are not touched; `mmdit.adapters.remove(pipe.model)` takes all of them off.
 
         Args: weight: its strength; any number, 1 as it was trained.
-        Raises: FileNotFoundError; ValueError for a file that is not understood, whole."""
+        Raises: FileNotFoundError; ValueError for a file that is not understood, whole.
+
+        >>> pipe.load_lora("style.safetensors", 0.8)                                                    # doctest: +SKIP
+        """
         numbers.between("Pipeline: weight", weight)
         adapter = adapters.read(source, self.model.config)
         for note in adapter.notes:

@@ -28,6 +28,11 @@ def encoded(
         edit: PIL images, read as `pictures.shown` does, resized and cropped to the size: one for all, one for each, or
             several for each where the model takes pictures as tokens. None: none.
     Raises: ValueError if the model does not edit, or the counts do not fit.
+
+    >>> config = mmdit.presets.tiny(in_channels=12, reference_channels=12)
+    >>> picture = PIL.Image.new("RGB", (64, 48), "red")
+    >>> [r.shape for r in encoded(picture, 2, (32, 32), config, mmdit.autoencoder.PixelSpace(2))]
+    [torch.Size([2, 12, 16, 16])]
     """
     if edit is None:
         return []

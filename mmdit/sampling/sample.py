@@ -31,7 +31,12 @@ MODULATION_BYTES = 1 << 30        # of all steps at once, at most
 
 @dataclass(frozen=True)
 class Settings:
-    """How a sample is drawn."""
+    """How a sample is drawn.
+
+    Examples:
+        >>> Settings(steps=28, shift=3.0, guidance=4.5).guided
+        True
+    """
 
     steps: int = 50
     solver: str = "euler"
@@ -112,6 +117,11 @@ def denoise(
         masked: text beyond each sample's length is masked; the released models attend to all of it.
         references: latents of pictures to edit, each of B samples, as the model takes them.
     Returns: [B, C, h, w] fp32.
+
+    >>> model = mmdit.MMDiT(mmdit.presets.tiny())
+    >>> text = Conditioning(torch.randn(2, 7, 32), torch.tensor([7, 5]), torch.randn(2, 16))
+    >>> denoise(model, torch.randn(2, 4, 16, 16), text, None, Settings(steps=2, guidance=1.0)).shape
+    torch.Size([2, 4, 16, 16])
     """
     formulation = formulation or flow.by_name("rf")
     ts = settings.times(formulation, start)
@@ -240,7 +250,11 @@ class Sampler:
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: torch.device | str | None = None) -> Sampler:
         """From a run folder or a file written by training: a model's weights, or an adapter's, whose base lies where it
-        was. Raises: FileNotFoundError, ValueError."""
+        was. Raises: FileNotFoundError, ValueError.
+
+        >>> Sampler.load("runs/shapes-0")(["a red circle"], seed=0).shape                               # doctest: +SKIP
+        (1, 32, 32, 3)
+        """
         path = Path(source)
         if path.is_dir():
             found = next((path / name for name in (WEIGHTS, ADAPTER) if (path / name).is_file()), None)

@@ -165,6 +165,15 @@ def apply(
         mlp: the two linears around GELU. Adapters and hooks on them are respected: such an MLP runs as before.
     Returns: what was replaced and what was left, and why; printed, it is a table.
     Raises: ValueError if there is nothing in the model that is known; TypeError if it is not a module.
+
+    >>> from diffusers import SD3Transformer2DModel
+    >>> model = SD3Transformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=2, caption_projection_dim=32)
+    >>> print(apply(model))                                              # doctest: +NORMALIZE_WHITESPACE
+    2 AdaLayerNormContinuous: fused
+    3 AdaLayerNormZero: fused
+    3 FeedForward: fused
+    2 JointAttnProcessor2_0: fused
+    2 JointTransformerBlock: fused
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch.apply: model is {type(model).__name__}; expected a module: pipeline.transformer")
@@ -204,7 +213,13 @@ def _note(found: Report, processor: Any) -> None:
 
 
 def revert(model: nn.Module) -> None:
-    """Takes back what `apply` did; a model that was not patched stays as it is."""
+    """Takes back what `apply` did; a model that was not patched stays as it is.
+
+    >>> from diffusers import SD3Transformer2DModel
+    >>> model = SD3Transformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=2, caption_projection_dim=32)
+    >>> applied = apply(model)
+    >>> revert(model)
+    """
     for module in model.modules():
         if isinstance(module, Fused):
             exchange(module, own_class(module))

@@ -21,7 +21,7 @@ def report(**changes):
 
 def test_two_targets_are_compiled_apart():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "rfkernels.inspect", "--only", "adaln_fwd/960"]
+    command = [sys.executable, "-W", "ignore", "-m", "rfkernels.inspect", "--all", "--only", "adaln_fwd/960"]
     command += ["--targets", "sm_80", "sm_90", "gfx942"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

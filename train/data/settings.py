@@ -16,7 +16,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Precompute:
-    """What precompute does. Everything that decides the contents goes into the cache's fingerprint."""
+    """What precompute does. Everything that decides the contents goes into the cache's fingerprint.
+
+    Examples:
+        >>> Precompute(source="pictures", cache=Path("cache/pictures"), area=512).encoders
+        ('words',)
+    """
 
     source: str = "shapes"
     """shapes, scenes, shapes-edits, scenes-edits, openmoji, a folder with sidecar .txt or metadata.jsonl, WebDataset

@@ -54,6 +54,9 @@ def train(config: Config) -> Outcome:
     Raises: DataError for a bad cache; ValueError if the cache does not fit the model, the run folder holds another run,
         another process trains in it, or too many losses in a row are not finite; OSError if a checkpoint cannot be
         written.
+
+    >>> train(Config(run=Path("runs/mine"), cache=Path("cache/shapes"), steps=100)).step            # doctest: +SKIP
+    100
     """
     with parallel.world(pick_device(config), config.parallel) as world:
         return train_in(config, world)

@@ -42,7 +42,11 @@ class Batch(Protocol):
 
 class Objective(Protocol):
     """Draws batches and computes a loss. What is random is keyed by seed, step and sample, so no batch, process count
-    or resume point changes what a sample sees."""
+    or resume point changes what a sample sees.
+
+    >>> objective = objectives.of_run(config, cache)                                                # doctest: +SKIP
+    >>> loss, metrics = objective.loss(model, objective.draw(bucket, rows, step))                   # doctest: +SKIP
+    """
 
     @property
     def formulation(self) -> Formulation: ...

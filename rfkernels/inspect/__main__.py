@@ -44,6 +44,10 @@ def write_table(path: Path, table: dict[str, dict]) -> None:
     path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table.items()) + "\n}\n")
 
 
+def as_row(report: Compiled) -> dict:
+    return {name: value for name, value in asdict(report).items() if value != ""}
+
+
 def inspect(targets: tuple[str, ...], only: str, table: dict[str, dict]) -> dict[str, Compiled]:
     """Compiles all cases whose name contains `only`, but for kernels whose key is in the table: those are the table's.
     "case kernel target" -> report."""
@@ -180,7 +184,7 @@ def settle(
         )
     if write:
         table = read_table(path)
-        rows = {key: row for key, row in table.items() if kept(row)} | {key: asdict(r) for key, r in reports.items()}
+        rows = {key: row for key, row in table.items() if kept(row)} | {key: as_row(r) for key, r in reports.items()}
         place = {key: i for i, key in enumerate(table)}                                # a row stays where it was
         write_table(path, dict(sorted(rows.items(), key=lambda item: place.get(item[0], len(place)))))
         print(f"wrote {path}")

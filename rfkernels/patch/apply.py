@@ -167,7 +167,8 @@ def apply(
     Raises: ValueError if there is nothing in the model that is known; TypeError if it is not a module.
 
     >>> from diffusers import SD3Transformer2DModel
-    >>> model = SD3Transformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=2, caption_projection_dim=32)
+    >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    >>> model = SD3Transformer2DModel(num_layers=2, **sizes)
     >>> print(apply(model))                                              # doctest: +NORMALIZE_WHITESPACE
     2 AdaLayerNormContinuous: fused
     3 AdaLayerNormZero: fused
@@ -216,7 +217,8 @@ def revert(model: nn.Module) -> None:
     """Takes back what `apply` did; a model that was not patched stays as it is.
 
     >>> from diffusers import SD3Transformer2DModel
-    >>> model = SD3Transformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=2, caption_projection_dim=32)
+    >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    >>> model = SD3Transformer2DModel(num_layers=2, **sizes)
     >>> applied = apply(model)
     >>> revert(model)
     """

@@ -95,6 +95,26 @@ with compile_only("cuda", 86) as launched:
     assert min(shared[:3]) > 40 << 10 > shared[3], "up to 4,096 channels some are fetched ahead"
 
 
+def test_what_has_a_key_of_the_table_is_not_compiled_again():
+    script = """
+from dataclasses import asdict
+from rfkernels.adaln.kernels import gated_adaln_fwd
+from rfkernels.inspect.__main__ import inspect
+kernel = "gated_adaln_fwd/960 gated_adaln_fwd sm_90"
+def report(table):
+    gated_adaln_fwd.device_caches.clear()
+    return inspect(("sm_90",), "gated_adaln_fwd/960", table)[kernel]
+found = report({})
+row = {**asdict(found), "registers": 999}
+print(found.registers, report({kernel: row}).registers, report({kernel: {**row, "key": "another"}}).registers)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    compiled, known, other = done.stdout.split()
+    assert known == "999" and other == compiled != known, done.stderr
+
+
 def test_csrcs_table_is_that_of_the_committed_reports():
     cuda, triton = (read_table(TABLES / name) for name in ("cuda-13.0.json", "triton-3.8.json"))
     cells = lambda r: f"{r['registers']}, {100 * r['occupancy']:.0f} %"  # noqa: E731

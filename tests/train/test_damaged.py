@@ -203,3 +203,25 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out.json cannot be written: No space left on device"):
         files.write_atomically(tmp_path / "out.json", b"{}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("records", (0, 3))
+def test_a_run_goes_on_where_tensorboard_cannot_write(records, config, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, written = RecordWriter.write, []
+
+    def full(self, data):
+        written.append(data)
+        if len(written) > records:
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    run = changed(config, run=tmp_path / "run", steps=40)
+    assert train(run).step == 40
+    said = capfd.readouterr().out
+    assert said.count("tensorboard is not written from here on ([Errno 28] No space left on device)") == 1
+    assert len((run.run / "metrics.jsonl").read_text().splitlines()) >= 4

@@ -99,3 +99,11 @@ def test_a_damaged_table_is_named(content, written):
     (written / CONTENTS).write_text(content)
     with pytest.raises(ValueError, match=r"contents\.json"):
         Reader(written).read_metadata()
+
+
+def test_a_full_disk_is_what_is_told(tmp_path):
+    """torch.save's own error, a position in an archive, would hide it."""
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    with pytest.raises(CheckpointException) as error:
+        dcp.save(STATE, storage_writer=Writer(tmp_path), no_dist=True)
+    assert str(error.value).strip().endswith("No space left on device")

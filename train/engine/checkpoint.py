@@ -161,6 +161,8 @@ class Checkpoints:
                     shutil.rmtree(old)
         except BaseException as error:
             self._failure = error
+            if self.world.main:
+                shutil.rmtree(partial, ignore_errors=True)                # room for the weights, where a disk is full
         finally:
             self._published.set()
 

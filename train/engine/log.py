@@ -62,6 +62,8 @@ class Log:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         except ImportError:
             pass
+        except OSError as error:
+            self._no_tensorboard(error)
         if config.wandb:
             self._wandb = _wandb(config)
 
@@ -80,11 +82,22 @@ class Log:
     def _append(self, path: Path, step: int, values: dict[str, float]) -> None:
         with naming(path), path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._tensorboard("add_scalar", name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def _tensorboard(self, method: str, *values: Any, **more: Any) -> None:
+        """It writes in a thread of its own and says at a later call that it could not: no reason to stop a run."""
+        try:
+            if self._board is not None:
+                getattr(self._board, method)(*values, **more)
+        except OSError as error:
+            self._no_tensorboard(error)
+
+    def _no_tensorboard(self, error: OSError) -> None:
+        self._board = None
+        print(f"warning: {self.run / 'tensorboard'} is not written from here on ({error})", flush=True)
 
     def _picture(self, step: int) -> Path:
         return self.run / "samples" / f"step-{step:08d}.png"
@@ -127,9 +140,9 @@ class Log:
         path = self._picture(step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path.parent / report.CAPTIONS, json.dumps(list(captions)).encode())
-        grid(images, scale=max(1, 96 // images.shape[1])).save(path)
-        if self._board is not None:
-            self._board.add_images("samples", images, step, dataformats="NHWC")
+        with naming(path):
+            grid(images, scale=max(1, 96 // images.shape[1])).save(path)
+        self._tensorboard("add_images", "samples", images, step, dataformats="NHWC")
         if self._wandb is not None:
             import wandb
 
@@ -138,8 +151,7 @@ class Log:
     def close(self) -> None:
         if self._page_is_due:
             self.page(last=True)
-        if self._board is not None:
-            self._board.close()
+        self._tensorboard("close")
         if self._wandb is not None:
             self._wandb.finish()
 

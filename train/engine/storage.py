@@ -37,6 +37,14 @@ ALLOWED = {
 class Writer(FileSystemWriter):
     """Writes CONTENTS instead of a pickle."""
 
+    def write_data(self, *args: Any) -> Any:
+        try:
+            return super().write_data(*args)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):         # why a write failed, which torch.save's own error hides
+                raise error.__context__ from None
+            raise
+
     def finish(self, metadata: Metadata, results: Any) -> None:
         places = {written.index: written.storage_data for one in results for written in one}
         write_atomically(Path(self.path) / CONTENTS, json.dumps(_as_json(metadata, places)).encode())

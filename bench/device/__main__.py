@@ -63,7 +63,7 @@ def bench_part(name: str, file: str, ops: str, seconds: float, work: Path, **env
 def first(work: Path, pretend: bool) -> list[Part]:
     """Correctness."""
     ptxas, processes = other_ptxas(), "2" if pretend else "14"
-    tests = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else KERNEL_TESTS)]
+    tests = [f"tests/rfkernels/test_{name}.py" for name in (("gelu_mlp",) if pretend else KERNEL_TESTS)]
     training = "bench.device.training"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 1)
     spread = (*launcher, "-m", training, "plain")
@@ -74,7 +74,7 @@ def first(work: Path, pretend: bool) -> list[Part]:
     table = f"{work}.csrc"                                           # asks for all CUDA kernels and epilogues
     native = {"RFKERNELS_LAUNCH": "native"}
     csrc = {**native, "RFKERNELS_LAUNCH_TABLES": table}
-    entered = [f"tests/rfkernels/test_{name}.py" for name in (("qk_norm",) if pretend else ENTERED)]
+    entered = [f"tests/rfkernels/test_{name}.py" for name in (("gelu_mlp",) if pretend else ENTERED)]
 
     def device_tests(name: str, files: list[str], marked: str = "device") -> list[str]:
         return python("-m", "pytest", "-p", "no:benchmark", "-m", marked, "-n", processes, "--dist", "load",

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from bench.device.runner import VERDICT
-from bench.device.training import CLOSE, WORK, compare, config
+from bench.device.training import BATCH, CLOSE, WORK, compare, config
 from bench.environment import pretending
 from mmdit import MMDiT, checkpoint
 from mmdit.adapters import Lora
@@ -30,7 +30,8 @@ from train.data.precompute import precompute
 from train.data.settings import Precompute
 from train.engine.loop import train
 
-STEPS = 12
+STEPS = 4 if pretending() else 12
+HALF = STEPS // 2
 FOLDERS = {"pairs": ("winner", "loser", "caption"), "edits": ("target", "source", "instruction")}
 
 
@@ -72,8 +73,8 @@ def tuned(name: str, device: str, changes: dict[str, Any], base: Path) -> Config
     if device == "cpu" and "optimizer" in changes:                       # fp32 weights, as the CPU's precision asks
         changes["optimizer"] = dataclasses.replace(changes["optimizer"], weights="fp32")
     made = dataclasses.replace(
-        made, initial=base, steps=STEPS, batch=8, checkpoint_every=6, log_every=6,
-        validation=Validation(every=6, samples=4), samples=Samples(every=6, count=1, steps=2), **changes,
+        made, initial=base, steps=STEPS, batch=BATCH // 2, checkpoint_every=HALF, log_every=HALF,
+        validation=Validation(every=0, samples=2), samples=Samples(every=0, count=1, steps=2), **changes,
     )  # fmt: skip
     train(made)
     return made

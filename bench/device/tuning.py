@@ -31,7 +31,6 @@ from train.data.settings import Precompute
 from train.engine.loop import train
 
 STEPS = 4 if pretending() else 12
-HALF = STEPS // 2
 FOLDERS = {"pairs": ("winner", "loser", "caption"), "edits": ("target", "source", "instruction")}
 
 
@@ -73,7 +72,7 @@ def tuned(name: str, device: str, changes: dict[str, Any], base: Path) -> Config
     if device == "cpu" and "optimizer" in changes:                       # fp32 weights, as the CPU's precision asks
         changes["optimizer"] = dataclasses.replace(changes["optimizer"], weights="fp32")
     made = dataclasses.replace(
-        made, initial=base, steps=STEPS, batch=BATCH // 2, checkpoint_every=HALF, log_every=HALF,
+        made, initial=base, steps=STEPS, batch=BATCH // 2, checkpoint_every=STEPS // 2, log_every=STEPS // 2,
         validation=Validation(every=0, samples=2), samples=Samples(every=0, count=1, steps=2), **changes,
     )  # fmt: skip
     train(made)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ class Place:
 
 
 def places(config: MMDiTConfig, layout: str) -> dict[str, Place]:
-    """The linear layers of a layout ("sd3" or "diffusers") by their names."""
+    """The linear layers of a layout ("sd3" or "diffusers") by their names. Of a model with reference tokens, those of the
+    model that it was made from: other layouts have no more."""
     found = {}
-    for piece in pieces(config)[0]:
+    for piece in pieces(replace(config, reference_tokens=False))[0]:
         if not piece.native.endswith(".weight") or len(piece.shape) != 2:
             continue
         names = piece.names(layout)

@@ -170,6 +170,17 @@ def test_a_round_trip_is_exact(config, format, split, tmp_path):
     same(two, adapters.read(again), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("format", adapters.FORMATS)
+def test_one_for_the_model_beneath_fits_a_model_that_edits(format, tmp_path):
+    base = PRESETS["sd35-medium"]
+    adapter = adapters.of_model(adapted(base, targets=("blocks",)))
+    file = adapters.save(adapter, tmp_path / "lora.safetensors", base, format=format)
+    editing = replace(base, reference_tokens=True)
+    found = adapters.read(file, editing)
+    same(found, adapter, rtol=1e-6, atol=1e-6)
+    adapters.load(model_of(editing), found)
+
+
 def test_q_k_and_v_that_share_a_come_back_with_their_rank(tmp_path):
     config = PRESETS["sd3"]
     one = adapters.of_model(adapted(config, targets=("attention",), split_qkv=False))

@@ -139,7 +139,12 @@ def decode(content: bytes) -> str:
 
 def read_text(path: Path) -> str:
     """What `decode` reads, newlines as Unix writes them."""
-    return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+    return with_newlines(decode(path.read_bytes()))
+
+
+def with_newlines(text: str) -> str:
+    """Newlines of Windows and old Macs as Unix writes them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: Path) -> list[str]:

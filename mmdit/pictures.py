@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +52,8 @@ def shown(image: Image.Image) -> Image.Image:
     raw = str(tiles[0][3]) if tiles else ""                               # before loading, which forgets it
     image.load()
     if image.format not in SAID_IN_INFO or any(name in image.info for name in ORIENTATIONS):
-        image = ImageOps.exif_transpose(image)
+        with suppress(SyntaxError, ValueError, struct.error):          # an EXIF block that says nothing: as it lies
+            image = ImageOps.exif_transpose(image)
     if image.mode in NO_RANGE:
         raise ValueError(f"mode {image.mode}, 32 bits a pixel; save it with 8 or 16 bits")
     if image.mode in WIDE_GREY:

@@ -68,8 +68,8 @@ class Place:
 
 
 def places(config: MMDiTConfig, layout: str) -> dict[str, Place]:
-    """The linear layers of a layout ("sd3" or "diffusers") by their names. Of a model with reference tokens, those of the
-    model that it was made from: other layouts have no more."""
+    """The linear layers of a layout ("sd3" or "diffusers") by their names. Of a model with reference tokens, those
+    of the model that it was made from: other layouts have no more."""
     found = {}
     for piece in pieces(replace(config, reference_tokens=False))[0]:
         if not piece.native.endswith(".weight") or len(piece.shape) != 2:

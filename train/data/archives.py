@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmdit.files import decode, naming
+from mmdit.files import decode, naming, with_newlines
 from mmdit.pictures import SUFFIXES
 from train.data.folders import why_left
-from train.data.records import INSTRUCTIONS, SYNTHETIC, DataError, Record, Records, printable, texts_of
+from train.data.records import INSTRUCTIONS, SYNTHETIC, DataError, Record, Records, printable, stamp_of, texts_of
 
 TEXTS = ("txt", "caption", "synthetic.txt", "json")
 """What stands beside a picture of a tar, after the first dot of its name."""
@@ -142,7 +142,7 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
     def read(name: str) -> str:
         offset, size = parts[name]
         archive.seek(offset)
-        return decode(archive.read(size))
+        return with_newlines(decode(archive.read(size)))
 
     try:
         loaded = json.loads(read("json")) if "json" in parts else {}
@@ -150,8 +150,8 @@ def _metadata(archive: BinaryIO, parts: dict[str, Place]) -> dict[str, Any]:
         raise ValueError(str(error)) from error
     entry: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
     for name, into in (("txt", "caption"), ("caption", "caption"), ("synthetic.txt", "synthetic_caption")):
-        if name in parts:
-            entry[into] = read(name)
+        if name in parts and (text := read(name)).strip():               # an empty one says nothing
+            entry[into] = text
     return entry
 
 
@@ -211,8 +211,9 @@ def parquet(path: Path, split: str | None) -> Records:
 
 
 @lru_cache(maxsize=4)
-def _row_group(path: Path, group: int, column: str) -> list[Any]:
-    """Its images; of all files the last few, as records are read in order."""
+def _row_group(path: Path, group: int, column: str, stamp: str) -> list[Any]:
+    """Its images; of all files the last few, as records are read in order. stamp: the file's, which is another file's
+    once it has been written anew."""
     with _table(path) as table, naming(path):
         found: list[Any] = table.read_row_group(group, columns=[column]).column(column).to_pylist()
     return found
@@ -223,7 +224,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def _bytes_in(path: Path, group: int, row: int, column: str) -> bytes:
     with _ONE_AT_A_TIME:                                                       # threads that decode want the same group
-        cell = _row_group(path, group, column)[row]
+        images = _row_group(path, group, column, stamp_of(str(path)))
+    if row >= len(images):
+        raise ValueError(f"{path} has {len(images)} rows there; it has changed since it was opened")
+    cell = images[row]
     found = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(found, bytes):
         raise ValueError(f"its cell holds {'a path' if isinstance(cell, dict) else 'nothing'}, not a picture's bytes")

@@ -31,7 +31,7 @@ class Block:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By bucket, as in the index."""
     rejected: list[dict[str, str]] = field(default_factory=list)
-    """{"key", "why"} of records that were left out."""
+    """Records that were left out: "key", "why", "id", and what they were then, "is"."""
 
     @staticmethod
     def path(cache: Path, number: int) -> Path:
@@ -44,8 +44,11 @@ class Block:
         if not path.is_file():
             return cls(number)
         try:
-            return cls(**read_object(path))
-        except (ValueError, TypeError) as error:
+            found = cls(**read_object(path))
+            if not all(isinstance(entry["file"], str) for entry in found.shards.values()):
+                raise TypeError("a shard without a file")
+            return found
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}): remove it, and precompute makes its block anew") from error
 
     def save(self, cache: Path) -> None:

@@ -1,20 +1,24 @@
-"""Folders of pictures, with captions in sidecar files or in a metadata.jsonl."""
+"""Folders of pictures, with captions in sidecar files or in a metadata.jsonl or .csv."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from mmdit.files import read_lines, read_text
 from mmdit.pictures import SUFFIXES
 from train.data.records import DataError, Record, Records, printable, texts_of
-from train.data.splits import LEFT_OUT, Mapped, named
+from train.data.splits import LEFT_OUT, Mapped, named, of_folders
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 LISTED = {("file_name",): "", ("winner", "loser"): "preference", ("target", "source"): "edit"}
 """What a line of it names, and what that is (records.PAIRS)."""
 _KNOWN = ", or ".join(" and ".join(names) for names in LISTED)
@@ -58,18 +62,42 @@ def files_below(folder: Path, passed: Counter[str]) -> list[str]:
 
 
 def read(folder: Path, splits: Mapped) -> Records:
-    return _listed(folder, splits) if (folder / METADATA).is_file() else _with_sidecars(folder)
+    """By its list; by those of its folders, train/metadata.jsonl, whose names are splits then; or by sidecar files."""
+    if list_of(folder):
+        return _listed(folder, splits)
+    below = sorted(f for f in folder.iterdir() if f.is_dir() and why_left(f.name) is None and list_of(f))
+    if not below:
+        return _with_sidecars(folder, splits)
+    found = Records()
+    for part, split in zip(below, of_folders([f"{f.name}/" for f in below], splits), strict=True):
+        listed = _listed(part, splits)
+        if split == LEFT_OUT:
+            found.passed["of a split that is left out"] += listed.files
+            continue
+        records = (replace(r, key=f"{printable(part.name)}/{r.key}", split=r.split or split) for r in listed)
+        found.join(Records(records, listed.files, listed.passed))
+    lists = tuple(f"{part.name}/" for part in below)
+    for path in files_below(folder, found.passed):
+        if not path.startswith(lists):
+            found.passed[why_left(path) or "beside folders with lists"] += 1
+    return found
+
+
+def list_of(folder: Path) -> Path | None:
+    """Its metadata.jsonl, or metadata.csv."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def _reason(path: str) -> str:
     return f"no picture ({suffix_of(path) or 'no suffix'})"
 
 
-def _with_sidecars(folder: Path) -> Records:
+def _with_sidecars(folder: Path, splits: Mapped) -> Records:
     found = Records()
     pictures: list[str] = []
     texts: dict[str, str] = {}                                     # by the name in lower case after the first part
     used: set[str] = set()
+    taken = 0
     for path in files_below(folder, found.passed):
         suffix = suffix_of(path)
         if why := why_left(path):
@@ -80,10 +108,15 @@ def _with_sidecars(folder: Path) -> Records:
             else:
                 found.passed["a link to nothing"] += 1
         elif suffix == ".txt":
-            texts[_sidecar(path)] = path
+            if texts.setdefault(_sidecar(path), path) != path:
+                found.passed["a second caption of one name"] += 1
         else:
             found.passed[_reason(path)] += 1
-    for path in pictures:
+    for path, split in zip(pictures, of_folders(pictures, splits), strict=True):
+        if split == LEFT_OUT:
+            found.passed["of a split that is left out"] += 1
+            continue
+        taken += 1
         files = [texts.get(os.path.splitext(path)[0] + kind) for kind in SIDECARS]
         used.update(file for file in files if file)
         try:
@@ -91,8 +124,8 @@ def _with_sidecars(folder: Path) -> Records:
             said = texts_of(dict(zip(("caption", "synthetic"), captions, strict=True)))
         except (OSError, ValueError) as error:                                   # UnicodeDecodeError is one
             said = {"caption": None, "synthetic": None, "problem": f"its caption cannot be read ({error})"}
-        found.append(_record(folder, path, None, said))
-    found.files = len(pictures) + len(used)
+        found.append(_record(folder, path, split, said))
+    found.files = taken + len(used)
     if left := len(set(texts.values()) - used):
         found.passed["a caption without a picture"] += left
     return found
@@ -120,11 +153,12 @@ def _content(path: str) -> bytes:
 
 
 def _listed(folder: Path, splits: Mapped) -> Records:
-    """By its metadata.jsonl, in that order."""
-    found = Records()
+    """By its metadata.jsonl or metadata.csv, in that order."""
+    found, metadata = Records(), list_of(folder)
+    assert metadata is not None
     listed: set[str] = set()
     taken: set[str] = set()
-    for where, names, pair, split, said in _lines(folder / METADATA, splits):
+    for where, names, pair, split, said in _lines(metadata, splits):
         inside = [_inside(name, folder, where) for name in names]
         listed.update(inside)
         if split == LEFT_OUT:
@@ -135,8 +169,8 @@ def _listed(folder: Path, splits: Mapped) -> Records:
             found.append(_record(folder, names[0], split, said, beside, pair))
     found.files = 1 + len(taken)
     for path in files_below(folder, found.passed):
-        if path not in listed and path != METADATA:
-            why = f"not listed in {METADATA}" if suffix_of(path) in SUFFIXES else _reason(path)
+        if path not in listed and path != metadata.name:
+            why = f"not listed in {metadata.name}" if suffix_of(path) in SUFFIXES else _reason(path)
             found.passed[why_left(path) or why] += 1
     return found
 
@@ -158,24 +192,35 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str, str | None, dict[str, str | None]]]:
-    """(where it stands, names of files, what those are, split, texts) of each."""
+def _entries(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(where it stands, what reads it) of each entry of a list."""
     try:
+        if path.suffix == ".csv":
+            rows = csv.DictReader(io.StringIO(read_text(path)))
+            yield from ((f"{path}, line {rows.line_num}", partial(dict, row)) for row in rows)
+            return
         lines = read_lines(path)
     except ValueError as error:                                                  # UnicodeDecodeError is one
         told = f"{path} is neither UTF-8 nor UTF-16 with a byte order mark ({error}): save it as UTF-8"
         raise DataError(told) from error
+    except csv.Error as error:
+        raise DataError(f"{path} is no table of comma-separated values ({error})") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+        if line.strip():
+            yield f"{path}, line {number}", partial(json.loads, line)
+
+
+def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str, str | None, dict[str, str | None]]]:
+    """(where it stands, names of files, what those are, split, texts) of each."""
+    for where, read in _entries(path):
         try:
-            entry = json.loads(line)
+            entry = read()
             keys, pair = next(listed for listed in LISTED.items() if listed[0][0] in entry)
             names = [entry[key] for key in keys]
             if not all(isinstance(name, str) for name in names):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
-            raise DataError(f"{where}: expected JSON with {_KNOWN}") from error
-        split = entry.get("split")
+            kind = "columns" if path.suffix == ".csv" else "JSON"
+            raise DataError(f"{where}: expected {kind} with {_KNOWN}") from error
+        split = entry.get("split") or None
         yield where, names, pair, None if split is None else named(split, splits, where), texts_of(entry, pair)

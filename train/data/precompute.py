@@ -23,7 +23,7 @@ from mmdit.pictures import fit_into
 from train.config import Parallel
 from train.data.blocks import Block, gathered
 from train.data.encoding import build_autoencoder, build_encoders, caption_of, split_of
-from train.data.records import PAIRS, DataError, Record, Records
+from train.data.records import PAIRS, DataError, Record, Records, digest_of
 from train.data.settings import Precompute, Size
 from train.data.shards import INDEX, Index, Sample, captions_of
 from train.data.sources import open_source
@@ -33,6 +33,7 @@ from train.engine.parallel import World
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+REJECTED = "rejected.jsonl"
 REMEMBERED = 1 << 30         # bytes of captions' features that are kept, for data sets that repeat them
 
 
@@ -86,21 +87,32 @@ def _precompute(config: Precompute, world: World, records: Records) -> Index:
     world.largest(0)                                                                  # everybody has written its blocks
     made = world.shared(_finish(config, index, len(records)) if world.main else None)
     if world.main:
-        print(f"{config.source}: {records.told()}", flush=True)
+        _tell(config, records, made)
     return made
+
+
+def _tell(config: Precompute, records: Records, made: Index) -> None:
+    """What came of the source's files."""
+    if not any(bucket.startswith("val/") for bucket in made.shards):
+        print(f"warning: nothing validates (val_share {config.val_share:g}): a run will have no validation loss, and "
+              "will draw the prompts of --samples.prompts alone", flush=True)  # fmt: skip
+    rejected = config.cache / REJECTED
+    if rejected.is_file():
+        count = rejected.read_bytes().count(b"\n")
+        print(f"{count:,} of {len(records):,} pictures were left out; {rejected} says why", flush=True)
+    print(f"{config.source}: {records.told()}", flush=True)
 
 
 def _finish(config: Precompute, index: Index, records: int) -> Index:
     blocks = [Block.load(config.cache, number) for number in range(-(-records // config.shard_size))]
-    rejected = [entry for block in blocks for entry in block.rejected]
-    (config.cache / "rejected.jsonl").unlink(missing_ok=True)
+    rejected = [{name: entry[name] for name in ("key", "why")} for block in blocks for entry in block.rejected]
+    (config.cache / REJECTED).unlink(missing_ok=True)
     if rejected:
-        write_atomically(
-            config.cache / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in rejected).encode()
-        )
+        write_atomically(config.cache / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
     index.shards = gathered(blocks)
     if not any(bucket.startswith("train/") for bucket in index.shards):
-        raise DataError(f"source {config.source!r}: no usable training sample among {records} records")
+        why = f"the first of {len(rejected)} left out: {rejected[0]['why']}" if rejected else "all validate"
+        raise DataError(f"source {config.source!r}: no usable training sample among {records} records; {why}")
     index.complete = True
     index.save(config.cache)
     return index
@@ -164,7 +176,8 @@ class _Work:
                 if not isinstance(found, DataError):
                     yield found
                 elif self.config.on_error == "skip":
-                    block.rejected.append({"key": self.records[i].key, "why": str(found)})
+                    record = self.records[i]
+                    block.rejected.append({"key": record.key, "why": str(found), "is": _state(record), "id": str(i)})
                 else:
                     raise DataError(f"{found}. Mend it, or pass --on-error skip; what was done is kept") from found
 
@@ -286,14 +299,22 @@ def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]
             if not whole:
                 continue
             for sample in captions_of(cache / entry["file"]):
+                if not 0 <= sample["id"] < len(records):
+                    raise DataError(f"{path.with_suffix('.jsonl')} names record {sample['id']} of {len(records)}")
                 record = records[sample["id"]]
                 same = caption_of(record, config.synthetic) == sample["caption"]
                 if not same or _replaced(record, sample):
                     what = "picture" if same else "caption"
                     raise DataError(f"{sample['key']}: its {what} has changed since {cache} was made; choose another")
-        if not block.done or (block.rejected and config.on_error == "stop"):
+        mended = any(entry.get("is") != _state(records[int(entry.get("id", 0))]) for entry in block.rejected)
+        if not block.done or mended or (block.rejected and config.on_error == "stop"):
             todo.append(number)
     return todo
+
+
+def _state(record: Record) -> str:
+    """What a record that was left out is: another once somebody has mended its picture or caption."""
+    return digest_of(repr((record.stamp(), record.caption, record.synthetic, record.problem)).encode())
 
 
 def _replaced(record: Record, sample: dict[str, Any]) -> bool:

@@ -65,14 +65,14 @@ class Record:
                     images.append(pictures.shown(found))
             return images, _joined(digests)
         except Exception as error:                       # Pillow raises OSError, SyntaxError, ValueError, struct.error
-            said = (str(error).strip().splitlines() or [""])[0]
+            said = (str(error).strip().splitlines() or [""])[0].partition(" <_io.BytesIO")[0]
             raise DataError(f"{self.key}: not a readable image ({type(error).__name__}: {said})") from error
 
     def stamp(self) -> str | None:
         """Size and times of its file, which change when somebody writes it: cheap to ask. The second is that of the
         last change of any kind, which nobody can set back."""
         files = [file for file in (self.file, self.beside_file) if file is not None]
-        return " ".join(map(_stamp, files)) or None
+        return " ".join(map(stamp_of, files)) or None
 
     def digest(self) -> str | None:
         """Of the file, None of a picture that is drawn, or that cannot be opened."""
@@ -83,7 +83,8 @@ class Record:
         return _joined([digest_of(content) for content in found if isinstance(content, bytes)])
 
 
-def _stamp(file: str) -> str:
+def stamp_of(file: str) -> str:
+    """Size and times of a file."""
     try:
         status = os.stat(file)
     except (OSError, ValueError):

@@ -74,6 +74,9 @@ class Precompute:
         for name in ("shard_size", "batch", "workers", "pixel_factor", "max_words"):
             if getattr(self, name) < 1:
                 raise DataError(f"precompute: {name} is {getattr(self, name)}; expected at least 1")
+        for name in ("sizes", "encoders"):
+            if not getattr(self, name):
+                raise DataError(f"precompute: {name} is empty; expected at least one")
         mapped(self.splits)
         try:
             for name in ("synthetic", "val_share"):

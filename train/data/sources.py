@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from mmdit import keyed
 from mmdit.pictures import SUFFIXES
 from train.data import edits, folders, openmoji, scenes, shapes
 from train.data.archives import READERS
-from train.data.records import DataError, Record, Records
+from train.data.records import DataError, Record, Records, printable
 from train.data.splits import LEFT_OUT, mapped, of_archives
 
 EDITS = 400                  # to train on, for each of `copies`
@@ -26,12 +28,12 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
 
     Args:
         name: "shapes", "scenes", "new-colour", "shapes-edits", "scenes-edits" or "openmoji"; a folder of images (with
-            sidecar .txt files, and .synthetic.txt for captions that a model wrote, or a metadata.jsonl with file_name,
-            caption or text, synthetic_caption and split); or WebDataset .tar or Hugging Face .parquet files: one, a
-            folder of them, a glob, or a range such as "set-{00000..00099}.tar". Of a folder without pictures, archives
-            below it: a clone of a hub's data set. Pairs of pictures: metadata.jsonl with winner and loser, or with
-            target, source and instruction, in place of file_name; parquet with those columns, Pick-a-Pic's or those of
-            InstructPix2Pix.
+            sidecar .txt files, and .synthetic.txt for captions that a model wrote, or a metadata.jsonl or .csv with
+            file_name, caption or text, synthetic_caption and split, also one in each of its folders, which are splits
+            then); or WebDataset .tar or Hugging Face .parquet files: one, a folder of them, a glob, or a range such as
+            "set-{00000..00099}.tar". Of a folder without captioned pictures, archives below it: a clone of a hub's data
+            set. Pairs of pictures: metadata.jsonl with winner and loser, or with target, source and instruction, in
+            place of file_name; parquet with those columns, Pick-a-Pic's or those of InstructPix2Pix.
         copies: for "shapes", drawings per training caption; for "scenes" 64 times as many of each kind; of edits 400
             times as many.
         splits: what else a split's name may be, NAME=train, NAME=val or NAME=-, left out; see `splits.KNOWN`.
@@ -43,25 +45,45 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
         return Records(openmoji.records())
     known, found = mapped(splits), Records()
     archives: list[Path] = []
-    for path in _paths(name, found.passed):
+    paths = _paths(name, found.passed)
+    for path in paths:
         if not path.is_dir():
             archives.append(path)
             continue
         below = folders.read(path, known)
-        if not below and (inside := _archives_below(path)):
+        captioned = any(record.caption or record.synthetic or record.problem for record in below)
+        if not captioned and (inside := _archives_below(path)):              # a picture may illustrate its README
             below = Records()
             _count_beside(path, set(inside), below.passed)
             archives += [path / file for file in inside]
-        found.join(below)
+        found.join(below if len(paths) == 1 else _of(path, [p if p.is_dir() else p.parent for p in paths], below))
+    archives = _without_indices(archives, found.passed)
     for path, split in zip(archives, of_archives(archives, known), strict=True):
         if split == LEFT_OUT:
             found.passed["an archive of a split that is left out"] += 1
         else:
-            found.join(_reader(path)(path, split))
+            records = _reader(path)(path, split)
+            alone = sum(other.name == path.name for other in archives) == 1
+            found.join(records if alone else _of(path.parent, [p.parent for p in archives], records))
     if not found:
         why = f"; passed over {found.told().partition('; passed over ')[2]}" if found.passed else ""
         raise DataError(f"source {name!r} holds no images ({', '.join(sorted(SUFFIXES))}){why}")
     return found
+
+
+def _of(folder: Path, among: Sequence[Path], records: Records) -> Records:
+    """With keys that say in which of several folders they lie, since those of others may be the same."""
+    prefix = printable(os.path.relpath(folder, os.path.commonpath(list(map(os.path.abspath, among)))))
+    return Records((replace(r, key=f"{prefix}/{r.key}") for r in records), records.files, records.passed)
+
+
+def _without_indices(archives: list[Path], passed: Counter[str]) -> list[Path]:
+    """img2dataset writes 00000.parquet beside 00000.tar, which says of each picture where it came from."""
+    tars = {path.with_suffix("") for path in archives if folders.suffix_of(path.name) == ".tar"}
+    kept = [path for path in archives if folders.suffix_of(path.name) == ".tar" or path.with_suffix("") not in tars]
+    if others := len(archives) - len(kept):
+        passed["a table beside a tar of its name"] += others
+    return kept
 
 
 def _paths(name: str, passed: Counter[str]) -> list[Path]:
@@ -74,7 +96,7 @@ def _paths(name: str, passed: Counter[str]) -> list[Path]:
         numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
         found = [Path(name[: span.start()] + number + name[span.end() :]) for number in numbers]
     else:
-        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name))]
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
     missing = [p for p in found if not p.exists()]
     if missing or not found:
         raise DataError(
@@ -87,7 +109,7 @@ def _paths(name: str, passed: Counter[str]) -> list[Path]:
 def _of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
     """Its archives, or itself where it has none, or lists its pictures."""
     archives = sorted(p for p in folder.iterdir() if _is_archive(p) and not p.name.startswith("._"))
-    if not archives or (folder / folders.METADATA).is_file():
+    if not archives or folders.list_of(folder):
         return [folder]
     _count_beside(folder, {path.name for path in archives}, passed)
     return archives
@@ -109,6 +131,7 @@ def _count_beside(folder: Path, archives: set[str], passed: Counter[str]) -> Non
         if path not in archives:
             suffix = folders.suffix_of(path)
             kind = "a picture beside archives" if suffix in SUFFIXES else f"no archive ({suffix or 'no suffix'})"
+            kind = "an archive in a folder below archives" if suffix in READERS else kind
             passed[folders.why_left(path) or kind] += 1
 
 

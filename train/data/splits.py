@@ -36,11 +36,36 @@ def named(name: object, splits: Mapped, where: str) -> str:
 
 
 def of_archives(paths: Sequence[Path], splits: Mapped) -> list[str | None]:
-    """By how their names, or those of their folders, begin, as Hugging Face's hub has it: train-00000-of-00002.parquet,
-    test/0000.parquet. Nothing is said where all have one name; what has none is trained on where others have one."""
-    pattern = re.compile(rf"({'|'.join(map(re.escape, splits))})(?=[-_.]|$)", re.IGNORECASE)
-    begins = [pattern.match(path.name) or pattern.fullmatch(path.parent.name) for path in paths]
-    names = [match and match[1].lower() for match in begins]
-    if len({name for name in names if name}) < 2:
+    """By a word in their names, or by their folders' names: train-00000-of-00002.parquet, coco-val2017.tar,
+    partial-test/0000.parquet, as Hugging Face's hub has it. Nothing is said where all have one, or none.
+
+    Raises: DataError for one without such a word where others have one."""
+    names = [_word_in(path.stem, splits) or _folder(path.parent.name.lower(), splits) for path in paths]
+    known = [name for name in names if name]
+    if not known or set(names) == {known[0]}:
         return [None] * len(paths)
-    return [splits[name] if name else "train" for name in names]
+    for path, name in zip(paths, names, strict=True):
+        if name is None:
+            other = paths[names.index(known[0])]
+            raise DataError(
+                f"{path} names no split, {other} does ({known[0]}); with --splits NAME=train, NAME=val or NAME=- a "
+                "word of its name becomes one"
+            )
+    return [splits[name] for name in names if name]
+
+
+def of_folders(paths: Sequence[str], splits: Mapped) -> list[str | None]:
+    """Of pictures in folders that are named like splits, train/1.png and val/2.png. Nothing is said unless there are
+    two of these, and of what lies elsewhere."""
+    tops = [splits.get(path.partition("/")[0].lower()) if "/" in path else None for path in paths]
+    return tops if len(set(tops) - {None}) > 1 else [None] * len(paths)
+
+
+def _word_in(name: str, splits: Mapped) -> str | None:
+    """The first word of a name that is a split, digits at its end left out: that of val2017 is val."""
+    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in splits), None)
+
+
+def _folder(name: str, splits: Mapped) -> str | None:
+    name = name.removeprefix("partial-")
+    return name if name in splits else None

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from mmdit import numbers
 from mmdit.config import MMDiTConfig
 from mmdit.files import naming, read_object, write_atomically
+from mmdit.sampling.sample import ADAPTER, WEIGHTS
 from rfkernels.optim import AdamW
 from train.config import with_defaults
 from train.engine.ema import EmaWeights
@@ -63,7 +65,9 @@ def _another(changed: list[str], decides: dict[str, Any]) -> str | None:
 
 
 def _finished(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".partial" and (p / ABOUT).is_file())
+    """By their steps. What has another name than ours is somebody's own."""
+    found = (p for p in folder.glob("step-*") if p.is_dir() and p.name[len("step-") :].isdecimal())
+    return sorted(found, key=lambda p: int(p.name[len("step-") :]))
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -176,19 +180,36 @@ class Checkpoints:
         if failure is not None:
             raise OSError(f"a checkpoint in {self.folder} was not written: {_reason(failure)}") from failure
 
+    def _refuse_weights(self) -> None:
+        """Of a run without its checkpoints, as people keep one. Raises: ValueError."""
+        run = self.folder.parent
+        kept = [name for name in (WEIGHTS, ADAPTER) if (run / name).is_file()]
+        if kept and not any(self.folder.glob("step-*")):                      # a kill leaves at least a partial one
+            raise ValueError(
+                f"{run} holds {kept[0]} of a run, and no checkpoint to resume from: choose another folder, or remove "
+                "it to begin anew"
+            )
+
     def restore(
         self, model: nn.Module, ema: EmaWeights, optimizer: torch.optim.Optimizer, decides: dict[str, Any]
     ) -> Progress:
         """Loads the newest checkpoint, if there is one, whatever number of processes wrote it.
 
-        Raises: ValueError if the run was made with another configuration, or its newest checkpoint is damaged."""
+        Raises: ValueError if the run was made with another configuration, its newest checkpoint is damaged, or it has
+            weights and no checkpoint."""
         found = _finished(self.folder)
         if not found:
+            self._refuse_weights()
             return Progress()
         path = found[-1]
+        if not (path / ABOUT).is_file():
+            raise ValueError(f"{path} is damaged (no {ABOUT}); remove it to resume from the checkpoint before it")
         about = read_object(path / ABOUT)
         with naming(path / ABOUT):
             progress = Progress(about["step"], about["seconds"], about["skipped"])
+            for name in ("step", "skipped"):
+                numbers.whole(name, about[name], 0)
+            numbers.between("seconds", progress.seconds, 0)
             known = with_defaults(about["decides"])
             written = {k: v for k, v in known.items() if k in decides or k in about["decides"]}
             if "model" in written:                                   # fields that have come since are at their defaults

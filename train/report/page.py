@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmdit.files import naming, read_text, write_atomically
+from mmdit.files import naming, read_json, read_text, write_atomically
 from train.config import Config
 from train.report.curves import Points, drawn, points_of
 
@@ -55,7 +55,7 @@ def write(run: Path) -> Path:
                                "largest logit; entropy in nats", starts=resumed),
             "Speed": drawn({"pictures": points_of(speeds, "speed/images_per_second")}, "a second", starts=resumed),
         },
-        previews=previews(run), captions=json.loads(said.read_text()) if said.is_file() else [],
+        previews=previews(run), captions=read_json(said) if said.is_file() else [],
         settings=sorted(flat(json.loads(config.to_json())).items()), starts=list(changes(starts)),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )  # fmt: skip
@@ -107,7 +107,7 @@ def summary(config: Config, losses: dict[str, Points], speeds: list[dict[str, An
 
 def previews(run: Path) -> list[dict[str, Any]]:
     """{"step", "source"}: pictures as data URLs, as large as BYTES allows."""
-    files = sorted((run / "samples").glob("step-*.png"))
+    files = sorted(f for f in (run / "samples").glob("step-*.png") if f.stem.removeprefix("step-").isdecimal())
     if len(files) > PREVIEWS:
         files = [files[round(i * (len(files) - 1) / (PREVIEWS - 1))] for i in range(PREVIEWS)]
     room = BYTES // max(1, len(files)) * 3 // 4                                # base64 takes a third more

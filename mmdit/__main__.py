@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect as inspection
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +112,8 @@ def sample(
     settings: dict[str, Any] = {"solver": solver, "interval": interval, "skip_blocks": skip_blocks, "graph": graph}
     told = {"schedule": schedule, "shift": shift, "image_guidance": image_guidance}
     settings |= {k: v for k, v in told.items() if v is not None}
+    if image_guidance is not None and not edit:
+        raise ValueError(f"image_guidance is {image_guidance:g}; it is for --edit")
     if edit:
         settings["edit"] = [[pictures.opened(path) for path in edit]]
     if out.suffix.lower() != ".png" or out.is_dir():
@@ -134,6 +138,10 @@ def sample(
             parameters["edit"] = list(map(str, edit))
         print("wrote " + ", ".join(map(str, drawn.save(out))))
         return
+    _refuse(
+        source, sample, weights=weights, dtype=dtype, negative=negative, unconditional=unconditional, image=image,
+        strength=strength, mask=mask, t5=t5, t5_tokens=t5_tokens, offload=offload, tiled=tiled, batch=batch,
+    )  # fmt: skip
     sampler = Sampler.load(source, device)
     for note in put_on(sampler.model, lora):
         print(f"note: {note}", file=sys.stderr)
@@ -165,6 +173,14 @@ def _pipeline(
     for file, weight in map(weighted, lora):
         pipe.load_lora(file, weight)
     return pipe
+
+
+def _refuse(source: Path, command: Callable[..., None], **given: Any) -> None:
+    """Flags of pipelines. Raises: ValueError if one was given for a run, which would not heed it."""
+    defaults = inspection.signature(command).parameters
+    flags = ["--" + name.replace("_", "-") for name, value in given.items() if value != defaults[name].default]
+    if flags:
+        raise ValueError(f"{source} is no pipeline; for a run there is no {', '.join(flags)}")
 
 
 def serve(
@@ -200,6 +216,7 @@ def serve(
         tiled=tiled,
     )  # fmt: skip
     if drawn is None:
+        _refuse(source, serve, weights=weights, dtype=dtype, t5=t5, offload=offload, tiled=tiled)
         drawn = Sampler.load(source, device)
         for note in put_on(drawn.model, lora):
             print(f"note: {note}", file=sys.stderr)
@@ -236,8 +253,10 @@ def convert(
         max_shard_bytes: Beyond, shards and an index are written.
         heads: Attention heads, where the tensors do not tell (no QK-norm, not the released models' one per block).
     """
-    if layout != "diffusers" and destination.is_dir():
-        raise ValueError(f"destination is {destination}, a folder; expected a file for layout {layout}")
+    if destination.is_dir() != (layout == "diffusers") and destination.exists():
+        kinds = ("a file", "a folder") if layout == "diffusers" else ("a folder", "a file")
+        raise ValueError(f"destination is {destination}, {kinds[0]}; expected {kinds[1]} for layout {layout}")
+    numbers.whole("max_shard_bytes", max_shard_bytes, 1)
     for line in left_behind(checkpoint.open_checkpoint(source).extra) if layout != "native" else ():
         print(f"warning: {line}, which layout {layout} cannot say", file=sys.stderr)
     known = {} if heads is None else {"heads": heads}

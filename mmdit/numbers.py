@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 
 def _is_number(value: object) -> bool:
@@ -13,7 +13,7 @@ def _is_number(value: object) -> bool:
 def between(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
     """Raises: ValueError unless it is a finite number from least to most."""
     if not _is_number(value) or not least <= value <= most:                                     # type: ignore[operator]
-        wanted = "a finite number" if most - least == math.inf and least < 0 else f"a number of at least {least:g}"
+        wanted = "a finite number" + (f" of at least {least:g}" if math.isfinite(least) else "")
         if math.isfinite(most):
             wanted = f"a number from {least:g} to {most:g}"
         raise ValueError(f"{name} is {value!r}; expected {wanted}")
@@ -31,8 +31,9 @@ def whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
-def interval(name: str, value: object) -> None:
-    """Raises: ValueError unless it is two finite numbers, the smaller first."""
-    good = isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value))
-    if not good or not value[0] <= value[1]:                                                    # type: ignore[index]
-        raise ValueError(f"{name} is {value!r}; expected two finite numbers, the smaller first")
+def interval(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises: ValueError unless it is two finite numbers from least to most, the smaller first."""
+    good = hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) and len(value) == 2
+    if not good or not all(map(_is_number, value)) or not least <= value[0] <= value[1] <= most:   # type: ignore[index, call-overload]
+        within = f" from {least:g} to {most:g}" if math.isfinite(most) else ""
+        raise ValueError(f"{name} is {value!r}; expected two finite numbers{within}, the smaller first")

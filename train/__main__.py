@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from mmdit import commands
+from mmdit import commands, numbers
 from mmdit.commands import DTYPES, Dtype
 from train.config import Config
 from train.data import costs
@@ -110,6 +110,8 @@ def plan(arguments: list[str]) -> None:
     if not rest or {"-h", "--help"} & set(rest):
         print("\n".join(line for line in parser.format_help().splitlines() if line) + "\n")
     config = configured("plan", rest)
+    if own.pixels is not None:
+        numbers.whole("pixels", own.pixels, config.model.token_pixels)
     print(planned(config, own.gpus, own.gpu, own.pixels))
 
 

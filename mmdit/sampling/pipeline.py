@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit import adapters, checkpoint, flow, keyed, numbers, pictures
+from mmdit import adapters, checkpoint, devices, flow, keyed, numbers, pictures
 from mmdit import autoencoder as vae
 from mmdit.checkpoint import parts
 from mmdit.encoders import T5, Conditioning, OpenClip, Sd3Text, clip
@@ -28,7 +28,7 @@ from mmdit.files import read_object, replacing, write_atomically
 from mmdit.flow.solvers import Constraint, Progress
 from mmdit.model import MMDiT
 from mmdit.sampling.references import Edit, encoded
-from mmdit.sampling.sample import Settings, bar, denoise
+from mmdit.sampling.sample import SHIFTS, Settings, bar, decoded, denoise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,6 +79,14 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
         image.save(partial, format="PNG", pnginfo=chunk)
 
 
+def texts(name: str, given: Any) -> list[str]:
+    """One or several. Raises: TypeError."""
+    found: list[str] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(text, str) for text in found):
+        raise TypeError(f"Pipeline: {name} is {given!r}; expected text, or several")
+    return found
+
+
 def _text(encoders: Sequence[Any], model: MMDiT, **settings: Any) -> Sd3Text:
     config = model.config
     return Sd3Text(*encoders, context_dim=config.context_dim, pooled_dim=config.pooled_dim, **settings)
@@ -98,6 +106,7 @@ class Pipeline:
         self, model: MMDiT, text: Sd3Text, autoencoder: vae.KL, *, shift: float = 3.0,
         size: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
+        numbers.between("Pipeline: shift", shift, *SHIFTS)
         self.model, self.text, self.autoencoder, self.shift = model, text, autoencoder, shift
         self.size = size or (model.config.resolution, model.config.resolution)
         self.loras: list[tuple[str, float]] = []
@@ -133,7 +142,7 @@ class Pipeline:
         root = Path(folder)
         if not (root / "vae").is_dir():
             raise FileNotFoundError(f"{root} is no pipeline's folder: it has no vae; expected diffusers' layout")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = devices.pick(device)
         model = checkpoint.load(root / "transformer" if weights is None else weights, device=device, dtype=dtype)
         kinds = (partial(clip, part="clip_l"), partial(clip, part="clip_g"), T5 if t5 else None)
         found = [
@@ -193,7 +202,7 @@ class Pipeline:
         if missing := [part for part in ("autoencoder", "clip_l", "clip_g") if part not in where]:
             listed = ", ".join(f"{part} ({parts.PARTS[part][0]}*)" for part in missing)
             raise ValueError(f"{file} holds no {listed}; give {', '.join(missing)}: a file or folder each")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = devices.pick(device)
         model = checkpoint.load(file, device=device, dtype=dtype)
         if t5 and (t5_tokenizer is None or "t5xxl" not in where):
             lacks = "T5 is not in it (t5xxl=)" if "t5xxl" not in where else "T5 lacks its tokenizer (t5_tokenizer=)"
@@ -256,7 +265,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         unconditional: str = "empty",
         height: int | None = None,
         width: int | None = None,
@@ -294,14 +303,17 @@ class Pipeline:
         Returns: images and the parameters of each.
         Raises: ValueError that names the argument.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, negatives = texts("prompt", prompt), texts("negative_prompt", negative_prompt or "")
+        for name, it, has in (("image", image, "load"), ("mask_image", mask_image, "load"), ("latents", latents, "to")):
+            if it is not None and not hasattr(it, has):
+                raise TypeError(f"Pipeline: {name} is of {type(it)}; expected a PIL image, or a tensor of latents")
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
         least_one = {"num_images_per_prompt": num_images_per_prompt, "batch": batch, "height": height, "width": width}
         for name, value in least_one.items():
             numbers.whole(f"Pipeline: {name}", value, 1)
         numbers.between("Pipeline: strength", strength, 0, 1)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         self._check(prompts, negatives, height, width, unconditional, latents, image, mask_image, strength)
         values = {"steps": num_inference_steps, "guidance": guidance_scale, "shift": self.shift}
         values |= {"image_guidance": image_guidance}
@@ -327,7 +339,7 @@ class Pipeline:
                 self.model, z, conditional, other, chosen, start=start, constrain=constrain,
                 progress=bar(label, progress), references=[r[rows] for r in references],
             )  # fmt: skip
-            drawn.append(vae.to_uint8(self.autoencoder.decode(z)))
+            drawn.append(decoded(self.autoencoder, z))
         common = {**asdict(chosen), "height": height, "width": width, "seed": seed, "unconditional": unconditional}
         common |= {"lora": [list(pair) for pair in self.loras]} if self.loras else {}
         common |= {"strength": strength if image is not None else None, "own_latents": latents is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdit import adapters, autoencoder, checkpoint, flow, keyed, numbers
+from mmdit import adapters, autoencoder, checkpoint, devices, flow, keyed, numbers
 from mmdit.config import MMDiTConfig
 from mmdit.encoders import Conditioning, TextEncoder, assemble, build
 from mmdit.files import naming
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"     # what a run folder offers for sampling
+SHIFTS = 1e-3, 1e3                # beyond, times run together in fp32
 MODULATION_BYTES = 1 << 30        # of all steps at once, at most
 
 
@@ -68,13 +69,16 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         numbers.whole("steps", self.steps, 1)
-        numbers.above("shift", self.shift, 0)
+        numbers.between("shift", self.shift, *SHIFTS)
         numbers.between("guidance", self.guidance, 0)
         numbers.between("image_guidance", self.image_guidance, 0)
         numbers.between("skip_scale", self.skip_scale)
         for name in ("skip_from", "skip_until"):
             numbers.between(name, getattr(self, name), 0, 1)
-        numbers.interval("interval", self.interval)
+        numbers.interval("skip_from, skip_until", (self.skip_from, self.skip_until))
+        numbers.interval("interval", self.interval, 0, 1)
+        blocks = self.skip_blocks
+        object.__setattr__(self, "skip_blocks", tuple(blocks) if isinstance(blocks, Iterable) else (blocks,))
         for block in self.skip_blocks:
             numbers.whole("skip_blocks", block, 0)
 
@@ -130,6 +134,13 @@ def denoise(
     field = _Field(model, conditional, unconditional, settings, ts, formulation, masked, references)
     more = {} if constrain is None else {"constrain": constrain}
     return SOLVERS[settings.solver](field, z.to(field.device), ts, progress, **more)
+
+
+def decoded(decoder: autoencoder.Autoencoder, z: Tensor) -> np.ndarray:
+    """Pictures, uint8 [N, H, W, 3]. Raises: ValueError for latents that are not finite: they would be black."""
+    if not bool(z.isfinite().all()):
+        raise ValueError("what was drawn is not finite: do the weights overflow in their dtype?")
+    return autoencoder.to_uint8(decoder.decode(z))
 
 
 class _Field:
@@ -261,7 +272,7 @@ class Sampler:
             if found is None:
                 raise FileNotFoundError(f"{path} holds no {WEIGHTS}: is it a run folder, and has the run saved yet?")
             path = found
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = devices.pick(device)
         if adapters.is_file(path):
             base, extra = adapters.about(path)
             model = checkpoint.open_checkpoint(base).model(device)
@@ -347,7 +358,7 @@ class Sampler:
                 progress=bar(label, progress), masked=True,
                 references=[r[start : start + batch] for r in references],
             )  # fmt: skip
-            images.append(autoencoder.to_uint8(self.autoencoder.decode(z)))
+            images.append(decoded(self.autoencoder, z))
         return np.concatenate(images)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from mmdit import autoencoder
+from mmdit import autoencoder, devices
 from mmdit.encoders import TextEncoder, TextFeatures
 from mmdit.files import write_atomically
 from mmdit.pictures import fit_into
@@ -45,7 +45,9 @@ def precompute(config: Precompute) -> Index:
         encoded is on disk.
     """
     patient = Parallel(timeout_minutes=7 * 24 * 60)                       # processes do not finish at the same time
-    with parallel.world(config.device, patient) as world:
+    if (config.cache / "config.json").is_file():
+        raise DataError(f"{config.cache} is a run's folder, no cache")
+    with parallel.world(str(devices.pick(config.device)), patient) as world:
         records = open_source(config.source, copies=config.copies, splits=config.splits)
         with parallel.alone(config.cache, world):
             return _precompute(config, world, records)

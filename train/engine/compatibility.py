@@ -53,3 +53,5 @@ def check_compatible(config: Config, cache: Cache) -> None:
         raise ValueError(f"model.reference_channels is {model.reference_channels}; expected {vae.channels}, or 0")
     if not cache.buckets("train"):
         raise DataError(f"{config.cache} holds no training samples")
+    if config.keep_best and not cache.buckets("val"):
+        raise ValueError(f"keep_best goes by the validation loss; {config.cache} holds no validation samples")

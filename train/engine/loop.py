@@ -16,7 +16,7 @@ from train import objectives
 from train.config import Config
 from train.config import Optimizer as OptimizerConfig
 from train.data.plan import Plan
-from train.data.shards import Cache
+from train.data.shards import INDEX, Cache
 from train.engine import parallel, weights
 from train.engine.best import Best
 from train.engine.budget import Budget, ProgressBar
@@ -58,6 +58,8 @@ def train(config: Config) -> Outcome:
     >>> train(Config(run=Path("runs/mine"), cache=Path("cache/shapes"), steps=100)).step            # doctest: +SKIP
     100
     """
+    if (config.run / INDEX).is_file():
+        raise ValueError(f"run is {config.run}, the folder of a cache; choose another")
     with parallel.world(pick_device(config), config.parallel) as world:
         return train_in(config, world)
 
@@ -106,6 +108,9 @@ def _train(config: Config, world: World, cache: Cache) -> Outcome:
     extra = sampling_extra(config, cache)
     if progress.step and world.main:
         print(f"resuming {config.run} from step {progress.step}")
+    if world.main and not cache.buckets("val"):
+        without = "" if config.samples.prompts else ", and nothing is drawn without --samples.prompts"
+        print(f"note: {config.cache} holds no validation samples: there is no validation loss{without}")
     best = Best(config, world, extra, progress.step, base)
     preview = Previews(config, cache, world, model, ema, objective, log, lambda: autocast(config, device))
 

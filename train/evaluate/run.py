@@ -119,6 +119,9 @@ def measure(wanted: Evaluation) -> dict[str, float]:
         dated = {**about, **compared_by, "date": time.strftime("%Y-%m-%d")}
         write_atomically(wanted.run / FILE, json.dumps({**found, "with": dated}, indent=1).encode())
 
+    asked = wanted.clip or wanted.features or folders or cache.settings.get("source") in ("scenes", "shapes")
+    if not cache.buckets("val") and not asked:
+        raise ValueError(f"{config.cache} holds no validation samples, and nothing else was asked for (--clip, ...)")
     if cache.buckets("val"):
         keep(validation(sampler, config, cache, wanted.batch))
     if networks:

@@ -139,6 +139,30 @@ def test_guidance_interval_and_the_two_unconditionals(pipe):
     assert (draw(pipe, "a", interval=(0.5, 0.9))[0] != plain).any()
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"prompt": None}, "prompt is None"), ({"prompt": ["a", 5]}, "prompt is"),
+        ({"negative_prompt": 5}, "negative_prompt"),
+        ({"image": 1}, "image is of"), ({"image": "x.png", "mask_image": 5}, "image is of"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "latents is of"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_named(given, message, pipe):
+    with pytest.raises(TypeError, match=message):
+        pipe(**{"prompt": "a", "progress": False, **given})
+
+
+def test_settings_of_a_pipeline(pipe):
+    assert (draw(pipe, "a", negative_prompt=None)[0] == draw(pipe, "a")[0]).all()
+    blocks = (block for block in (0,))
+    assert (draw(pipe, "a", skip_blocks=blocks)[0] == draw(pipe, "a", skip_blocks=(0,))[0]).all()
+    with pytest.raises(ValueError, match="shift is nan"):
+        Pipeline(pipe.model, pipe.text, pipe.autoencoder, shift=float("nan"))
+    with pytest.raises(ValueError, match=r"skip_from, skip_until is \(0.6, 0.5\)"):
+        draw(pipe, "a", skip_from=0.6, skip_until=0.5)
+
+
 def test_an_image_to_start_from_and_a_mask(pipe):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     vae = pipe.autoencoder

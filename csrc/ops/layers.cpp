@@ -8,6 +8,9 @@ namespace {
 
 Tensor rows_of(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
+// What a function gives may be changed in place, as PyTorch's own may: autograd refuses that of a view made inside.
+Tensor owned(const Tensor& made) { return made.is_view() ? at::_unsafe_view(made, made.sizes()) : made; }
+
 // By PyTorch's own operator where a graph is wanted or somebody watches.
 Tensor product(const Tensor& a, const Tensor& b) {
   return at::GradMode::is_enabled() || watched() || !plain(a) || !plain(b) ? at::mm(a, b) : products::mm(a, b);
@@ -34,7 +37,7 @@ struct LinearFunction : Function<LinearFunction> {
     ctx->saved_data["shape"] = x.sizes();
     call.keep(ctx);
     const Tensor out = products::linear(x, weight, bias);
-    return shape.empty() ? out : out.unflatten(-1, shape);
+    return owned(shape.empty() ? out : out.unflatten(-1, shape));
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
@@ -68,7 +71,7 @@ struct GeluMlpFunction : Function<GeluMlpFunction> {
       a = at::gelu(h, "tanh");
     }
     ctx->save_for_backward({x, w1, h, w2, value(b1)});
-    return products::linear(a, w2, b2);
+    return owned(products::linear(a, w2, b2));
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Call call(ctx);

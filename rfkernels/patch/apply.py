@@ -94,10 +94,13 @@ def _parameters(call: Any) -> list[str]:
 
 
 def _fits_version(known: Known, own: Any, call: str) -> str | None:
-    """Why a class of this diffusers is not the one that is known here, or None: its arguments have to be the same."""
-    have, want = _parameters(getattr(own, call)), _parameters(getattr(known.mixin, call))
+    """Why a class of this diffusers is not the one that is known here, or None: its arguments have to be the same, and
+    nobody may have put another function in its place."""
+    function = inspect.unwrap(getattr(own, call))
+    have, want = _parameters(function), _parameters(getattr(known.mixin, call))
     if have == want:
-        return None
+        where = function.__code__.co_filename
+        return None if where == inspect.getfile(own) else f"its {call} was replaced by one of {where}"
     import diffusers
 
     return f"diffusers {diffusers.__version__} has {call}({', '.join(have)}), known is ({', '.join(want)})"
@@ -109,24 +112,31 @@ def _refuses(module: nn.Module, known: Known) -> str | None:
         if norm is not None and (why := modules.plain_norm(norm)):
             return why
     if known.mixin is modules.FeedForward:
-        return _refuses_mlp(module)
+        return modules.other_mlp(module.net)
     if getattr(module, "zero_cond_t", False):
         return "it modulates tokens in two ways (zero_cond_t)"
     return None
 
 
-def _refuses_mlp(module: Any) -> str | None:
-    first = module.net[0]
-    if type(first).__name__ != "GELU" or first.approximate != "tanh":
-        return f"its activation is {type(first).__name__}"
-    return "it has a final dropout" if len(module.net) > 3 else None
-
-
 def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, Known]]:
+    """Those that are known, and those of classes made from them."""
     own = {cls: known for known in MODULES if (cls := known.own()) is not None}
     for module in model.modules():
-        if (known := own.get(own_class(module))) is not None:
+        kind = own_class(module)
+        if known := next((known for cls, known in own.items() if issubclass(kind, cls)), None):
             yield module, known
+
+
+def _runs_its_own(thing: Any) -> str | None:
+    """Why an exchanged module or processor runs its own code at present, or None."""
+    if isinstance(thing, modules.FeedForward):
+        called = modules.layers_called(thing.net)                                                 # type: ignore[attr-defined]
+        return "its layers are adapted, hooked or no plain weights" if called else None
+    if isinstance(thing, processors.Processor):
+        return "another attention was asked for" if thing.elsewhere() else None
+    norm = getattr(thing, "norm", None)
+    watched = isinstance(norm, nn.LayerNorm) and not modules.stands_for(norm)
+    return "its norm is called, it has hooks" if watched else None
 
 
 def _norms(attention: Any) -> Iterator[Any]:
@@ -185,16 +195,20 @@ def apply(
     for module, known in list(_modules(model)):
         own: Any = own_class(module)
         why = None if getattr(options, known.option) else f"{known.option}=False"
-        if found.count(own.__name__, why or _fits_version(known, own, "forward") or _refuses(module, known)):
+        why = why or (None if own is known.own() else f"it is made from {known.own().__name__}")
+        why = why or _fits_version(known, own, "forward") or _refuses(module, known)
+        if why is None:
             exchange(module, fused_class(known.mixin, own, options))
+        found.count(own.__name__, why or _runs_its_own(module))
     for module, processor in list(_attentions(model)):
         own = own_class(module.processor)
         why = None if options.attention else "attention=False"
         why = why or (_fits_version(processor, own, "__call__") if processor else "not one that is known")
-        if found.count(own.__name__, why):
+        if why is None:
             assert processor is not None
             exchange(module.processor, fused_class(processor.mixin, own, options))
             _note(found, module.processor)
+        found.count(own.__name__, why or _runs_its_own(module.processor))
         if options.qk_norm and (why or module.processor.own_with):            # its own calls them
             for norm in _norms(module):
                 if why:
@@ -234,10 +248,12 @@ def report(model: nn.Module) -> Report:
     """What is fused in a model now, and which parts that are known are not."""
     found = Report()
     for module, _ in _modules(model):
-        found.count(own_class(module).__name__, None if isinstance(module, Fused) else "not patched")
+        why = _runs_its_own(module) if isinstance(module, Fused) else "not patched"
+        found.count(own_class(module).__name__, why)
     for module, _ in _attentions(model):
         fused = isinstance(module.processor, Fused)
-        found.count(own_class(module.processor).__name__, None if fused else "not patched")
+        why = _runs_its_own(module.processor) if fused else "not patched"
+        found.count(own_class(module.processor).__name__, why)
         if fused:
             _note(found, module.processor)
         for norm in _norms(module):

@@ -37,8 +37,13 @@ def modulated(normal: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normal * (1 + scale[:, None]) + shift[:, None]
 
 
+def stands_for(norm: Any) -> bool:
+    """Whether adaln may stand for a norm, now: it may have been hooked, or replaced by another."""
+    return plain_norm(norm) is None and not watched(norm)
+
+
 def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    if watched(norm):
+    if not stands_for(norm):
         return modulated(norm(x), shift, scale)
     return rfkernels.adaln(x, shift, scale, eps=norm.eps, dtype=eager_dtype(x, shift, scale))
 
@@ -46,7 +51,7 @@ def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def add_gated_and_modulate(
     residual: Tensor, branch: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if watched(norm):
+    if not stands_for(norm):
         h = rfkernels.gated_residual(residual, branch, gate)
         return h, modulated(norm(h), shift, scale)
     dtype = eager_dtype(residual, branch, gate, shift, scale)
@@ -88,8 +93,12 @@ class AdaLayerNormZero(Fused):
 class AdaLayerNormZeroX(Fused):
     def forward(self: Any, hidden_states, emb=None):
         parts = rfkernels.chunk_modulation(self.linear(self.silu(emb)), 9)
-        y = modulate(self.norm, hidden_states, parts[0], parts[1])
-        return y, *parts[2:6], modulate(self.norm, hidden_states, parts[6], parts[7]), parts[8]
+        if not stands_for(self.norm):
+            normal = self.norm(hidden_states)                                # called once, as its own does
+            y, second = (modulated(normal, parts[i], parts[i + 1]) for i in (0, 6))
+        else:
+            y, second = (modulate(self.norm, hidden_states, parts[i], parts[i + 1]) for i in (0, 6))
+        return y, *parts[2:6], second, parts[8]
 
 
 class AdaLayerNormZeroSingle(Fused):
@@ -135,19 +144,20 @@ class JointTransformerBlock(Fused):
         if self.use_dual_attention:
             hidden_states = rfkernels.gated_residual(hidden_states, branch, m[0])
             branch, m[0] = self.attn2(hidden_states=m[4], **kwargs), m[5]
-        hidden_states = second_half(hidden_states, branch, tuple(m[:4]), self.norm2, self._chunked(self.ff))
+        hidden_states = second_half(hidden_states, branch, tuple(m[:4]), self.norm2, chunked(self, self.ff))
         if self.context_pre_only:
             return None, hidden_states
-        mlp = self._chunked(self.ff_context)
+        mlp = chunked(self, self.ff_context)
         return second_half(encoder_hidden_states, context_branch, tuple(c), self.norm2_context, mlp), hidden_states
 
-    def _chunked(self: Any, ff: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The MLP in pieces, if set_chunk_feed_forward asked for them."""
-        if self._chunk_size is None:
-            return ff
-        from diffusers.models.attention import _chunked_feed_forward
 
-        return lambda y: _chunked_feed_forward(ff, y, self._chunk_dim, self._chunk_size)
+def chunked(block: Any, ff: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The MLP in pieces, if set_chunk_feed_forward asked for them."""
+    if block._chunk_size is None:
+        return ff
+    from diffusers.models.attention import _chunked_feed_forward
+
+    return lambda y: _chunked_feed_forward(ff, y, block._chunk_dim, block._chunk_size)
 
 
 class SD3SingleTransformerBlock(Fused):
@@ -214,8 +224,23 @@ class QwenImageTransformerBlock(Fused):
 
 class FeedForward(Fused):
     def forward(self: Any, hidden_states, *args, **kwargs):
-        first, dropout, last = self.net[:3]
-        dropped = self.training and dropout.p > 0
-        if args or kwargs or dropped or watched(first) or watched(dropout) or not (plain(first.proj) and plain(last)):
+        if args or kwargs or other_mlp(self.net) or layers_called(self.net):
             return super().forward(hidden_states, *args, **kwargs)           # type: ignore[misc]
-        return rfkernels.gelu_mlp(hidden_states, first.proj, last)
+        return rfkernels.gelu_mlp(hidden_states, self.net[0].proj, self.net[2])
+
+
+def other_mlp(net: Any) -> str | None:
+    """Why the parts of an MLP are not a linear layer, GELU by tanh, dropout and a linear layer, or None."""
+    if len(net) != 3:
+        return "it has a final dropout" if len(net) == 4 and type(net[3]) is nn.Dropout else f"it has {len(net)} parts"
+    first, dropout = net[0], net[1]
+    if type(first).__name__ != "GELU" or getattr(first, "approximate", None) != "tanh":
+        return f"its activation is {type(first).__name__}"
+    return None if type(dropout) is nn.Dropout else f"where dropout stands it has a {type(dropout).__name__}"
+
+
+def layers_called(net: Any) -> bool:
+    """Whether its parts have to be called now: dropout acts, somebody watches, or a layer is more than its weights."""
+    first, dropout, last = net
+    dropped = dropout.training and dropout.p > 0
+    return dropped or watched(first) or watched(dropout) or not (plain(first.proj) and plain(last))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rfkernels
 from rfkernels.joint_attention.stream import Rope, Stream
+from rfkernels.patch.modules import watched
 from rfkernels.patch.swap import Fused
 
 Norms = tuple[nn.Module | None, nn.Module | None]
@@ -20,9 +21,8 @@ def weight_and_eps(norm: nn.Module | None) -> tuple[Tensor, float] | None:
     """Of an RMSNorm that joint_attention can do itself, or None."""
     if norm is None or type(norm).__name__ != "RMSNorm" or getattr(norm, "bias", None) is not None:
         return None
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
     weight, eps = getattr(norm, "weight", None), getattr(norm, "eps", None)
-    return None if hooked or weight is None or eps is None else (weight, eps)
+    return None if watched(norm) or weight is None or eps is None else (weight, eps)
 
 
 class Processor(Fused):
@@ -74,29 +74,31 @@ def added(attn: Any) -> Norms:
 
 
 class JointAttnProcessor2_0(Processor):
-    """SD3 and SD3.5, dual attention too. The last block drops its text, which therefore asks nothing in sampling; in
-    training it does, so that its query projection has a gradient (of zeros), as data parallelism expects."""
+    """SD3 and SD3.5, dual attention too. The last block drops its text, which therefore asks nothing in sampling, where
+    nobody watches; in training it does, so that its query projection has a gradient (of zeros), as data parallelism
+    expects."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
         if swapped():                                                       # its own calls PyTorch's, and no dispatcher
             return super().__call__(                                         # type: ignore[misc]
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )
-        dim = attn.inner_dim // attn.heads
-        image = tuple(heads_of(project(hidden_states), dim) for project in (attn.to_q, attn.to_k, attn.to_v))
-        streams: list[Any] = [(image, own(attn), None, True)]
+        projected = [project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)]
+        dim = projected[1].shape[-1] // attn.heads                           # of heads that may have been pruned
+        streams: list[Any] = [(tuple(heads_of(x, dim) for x in projected), own(attn), None, True)]
         if encoder_hidden_states is not None:
-            asks = not attn.context_pre_only or torch.is_grad_enabled()
+            parts = (attn, attn.add_q_proj, attn.norm_added_q)
+            asks = not attn.context_pre_only or torch.is_grad_enabled() or any(watched(part) for part in parts if part)
             q = heads_of(attn.add_q_proj(encoder_hidden_states), dim) if asks else None
             k, v = (heads_of(project(encoder_hidden_states), dim) for project in (attn.add_k_proj, attn.add_v_proj))
             streams.append(((q, k, v), added(attn), None, asks))
         out: Any
         out, *context = self.attend(streams)
+        text = None if not context or context[0] is None else context[0].flatten(2)
+        if text is not None and not attn.context_pre_only:
+            text = attn.to_add_out(text)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
-        if not context:
-            return out
-        text = None if context[0] is None else context[0].flatten(2)
-        return out, text if attn.context_pre_only else attn.to_add_out(text)
+        return (out, text) if context else out
 
 
 def another_backend() -> bool:
@@ -118,18 +120,22 @@ def swapped() -> bool:
 
 
 class _Tables:
-    """Rotary tables as joint_attention takes them, of those that a model gave last: every block asks for the same."""
+    """Rotary tables as joint_attention takes them, of those that a model gave last: every block asks for the same. One
+    attribute, set at once: threads may draw with models of their own."""
 
     def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Any, ...] = ()
+        """(references to both tables, what else decides, what was made of them)"""
 
     def __call__(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():     # these know no versions
             return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-        if self._of is None or self._of() is not cos or self._made is None:
-            self._of, self._made = weakref.ref(cos), (cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
-        return self._made
+        last, key = self._last, (cos._version, sin._version, torch.is_inference_mode_enabled())
+        if not last or last[0]() is not cos or last[1]() is not sin or last[2] != key:
+            made = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
+            self._last = last = (weakref.ref(cos), weakref.ref(sin), key, made)
+        found: tuple[Tensor, Tensor] = last[3]
+        return found
 
 
 _tables = _Tables()

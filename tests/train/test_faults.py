@@ -194,6 +194,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(alone, tmp_path, monkeypatch):
         patch.setattr(filesystem.FileSystemWriter, "write_data", full)
         train(config)
     names = sorted(p.name for p in (config.run / "checkpoints").iterdir())
-    assert names == ["step-00000005"]
+    assert names == ["step-00000005", "step-00000010.partial"]
+    assert not list((config.run / "checkpoints" / names[1]).iterdir()), "room for the weights"
     train(config)
     agree(alone.run, config.run)

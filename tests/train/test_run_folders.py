@@ -47,6 +47,21 @@ def test_a_run_killed_in_its_first_checkpoint_begins_anew(finished):
     assert train(finished).step == 4
 
 
+def test_a_run_whose_first_checkpoint_failed_begins_anew(config, tmp_path, monkeypatch):
+    """As one of two processes that waits for the other, which was killed."""
+    from train.engine.storage import Writer
+
+    def failing(*_):
+        raise OSError("the other is gone")
+
+    run = changed(config, run=tmp_path / "run", steps=2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="was not written: OSError: the other is gone"):
+        patch.setattr(Writer, "write_data", failing)
+        train(run)
+    assert (run.run / "model.safetensors").is_file()
+    assert train(run).step == 2
+
+
 def test_a_checkpoint_without_its_description_is_damaged(finished):
     (checkpoints(finished) / "step-00000004" / "run.json").unlink()
     with pytest.raises(ValueError, match=r"step-00000004 is damaged \(no run.json\); remove it to resume"):

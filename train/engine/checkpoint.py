@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,13 @@ def _finished(folder: Path) -> list[Path]:
     """By their steps. What has another name than ours is somebody's own."""
     found = (p for p in folder.glob("step-*") if p.is_dir() and p.name[len("step-") :].isdecimal())
     return sorted(found, key=lambda p: int(p.name[len("step-") :]))
+
+
+def _emptied(partial: Path) -> None:
+    """Room for the weights, where a disk is full. The folder stays: by it a run knows that a checkpoint was begun."""
+    with suppress(OSError):
+        for file in partial.iterdir():
+            file.unlink(missing_ok=True)
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -166,7 +173,7 @@ class Checkpoints:
         except BaseException as error:
             self._failure = error
             if self.world.main:
-                shutil.rmtree(partial, ignore_errors=True)                # room for the weights, where a disk is full
+                _emptied(partial)
         finally:
             self._published.set()
 

@@ -49,6 +49,7 @@ def test_an_archive_without_a_split_among_others_with_one_is_refused(tmp_path):
         open_source(str(tmp_path))
     assert [split for _, split in splits(tmp_path, splits=("eval=val",))] == ["val", "train"]
     assert len(splits(tmp_path, splits=("eval=-",))) == 1
+    assert [split for _, split in splits(tmp_path, splits=("eval-0=val",))] == ["val", "train"]
 
 
 def test_splits_of_pictures_by_their_folders(tmp_path):

@@ -197,7 +197,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     try:
         if path.suffix == ".csv":
             rows = csv.DictReader(io.StringIO(read_text(path)))
-            yield from ((f"{path}, line {rows.line_num}", partial(dict, row)) for row in rows)
+            for row in rows:
+                yield f"{path}, line {rows.line_num}", partial(dict, ((k, v) for k, v in row.items() if v))
             return
         lines = read_lines(path)
     except ValueError as error:                                                  # UnicodeDecodeError is one
@@ -222,5 +223,5 @@ def _lines(path: Path, splits: Mapped) -> Iterator[tuple[str, list[str], str, st
         except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
             kind = "columns" if path.suffix == ".csv" else "JSON"
             raise DataError(f"{where}: expected {kind} with {_KNOWN}") from error
-        split = entry.get("split") or None
+        split = entry.get("split")
         yield where, names, pair, None if split is None else named(split, splits, where), texts_of(entry, pair)

@@ -56,15 +56,15 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
             below = Records()
             _count_beside(path, set(inside), below.passed)
             archives += [path / file for file in inside]
-        found.join(below if len(paths) == 1 else _of(path, [p if p.is_dir() else p.parent for p in paths], below))
+        found.join(below if len(paths) == 1 else _of(path, paths, below))
     archives = _without_indices(archives, found.passed)
+    names = Counter(path.name for path in archives)
     for path, split in zip(archives, of_archives(archives, known), strict=True):
         if split == LEFT_OUT:
             found.passed["an archive of a split that is left out"] += 1
         else:
             records = _reader(path)(path, split)
-            alone = sum(other.name == path.name for other in archives) == 1
-            found.join(records if alone else _of(path.parent, [p.parent for p in archives], records))
+            found.join(records if names[path.name] == 1 else _of(path.parent, archives, records))
     if not found:
         why = f"; passed over {found.told().partition('; passed over ')[2]}" if found.passed else ""
         raise DataError(f"source {name!r} holds no images ({', '.join(sorted(SUFFIXES))}){why}")
@@ -73,7 +73,7 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
 
 def _of(folder: Path, among: Sequence[Path], records: Records) -> Records:
     """With keys that say in which of several folders they lie, since those of others may be the same."""
-    prefix = printable(os.path.relpath(folder, os.path.commonpath(list(map(os.path.abspath, among)))))
+    prefix = printable(os.path.relpath(folder, os.path.commonpath([os.path.abspath(path) for path in among])))
     return Records((replace(r, key=f"{prefix}/{r.key}") for r in records), records.files, records.passed)
 
 

@@ -62,8 +62,10 @@ def of_folders(paths: Sequence[str], splits: Mapped) -> list[str | None]:
 
 
 def _word_in(name: str, splits: Mapped) -> str | None:
-    """The first word of a name that is a split, digits at its end left out: that of val2017 is val."""
-    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in splits), None)
+    """The first word of a name that is a split, where no letter stands before or after: that of val2017 is val."""
+    letter, words = r"[^\W\d_]", "|".join(map(re.escape, sorted(splits, key=len, reverse=True)))
+    found = re.search(rf"(?<!{letter})({words})(?!{letter})", name, re.IGNORECASE)
+    return found and found[1].lower()
 
 
 def _folder(name: str, splits: Mapped) -> str | None:

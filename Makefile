@@ -5,8 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: demo demo-tune demo-emoji test test-all test-slow test-oldest oldest-tests oldest-inspect sanitize gpu-pretend \
-	pretend-first pretend-second pretend-third hub docs docs-serve lint clean help
+.PHONY: demo demo-tune demo-emoji test test-all test-slow test-oldest oldest-tests oldest-inspect sanitize \
+	sanitize-attention sanitize-rows gpu-pretend pretend-first pretend-second pretend-third hub docs docs-serve lint clean help
 
 help:
 	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 3 minutes on 2 CPU cores)"
@@ -15,7 +15,7 @@ help:
 	@echo "make test        run the tests, but for the slow ones"
 	@echo "make test-all    run all tests (tests/README.md lists the slow ones)"
 	@echo "make test-oldest run kernels, compiled blocks and checkpoints with the oldest supported PyTorch and Triton"
-	@echo "make gpu-pretend try the script for a machine with a GPU on this CPU (about 3 minutes)"
+	@echo "make gpu-pretend try the script for a machine with a GPU on this CPU (about 4 minutes)"
 	@echo "make sanitize    run the kernels' tests with every memory access checked"
 	@echo "make lint        ruff, mypy, and the compiler's report on the kernels"
 	@echo "make docs        build the documentation site into docs/site/built; make docs-serve shows it"
@@ -117,8 +117,16 @@ pretend-first:
 pretend-second pretend-third: pretend-%:
 	PYTHON=$(OLDEST)/bin/python bench/gpu.sh $* --pretend --out $(PRETEND)
 
+# Two at a time, each on one core.
+ATTENTION := tests/rfkernels/test_joint_attention_kernels.py
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
-	$(BIN)/python -m rfkernels.sanitize -m pytest $(SANITIZED)
+	$(MAKE) -j 2 sanitize-attention sanitize-rows
+
+sanitize-attention:
+	$(BIN)/python -m rfkernels.sanitize -m pytest -p no:cacheprovider $(ATTENTION)
+
+sanitize-rows:
+	$(BIN)/python -m rfkernels.sanitize -m pytest -p no:cacheprovider $(filter-out $(ATTENTION),$(SANITIZED))
 
 # The ops as a kernel that Hugging Face's package `kernels` loads, into the folder hub: upload that.
 hub: $(VENV)/.installed-dev+train+emoji+minilm

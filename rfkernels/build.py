@@ -102,6 +102,17 @@ def nvcc() -> str:
     raise CannotBuild(f"{asked} is not on the path")
 
 
+def nvcc_version() -> str:
+    """All that it says of itself. Raises: CannotBuild."""
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+
+
+def built_by() -> str | None:
+    """`nvcc_version` of the nvcc that built the CUDA kernels which lie here."""
+    told = folder() / "nvcc"
+    return told.read_text() if told.is_file() else None
+
+
 def _cuda_jobs(into: Path, targets: tuple[int, ...] = CUDA_TARGETS) -> list[list[str]]:
     """What compiles csrc/cuda, for each kind of GPU.
 
@@ -230,6 +241,7 @@ def _keep_cuda(made: Path, where: Path, reason: str | None) -> None:
     """What was compiled of the CUDA kernels, and why the rest was not, in a line."""
     for path in made.glob("*.cubin"):
         os.replace(path, where / path.name)
+        (where / "nvcc").write_text(nvcc_version())
     (where / "cuda").write_text((reason or "").strip().split("\n")[-1][:200])
 
 

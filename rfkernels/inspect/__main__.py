@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -135,6 +136,7 @@ def main(
 
     if INTERPRETED:
         sys.exit("error: TRITON_INTERPRET is set; inspection needs the compiler")
+    all = all or "TRITON_PTXAS_PATH" in os.environ                      # an assembler that the keys know nothing of
     table = {} if all else read_table(table_path())
     reports = inspect(targets, only, table)
     keys = {row.get("key") for row in table.values()}
@@ -148,7 +150,7 @@ def main(
     if only and not only.startswith("cuda"):
         return finish(wrong, check)
     try:
-        compiled = {key: r for key, r in cuda.compiled(targets).items() if only in key}
+        compiled = {key: r for key, r in cuda.compiled(targets, anew=all).items() if only in key}
         print(f"csrc/cuda by nvcc {cuda.version()}")
         path = TABLES / f"cuda-{cuda.version()}.json"
         wrong += settle(compiled, cuda.defects(compiled), path, check, write, kept)

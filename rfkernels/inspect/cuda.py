@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,14 +13,15 @@ THREADS = {"960": 128, "1152": 160, "1536": 192, "1920": 256, "2432": 320, "3072
 """Of a block of the adaLN family, by the end of a kernel's name; 128 of the others. As in csrc/cuda/kernels.cu."""
 
 
-def compiled(targets: tuple[str, ...]) -> dict[str, Compiled]:
+def compiled(targets: tuple[str, ...], anew: bool = False) -> dict[str, Compiled]:
     """"cuda kernel target" -> report, for those of the targets that csrc/cuda is built for. What `python -m
-    rfkernels.build` has compiled of these sources is not compiled again.
+    rfkernels.build` has compiled of these sources with this nvcc is not compiled again, unless asked for.
 
     Raises: CannotBuild, without nvcc.
     """
     wanted = [target for target in build.CUDA_TARGETS if f"sm_{target}" in targets]
-    binaries = {target: build.cuda_binary(target) for target in wanted}
+    anew = anew or build.built_by() != build.nvcc_version()
+    binaries = {target: None if anew else build.cuda_binary(target) for target in wanted}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         build.compile_cuda(Path(folder), tuple(target for target in wanted if not binaries[target]))
@@ -33,8 +33,7 @@ def compiled(targets: tuple[str, ...]) -> dict[str, Compiled]:
 
 def version() -> str:
     """Of nvcc, "13.0". Raises: CannotBuild."""
-    told = subprocess.run([build.nvcc(), "--version"], capture_output=True, text=True).stdout
-    return re.findall(r"release (\d+\.\d+)", told)[0]
+    return re.findall(r"release (\d+\.\d+)", build.nvcc_version())[0]
 
 
 def read(path: Path, target: int) -> list[Compiled]:

@@ -72,13 +72,12 @@ class Report:
     notes: dict[str, str] = field(default_factory=dict)
     """By class, when its own code runs although it was replaced."""
 
-    def count(self, name: str, why: str | None) -> bool:
-        """One more module, replaced or left; whether it is replaced."""
+    def count(self, name: str, why: str | None) -> None:
+        """One more module, replaced or left."""
         if why is None:
             self.replaced[name] = self.replaced.get(name, 0) + 1
         else:
             self.left[name, why] = self.left.get((name, why), 0) + 1
-        return why is None
 
     def __str__(self) -> str:
         lines = [
@@ -96,11 +95,12 @@ def _parameters(call: Any) -> list[str]:
 def _fits_version(known: Known, own: Any, call: str) -> str | None:
     """Why a class of this diffusers is not the one that is known here, or None: its arguments have to be the same, and
     nobody may have put another function in its place."""
-    function = inspect.unwrap(getattr(own, call))
+    function = getattr(own, call)
     have, want = _parameters(function), _parameters(getattr(known.mixin, call))
     if have == want:
-        where = function.__code__.co_filename
-        return None if where == inspect.getfile(own) else f"its {call} was replaced by one of {where}"
+        where = getattr(function, "__module__", "nowhere")
+        wrapped = where != own.__module__ or hasattr(function, "__wrapped__")
+        return f"its {call} was replaced or wrapped by somebody ({where})" if wrapped else None
     import diffusers
 
     return f"diffusers {diffusers.__version__} has {call}({', '.join(have)}), known is ({', '.join(want)})"
@@ -127,16 +127,18 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, Known]]:
             yield module, known
 
 
-def _runs_its_own(thing: Any) -> str | None:
-    """Why an exchanged module or processor runs its own code at present, or None."""
-    if isinstance(thing, modules.FeedForward):
-        called = modules.layers_called(thing.net)                                                 # type: ignore[attr-defined]
-        return "its layers are adapted, hooked or no plain weights" if called else None
+def _runs_its_own(thing: Any, known: Known | None) -> str | None:
+    """Why an exchanged module or processor runs its own code at present, or calls its norm, or None."""
     if isinstance(thing, processors.Processor):
         return "another attention was asked for" if thing.elsewhere() else None
-    norm = getattr(thing, "norm", None)
-    watched = isinstance(norm, nn.LayerNorm) and not modules.stands_for(norm)
-    return "its norm is called, it has hooks" if watched else None
+    if known is not None and known.mixin is modules.FeedForward:
+        why = modules.other_mlp(thing.net)
+        called = why is None and modules.layers_called(thing.net)
+        return "its layers are adapted, hooked or no plain weights, or dropout acts" if called else why
+    for norm in (getattr(thing, name, None) for name in known.norms) if known is not None else ():
+        if norm is not None and not modules.stands_for(norm):
+            return modules.plain_norm(norm) or "its norm has hooks"
+    return None
 
 
 def _norms(attention: Any) -> Iterator[Any]:
@@ -199,7 +201,7 @@ def apply(
         why = why or _fits_version(known, own, "forward") or _refuses(module, known)
         if why is None:
             exchange(module, fused_class(known.mixin, own, options))
-        found.count(own.__name__, why or _runs_its_own(module))
+        found.count(own.__name__, why or _runs_its_own(module, known))
     for module, processor in list(_attentions(model)):
         own = own_class(module.processor)
         why = None if options.attention else "attention=False"
@@ -208,7 +210,7 @@ def apply(
             assert processor is not None
             exchange(module.processor, fused_class(processor.mixin, own, options))
             _note(found, module.processor)
-        found.count(own.__name__, why or _runs_its_own(module.processor))
+        found.count(own.__name__, why or _runs_its_own(module.processor, None))
         if options.qk_norm and (why or module.processor.own_with):            # its own calls them
             for norm in _norms(module):
                 if why:
@@ -247,12 +249,12 @@ def revert(model: nn.Module) -> None:
 def report(model: nn.Module) -> Report:
     """What is fused in a model now, and which parts that are known are not."""
     found = Report()
-    for module, _ in _modules(model):
-        why = _runs_its_own(module) if isinstance(module, Fused) else "not patched"
+    for module, known in _modules(model):
+        why = _runs_its_own(module, known) if isinstance(module, Fused) else "not patched"
         found.count(own_class(module).__name__, why)
     for module, _ in _attentions(model):
         fused = isinstance(module.processor, Fused)
-        why = _runs_its_own(module.processor) if fused else "not patched"
+        why = _runs_its_own(module.processor, None) if fused else "not patched"
         found.count(own_class(module.processor).__name__, why)
         if fused:
             _note(found, module.processor)

@@ -128,9 +128,10 @@ class _Tables:
         """(references to both tables, what else decides, what was made of them)"""
 
     def __call__(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():     # these know no versions
+        if torch.compiler.is_compiling():
             return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-        last, key = self._last, (cos._version, sin._version, torch.is_inference_mode_enabled())
+        versions = [None if table.is_inference() else table._version for table in (cos, sin)]
+        last, key = self._last, (*versions, torch.is_inference_mode_enabled())
         if not last or last[0]() is not cos or last[1]() is not sin or last[2] != key:
             made = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
             self._last = last = (weakref.ref(cos), weakref.ref(sin), key, made)

@@ -180,7 +180,9 @@ def test_a_class_whose_forward_was_replaced_is_left(monkeypatch):
 
     own = FeedForward.forward
     monkeypatch.setattr(FeedForward, "forward", lambda self, hidden_states, *args, **kwargs: own(self, hidden_states))
-    assert "FeedForward: left, its forward was replaced by one of" in str(patch.apply(made("flux")))
+    assert "FeedForward: left, its forward was replaced or wrapped by somebody" in str(patch.apply(made("flux")))
+    monkeypatch.setattr(FeedForward, "forward", torch.compiler.disable(own))
+    assert "FeedForward: left, its forward was replaced or wrapped by somebody" in str(patch.apply(made("flux")))
 
 
 def test_a_report_says_what_runs_now():
@@ -190,10 +192,27 @@ def test_a_report_says_what_runs_now():
     model.set_attention_backend("native")
     for found in (patch.apply(model), patch.report(model)):
         assert "1 FeedForward: left, its layers are adapted, hooked or no plain weights" in str(found)
-        assert "1 AdaLayerNormZero: left, its norm is called, it has hooks" in str(found)
+        assert "1 AdaLayerNormZero: left, its norm has hooks" in str(found)
         assert "3 FluxAttnProcessor: left, another attention was asked for" in str(found)
     model.reset_attention_backend()
     assert "3 FluxAttnProcessor: fused" in str(patch.report(model))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (rms_norm, "FluxTransformerBlock: left, its norm is a RMSNorm"),
+        (norm_with_weight, "FluxTransformerBlock: left, its norm has a weight"),
+        (exact_gelu, "FeedForward: left, its activation is GELU"),
+        (tanh_at_the_end, "FeedForward: left, it has 4 parts"),
+        (tanh_for_dropout, "FeedForward: left, where dropout stands it has a Tanh"),
+    ],
+)
+def test_a_report_says_what_a_change_did(change, said):
+    model = made("flux")
+    patch.apply(model)
+    change(model, "flux")
+    assert said in str(patch.report(model))
 
 
 def test_a_class_made_from_one_that_is_known_is_named():

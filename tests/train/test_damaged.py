@@ -156,6 +156,7 @@ def test_a_metadata_file_with_a_name_that_is_none_is_refused(tmp_path):
     [
         ("index.json", b"[]"), ("index.json", b"\xff"), ("index.json", b"{}"), ("blocks/00000.json", b"[]"),
         ("blocks/00000.json", b'{"a": 1}'), ("blocks/00000.json", b"["),
+        ("blocks/00000.json", b'{"number": 0, "shards": 5}'), ("blocks/00000.json", b'{"number": 0, "rejected": [{}]}'),
     ],
 )  # fmt: skip
 def test_a_damaged_cache_names_the_file(file, content, tmp_path, config):

@@ -59,6 +59,15 @@ def test_splits_of_pictures_by_their_folders(tmp_path):
     assert len(found) == 1 and found.passed["of a split that is left out"] == 1
 
 
+def test_names_that_somebody_gave_hold_alone(tmp_path):
+    pictures(tmp_path, "clean/0.png", "noisy/1.png")
+    assert splits(tmp_path, splits=("noisy=-",)) == [("clean/0.png", None)]
+    assert splits(tmp_path, splits=("noisy=val",)) == [("clean/0.png", None), ("noisy/1.png", "val")]
+    archives = [tmp_path / "noisy-0.tar", tmp_path / "noisy-1.tar"]
+    assert of_archives(archives, mapped(("noisy=val",))) == ["val", "val"]
+    assert of_archives([*archives, tmp_path / "a.tar"], mapped(("noisy=-",))) == ["-", "-", None]
+
+
 def test_one_folder_that_is_named_like_a_split_is_a_class(tmp_path):
     pictures(tmp_path, "bus/0.png", "train/0.png")
     assert {split for _, split in splits(tmp_path)} == {None}
@@ -82,8 +91,23 @@ def test_a_table_names_pictures_and_a_line_that_names_none_is_named(tmp_path):
     pictures(tmp_path, "0.png", captions=False)
     (tmp_path / "metadata.csv").write_text('file_name,caption,split\r\n0.png,"two\r\nlines",\r\n')
     assert [(r.caption, r.split) for r in open_source(str(tmp_path))] == [("two\nlines", None)]
-    (tmp_path / "metadata.csv").write_text("picture,caption\n0.png,a\n")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n,a\n")
     with pytest.raises(DataError, match=r"metadata.csv, line 2: expected columns with file_name"):
+        open_source(str(tmp_path))
+
+
+def test_a_table_of_something_else_is_no_list(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "metadata.csv").write_text("url,width\nhere,3\n")
+    found = open_source(str(tmp_path))
+    assert found[0].caption == "caption of 0.png" and found.passed == {"no picture (.csv)": 1}
+
+
+def test_captions_beside_folders_with_lists_are_refused(tmp_path):
+    pictures(tmp_path, "0.png")
+    pictures(tmp_path, "more/1.png", captions=False)
+    (tmp_path / "more" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}')
+    with pytest.raises(DataError, match=r"has captions beside folders with lists \(.*more/metadata.jsonl\)"):
         open_source(str(tmp_path))
 
 
@@ -110,6 +134,7 @@ def test_two_stars_reach_every_folder(tmp_path):
         tar_of(tmp_path / f"{folder}x.tar", ["0.png"])
     keys = [key for key, _ in splits(tmp_path / "**" / "*.tar")]
     assert sorted(keys) == ["./x.tar:0.png", "a/b/x.tar:0.png", "a/x.tar:0.png"]
+    assert len(splits(tmp_path / "a" / "**")) == 2, "what lies in a folder is read with it, once"
 
 
 def test_keys_of_several_folders_differ(tmp_path):

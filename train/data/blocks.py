@@ -47,6 +47,8 @@ class Block:
             found = cls(**read_object(path))
             if not all(isinstance(entry["file"], str) for entry in found.shards.values()):
                 raise TypeError("a shard without a file")
+            if not all(isinstance(entry[name], str) for entry in found.rejected for name in ("key", "why")):
+                raise TypeError("a picture that was left out without a reason")
             return found
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}): remove it, and precompute makes its block anew") from error

@@ -77,15 +77,26 @@ def read(folder: Path, splits: Mapped) -> Records:
         records = (replace(r, key=f"{printable(part.name)}/{r.key}", split=r.split or split) for r in listed)
         found.join(Records(records, listed.files, listed.passed))
     lists = tuple(f"{part.name}/" for part in below)
-    for path in files_below(folder, found.passed):
-        if not path.startswith(lists):
-            found.passed[why_left(path) or "beside folders with lists"] += 1
+    outside = [path for path in files_below(folder, found.passed) if not path.startswith(lists)]
+    if any(suffix_of(path) == ".txt" and why_left(path) is None for path in outside):
+        raise DataError(f"{folder} has captions beside folders with lists ({list_of(below[0])}); make them two sources")
+    for path in outside:
+        found.passed[why_left(path) or "beside folders with lists"] += 1
     return found
 
 
 def list_of(folder: Path) -> Path | None:
-    """Its metadata.jsonl, or metadata.csv."""
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    """Its metadata.jsonl, or a metadata.csv that names pictures."""
+    lines, table = (folder / name for name in METADATA)
+    if lines.is_file():
+        return lines
+    return table if table.is_file() and _names_pictures(table) else None
+
+
+def _names_pictures(table: Path) -> bool:
+    with open(table, "rb") as file:
+        header = file.readline().decode("utf-8", "ignore")
+    return any(name in header for names in LISTED for name in names)
 
 
 def _reason(path: str) -> str:

@@ -308,10 +308,16 @@ def _undone(cache: Path, records: list[Record], config: Precompute) -> list[int]
                 if not same or _replaced(record, sample):
                     what = "picture" if same else "caption"
                     raise DataError(f"{sample['key']}: its {what} has changed since {cache} was made; choose another")
-        mended = any(entry.get("is") != _state(records[int(entry.get("id", 0))]) for entry in block.rejected)
-        if not block.done or mended or (block.rejected and config.on_error == "stop"):
+        again = [entry for entry in block.rejected if config.on_error == "stop" or _mended(entry, records)]
+        if not block.done or again:
             todo.append(number)
     return todo
+
+
+def _mended(entry: dict[str, str], records: list[Record]) -> bool:
+    """Whether what was left out is not what it was; of caches of before nobody knows."""
+    number = entry.get("id", "")
+    return not number.isdecimal() or int(number) >= len(records) or entry.get("is") != _state(records[int(number)])
 
 
 def _state(record: Record) -> str:

@@ -57,7 +57,7 @@ def open_source(name: str, *, copies: int = 12, splits: Iterable[str] = ()) -> R
             _count_beside(path, set(inside), below.passed)
             archives += [path / file for file in inside]
         found.join(below if len(paths) == 1 else _of(path, paths, below))
-    archives = _without_indices(archives, found.passed)
+    archives = _without_indices(list(dict.fromkeys(archives)), found.passed)
     names = Counter(path.name for path in archives)
     for path, split in zip(archives, of_archives(archives, known), strict=True):
         if split == LEFT_OUT:
@@ -97,6 +97,8 @@ def _paths(name: str, passed: Counter[str]) -> list[Path]:
         found = [Path(name[: span.start()] + number + name[span.end() :]) for number in numbers]
     else:
         found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+        inside = {p for p in found if p.is_dir()}                       # what lies below one of these is read with it
+        found = [p for p in found if not inside.intersection(p.parents)]
     missing = [p for p in found if not p.exists()]
     if missing or not found:
         raise DataError(

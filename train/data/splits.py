@@ -37,28 +37,37 @@ def named(name: object, splits: Mapped, where: str) -> str:
 
 def of_archives(paths: Sequence[Path], splits: Mapped) -> list[str | None]:
     """By a word in their names, or by their folders' names: train-00000-of-00002.parquet, coco-val2017.tar,
-    partial-test/0000.parquet, as Hugging Face's hub has it. Nothing is said where all have one, or none.
+    partial-test/0000.parquet, as Hugging Face's hub has it. Nothing is said where all have one, or none, but of names
+    that somebody gave.
 
-    Raises: DataError for one without such a word where others have one."""
+    Raises: DataError for one without such a word where others have one that nobody gave."""
     names = [_word_in(path.stem, splits) or _folder(path.parent.name.lower(), splits) for path in paths]
     known = [name for name in names if name]
-    if not known or set(names) == {known[0]}:
+    guessed = [name for name in known if not _given(name, splits)]
+    if not known or (guessed and set(names) == {known[0]}):
         return [None] * len(paths)
     for path, name in zip(paths, names, strict=True):
-        if name is None:
-            other = paths[names.index(known[0])]
+        if name is None and guessed:
+            other = paths[names.index(guessed[0])]
             raise DataError(
-                f"{path} names no split, {other} does ({known[0]}); with --splits NAME=train, NAME=val or NAME=- a "
+                f"{path} names no split, {other} does ({guessed[0]}); with --splits NAME=train, NAME=val or NAME=- a "
                 "word of its name becomes one"
             )
-    return [splits[name] for name in names if name]
+    return [name and splits[name] for name in names]
 
 
 def of_folders(paths: Sequence[str], splits: Mapped) -> list[str | None]:
     """Of pictures in folders that are named like splits, train/1.png and val/2.png. Nothing is said unless there are
-    two of these, and of what lies elsewhere."""
-    tops = [splits.get(path.partition("/")[0].lower()) if "/" in path else None for path in paths]
-    return tops if len(set(tops) - {None}) > 1 else [None] * len(paths)
+    two of these, or a name that somebody gave, and of what lies elsewhere."""
+    tops = [path.partition("/")[0].lower() if "/" in path else "" for path in paths]
+    found = [splits.get(top) for top in tops]
+    said = len(set(found) - {None}) > 1 or any(_given(top, splits) for top in set(tops) & splits.keys())
+    return found if said else [None] * len(paths)
+
+
+def _given(name: str, splits: Mapped) -> bool:
+    """Whether somebody said what a name stands for."""
+    return KNOWN.get(name) != splits[name]
 
 
 def _word_in(name: str, splits: Mapped) -> str | None:

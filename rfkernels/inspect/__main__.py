@@ -46,6 +46,7 @@ def write_table(path: Path, table: dict[str, dict]) -> None:
 
 
 def as_row(report: Compiled) -> dict:
+    """For a table; the kernels of csrc have no key."""
     return {name: value for name, value in asdict(report).items() if value != ""}
 
 

@@ -3,7 +3,9 @@
 import copy
 import os
 import pickle
+import random
 from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +21,19 @@ from tests.rfkernels.test_patch import inputs, made, run
 pytest.importorskip("diffusers", reason="diffusers is the reference here")
 from diffusers import FirstBlockCacheConfig, LayerSkipConfig
 from diffusers.hooks import MagCacheConfig, apply_layer_skip
+from diffusers.loaders import FluxIPAdapterMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
 
 ORDERS = ("apply, do", "do, apply", "apply, do, revert", "do, apply, revert", "apply, revert, do", "apply, do, apply")
 
 
 @pytest.fixture(autouse=True)
-def no_backend_for_all():
-    """`set_attention_backend` of one model sets it for all of the process."""
+def a_backend_that_shows(monkeypatch):
+    """The backend that is asked for gives half of what attention gives: a request that is dropped is seen."""
+    usual = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+    half = lambda *given, **named: 0.5 * usual(*given, **named)  # noqa: E731
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, half)
     yield
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
@@ -49,7 +56,18 @@ def perturb_attention(model):
 
 
 def ask_for_a_backend(model):
+    """For this model: for all of the process, as it also does, it is taken back."""
     model.set_attention_backend("_native_math")
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def ask_and_take_back(model):
+    ask_for_a_backend(model)
+    model.reset_attention_backend()
+
+
+def perturb_by_a_processor(model):
+    model.transformer_blocks[1].attn.processor = PAGJointAttnProcessor2_0()
 
 
 def make_processors_anew(model):
@@ -68,6 +86,10 @@ def fuse_and_unfuse(model):
 def checkpoint_activations(model):
     model.enable_gradient_checkpointing()
     model.train()
+
+
+def nothing(model):
+    """What is asked for is asked for in the call."""
 
 
 def pickled(model):
@@ -95,6 +117,11 @@ def adapter(model):
     model._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}], low_cpu_mem_usage=False)
 
 
+def adapter_and_away(model):
+    adapter(model)
+    FluxIPAdapterMixin.unload_ip_adapter(SimpleNamespace(transformer=model, safety_checker=None))
+
+
 HOOKS = {
     "flux": ("transformer_blocks.0.norm1.norm", "transformer_blocks.0.norm2", "single_transformer_blocks.0.norm.norm",
              "norm_out.norm", "transformer_blocks.0.ff.net.0", "transformer_blocks.0.ff.net.1",
@@ -113,7 +140,10 @@ CASES = [
     *((name, do, {}) for name in ("flux", "sd35-large") for do in (fuse_projections, fuse_and_unfuse)),
     *((name, do, {}) for name in ("flux", "qwen", "sd35-medium") for do in (pickled, copied)),
     *((name, hooked(where), {}) for name, places in HOOKS.items() for where in places),
-    ("flux", adapter, IP),
+    ("flux", adapter, IP), ("flux", adapter_and_away, {}),
+    *((name, ask_and_take_back, {}) for name in ("flux", "qwen")),
+    *((name, perturb_by_a_processor, {}) for name in ("sd3", "sd35-medium")),
+    ("sd35-medium", nothing, {"skip_layers": [1]}),
 ]  # fmt: skip
 IDS = [f"{name}-{do.__name__}-{i}" for i, (name, do, _) in enumerate(CASES)]
 
@@ -131,41 +161,76 @@ def drawn(model, name, more, around=nullcontext):
         return run(model, name, **more)
 
 
-def ordered(name, do, order):
+def after(name, steps):
+    """A model to which that was done: functions of this file, and names of the patch's."""
     model = made(name).eval()
-    for step in order.split(", "):
-        if step == "do":
-            model = do(model) or model
+    for step in steps:
+        if callable(step):
+            model = step(model) or model
         else:
             getattr(patch, step)(model)
     return model
 
 
+def ordered(name, do, order):
+    return after(name, [do if step == "do" else step for step in order.split(", ")])
+
+
 @pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
 @pytest.mark.parametrize("usual", (True, False), ids=("usual", "others"))
 def test_each_order_works_like_the_unpatched_model(usual, number):
-    """In the fast tier one of three orders, in turns, in the slow one all others."""
+    """In the fast tier one of the orders, in turns, in the slow one all others."""
     name, do, more = CASES[number]
     want = drawn(ordered(name, do, "do"), name, more)
-    for order in [order for order in ORDERS if (order == ORDERS[number % 3]) == usual]:
+    for order in [order for order in ORDERS if (order == ORDERS[number % len(ORDERS)]) == usual]:
         model = ordered(name, do, order)
         torch.testing.assert_close(drawn(model, name, more), want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{order}: {m}")  # noqa: B023
         fused = any(isinstance(module, Fused) for module in model.modules())
         assert fused == (not order.endswith("revert") and not order.endswith("revert, do")), order
 
 
+def two_that_go_together(rng):
+    """(model, two actions that it takes one after the other unpatched, what it draws then)"""
+    while True:
+        name = rng.choice(("flux", "qwen", "sd35-medium"))
+        actions = rng.sample([do for of, do, more in CASES if of == name and not more], 2)
+        try:
+            return name, actions, drawn(after(name, actions), name, {})
+        except (AttributeError, ValueError, pickle.PicklingError):           # hooks are not pickled, caches not doubled
+            continue
+
+
+@pytest.mark.parametrize("number", [*range(16), *(pytest.param(i, marks=pytest.mark.slow) for i in range(16, 200))])
+def test_two_changes_and_a_patch_in_any_order(number):
+    """It is put on, and in some taken off and put on again, before, between and after them."""
+    rng = random.Random(number)
+    name, steps, want = two_that_go_together(rng)
+    patching, places = ("apply", "revert", "apply")[: rng.randint(1, 3)], sorted(rng.randint(0, 2) for _ in range(3))
+    for moved, (place, step) in enumerate(zip(places, patching, strict=False)):
+        steps.insert(place + moved, step)
+    got = drawn(after(name, steps), name, {})
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{steps}: {m}")
+
+
 @pytest.mark.parametrize("name", ("flux", "qwen"))
 def test_a_backend_of_all_models_is_taken(name):
-    around = lambda: attention_backend("_native_math")  # noqa: E731
-    want, model = drawn(made(name), name, {}, around), made(name)
+    """By `attention_backend`, or as DIFFUSERS_ATTN_BACKEND does when diffusers is imported."""
+    want, model = drawn(made(name), name, {}, lambda: attention_backend("_native_math")), made(name)
+    plain = drawn(made(name), name, {})
+    assert not torch.allclose(want, plain, rtol=1e-2)
     patch.apply(model)
-    torch.testing.assert_close(drawn(model, name, {}, around), want, rtol=1e-4, atol=1e-4)
+    got = drawn(model, name, {}, lambda: attention_backend("_native_math"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn(model, name, {}), plain, rtol=1e-4, atol=1e-4)
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName._NATIVE_MATH)
+    torch.testing.assert_close(drawn(model, name, {}), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ("flux", "sd35-medium"))
+@pytest.mark.parametrize("name", ("flux", "qwen", "sd35-medium"))
 @torch.no_grad()
 def test_one_timestep_for_a_batch(name):
-    given = inputs(name) | {"timestep": torch.tensor([0.3]), "pooled_projections": torch.ones(1, 12)}
+    given = inputs(name) | {"timestep": torch.tensor([0.3])}
+    given |= {} if name == "qwen" else {"pooled_projections": torch.ones(1, 12)}
     given |= {"guidance": torch.tensor([2.0])} if name == "flux" else {}
     model = made(name)
     want = model(**given, return_dict=False)[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,11 @@ def check(cache: Path, *, take_out: bool = False, make_anew: bool = False) -> li
         make_anew: besides, call their blocks and the cache unfinished, so that precompute makes what they held anew.
     Raises: DataError if there is no index, or it is damaged; InUse if the cache is to be changed and another process
         fills it."""
-    index = Index.load(cache)
-    with claimed(cache) if take_out or make_anew else nullcontext():
-        return _checked(cache, index, take_out, make_anew)
+    index = Index.load(cache)                                            # what is no cache is not claimed
+    if not (take_out or make_anew):
+        return _checked(cache, index, False, False)
+    with claimed(cache):
+        return _checked(cache, Index.load(cache), take_out, make_anew)   # as whoever had it before left it
 
 
 def _checked(cache: Path, index: Index, take_out: bool, make_anew: bool) -> list[str]:

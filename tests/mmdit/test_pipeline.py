@@ -1,6 +1,8 @@
 """Released weights in diffusers' folders: the same text features, the same pictures, and back."""
 
+import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +16,12 @@ from mmdit.__main__ import COMMANDS
 from mmdit.autoencoder import to_float, to_uint8
 from mmdit.encoders import T5, Clip, Sd3Text
 from mmdit.model import MMDiT
+from mmdit.sampling.references import encoded
 from mmdit.sampling.sample import Settings
 from tests.mmdit.conftest import VARIANTS
 
 from ..processes import called
+from .forms import forms
 
 PROMPTS = ["a red circle", "two blue squares at the top and a very long tail of words " * 3]
 
@@ -45,6 +49,18 @@ def test_draws_what_diffusers_draws_and_a_folder_saved_here_runs_there(name, fol
     again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "ours")
     again.set_progress_bar_config(disable=True)
     assert np.abs(drawn_by_diffusers(again, latents, **settings) - want).max() <= 2
+
+
+@pytest.mark.parametrize("guidance", (0.0, 0.5, 1.0))
+def test_guidance_up_to_one_is_none_as_in_diffusers(guidance, folders):
+    theirs, folder = folders()
+    latents = torch.randn(2, 16, 8, 8)
+    settings = {"num_inference_steps": 4, "guidance_scale": guidance, "height": 64, "width": 64, "latents": latents}
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    out = pipe(PROMPTS, progress=False, **settings)
+    assert difference(out.images, drawn_by_diffusers(theirs, **settings)) <= 2
+    other = pipe(["zzz qqq"] * 2, progress=False, **settings)
+    assert difference(other.images, np.stack(list(map(np.asarray, out.images))).astype(int)) > 2    # the prompt is read
 
 
 def test_skip_layer_guidance_is_diffusers(folders):
@@ -262,3 +278,39 @@ def test_an_editor_sees_the_picture_and_the_png_names_it(folders, tmp_path):
         assert np.array_equal(np.asarray(picture), np.asarray(drawn.images[0]))
     with pytest.raises(ValueError, match=r"the model has neither reference_channels nor reference_tokens"):
         plain("make it blue", edit=photo, **settings)
+
+
+@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("what", ("image", "mask_image", "edit"))
+def test_pictures_are_read_as_viewers_show_them(what, form, folders):
+    content, _, plain = forms(64, 64)[form]
+    pipe = Pipeline.from_pretrained(folders()[1], device="cpu")
+    if what == "edit":
+        config = replace(pipe.model.config, reference_channels=pipe.model.config.in_channels)
+        got, want = (
+            encoded(picture, 1, (64, 64), config, pipe.autoencoder)[0]
+            for picture in (Image.open(io.BytesIO(content)), Image.fromarray(plain))
+        )
+        assert torch.equal(got, want)
+        return
+    steps = {"num_inference_steps": 2, "strength": 0.5, "height": 64, "width": 64}
+    more = {"image": Image.new("RGB", (64, 64), "red")} if what == "mask_image" else {}
+    got, want = (
+        draw(pipe, "a", **{**more, what: picture}, **steps)[0]
+        for picture in (Image.open(io.BytesIO(content)), Image.fromarray(plain))
+    )
+    assert (got == want).all()
+
+
+@pytest.mark.parametrize("shards", (False, True), ids=("one file", "shards"))
+def test_every_part_may_be_there_as_a_variant_alone(shards, folders, tmp_path):
+    theirs, plain = folders()
+    folder = shutil.copytree(plain, tmp_path / "f")
+    for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+        shutil.rmtree(folder / part)
+        getattr(theirs, part).save_pretrained(folder / part, variant="fp16", max_shard_size="20KB" if shards else "5GB")
+        names = [path.name for path in (folder / part).glob("*.safetensors")]
+        assert all(".fp16" in name for name in names) and (len(names) > 1) == shards, part
+    want = draw(Pipeline.from_pretrained(plain, device="cpu"), "a")[0]
+    got = draw(Pipeline.from_pretrained(folder, device="cpu"), "a")[0]
+    assert np.abs(got - want).max() <= 1             # weights that lie elsewhere in memory: products round differently

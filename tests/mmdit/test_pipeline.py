@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import save_file
 
-from mmdit import Pipeline, checkpoint
+from mmdit import Pipeline, checkpoint, commands
 from mmdit.__main__ import COMMANDS
 from mmdit.autoencoder import to_float, to_uint8
 from mmdit.encoders import T5, Clip, Sd3Text
@@ -314,3 +315,38 @@ def test_every_part_may_be_there_as_a_variant_alone(shards, folders, tmp_path):
     want = draw(Pipeline.from_pretrained(plain, device="cpu"), "a")[0]
     got = draw(Pipeline.from_pretrained(folder, device="cpu"), "a")[0]
     assert np.abs(got - want).max() <= 1             # weights that lie elsewhere in memory: products round differently
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--steps", "0"), "error: steps is 0"), (("--guidance", "nan"), "guidance is nan"),
+        (("--skip-blocks", "9"), "skip_blocks names block 9; the model has 0 to 2"),
+        (("--seed", str(1 << 64)), "seed is 18446744073709551616"),
+        (("--strength", "0"), "strength is 0"), (("--shift", "0"), "shift is 0"),
+        (("--weights", "lora.safetensors"), "holds low-rank adapters"), (("--image", "x.png"), "x.png"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_a_line_that_names_it(flags, message, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({"transformer_blocks.0.attn.to_q.lora.down.weight": torch.ones(2, 4)}, "lora.safetensors")
+    sample = ["sample", str(folders()[1]), "a", "--size", "64", "64"]
+    with pytest.raises(SystemExit) as stopped:
+        commands.dispatch("python -m mmdit", "", COMMANDS, [*sample, *flags])
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("seed", (None, 1.5, [3], 1 << 64))
+def test_a_seed_is_one_integer_of_64_bits(seed, pipe):
+    with pytest.raises((TypeError, ValueError), match="seed"):
+        draw(pipe, "a", seed=seed)
+
+
+def test_a_description_that_is_no_json_is_named(folders, tmp_path):
+    folder = shutil.copytree(folders()[1], tmp_path / "f")
+    (folder / "transformer" / "config.json").write_text("{")
+    sample = ["sample", str(folder), "a", "--out", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit) as stopped:
+        commands.dispatch("python -m mmdit", "", COMMANDS, sample)
+    assert "config.json" in str(stopped.value) and "\n" not in str(stopped.value)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_a_planted_pickle_runs_nothing(place, tmp_path, monkeypatch):
     path.write_bytes(pickle.dumps(held if place == "inside" else Planted()))
     with pytest.raises(ValueError, match=r"posix\.mkdir, which is no part of a checkpoint"):
         Reader(tmp_path / "c").read_metadata()
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_run_is_not_resumed_from_a_planted_pickle(config, tmp_path, monkeypatch):
+    """As somebody else's run folder, in the form of before, might hold."""
+    monkeypatch.chdir(tmp_path)
+    constant = replace(config, optimizer=replace(config.optimizer, decay="none"))
+    train(replace(constant, steps=4))
+    (last,) = [p for p in (config.run / "checkpoints").iterdir() if p.name.endswith("4")]
+    (last / CONTENTS).unlink()
+    (last / FORMER).write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(ValueError, match=r"posix\.mkdir, which is no part of a checkpoint"):
+        train(replace(constant, steps=6))
     assert not (tmp_path / "planted").exists()
 
 

@@ -42,6 +42,13 @@ def test_models_are_patched_as_they_are_constructed(tmp_path):
     assert found == {"test_it::test_flux": "passed", "test_it::test_of_a_class_below": "passed"}
 
 
+@pytest.mark.slow
+def test_what_diffusers_tests_import_has_to_be_there(tmp_path):
+    (tmp_path / "test_it.py").write_text("import nothing_like_it\n")
+    with pytest.raises(SystemExit, match="error: diffusers' tests import nothing_like_it, which is not installed"):
+        outcomes(tmp_path, ["test_it.py"], patched=False, processes=1)
+
+
 def test_a_folder_that_is_no_checkout_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tests.peers", "--diffusers", str(tmp_path)], capture_output=True,
                           text=True, env=os.environ, cwd=Path(__file__).parents[1])  # fmt: skip

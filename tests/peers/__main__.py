@@ -3,12 +3,15 @@
     python -m tests.peers --diffusers PATH                  # a checkout of its repository; about an hour on two cores
     python -m tests.peers --diffusers PATH --only models    # models, lora or pipelines
 
+They need what diffusers' tests import: pip install parameterized requests-mock.
+
 Tests have to come out the same both ways; which do not is said, and the exit status is 1. Its code is that of the
 checkout. Not part of CI: it needs a repository that is not ours.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +28,8 @@ FILES = {
 
 
 def outcomes(checkout: Path, files: list[str], patched: bool, processes: int) -> dict[str, str]:
-    """passed, failed or skipped, by test."""
+    """passed, failed or skipped, by test. Ends the program if what the tests import is not installed: they would fail
+    both ways, and so come out the same."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -38,11 +42,16 @@ def outcomes(checkout: Path, files: list[str], patched: bool, processes: int) ->
              "--rootdir", str(checkout), "--junit-xml", str(report), *plugin, *files],
             cwd=checkout, env=environment, check=False,
         )  # fmt: skip
-        found = {}
+        found, absent = {}, set()
         for case in xml.parse(report).iter("testcase"):
+            for child in case:
+                if child.get("message") == "collection failure":
+                    absent |= set(re.findall(r"No module named '(\w+)'", child.text or ""))
             kinds = {child.tag for child in case}
             how = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
             found[f"{case.get('classname')}::{case.get('name')}"] = how
+    if absent:
+        sys.exit(f"error: diffusers' tests import {', '.join(sorted(absent))}, which is not installed")
     return found
 
 

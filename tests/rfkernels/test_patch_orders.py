@@ -117,6 +117,18 @@ def adapter(model):
     model._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}], low_cpu_mem_usage=False)
 
 
+def lora(model):
+    peft = pytest.importorskip("peft", reason="peft makes the adapters of diffusers' models")
+    torch.manual_seed(5)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_out.0", "add_v_proj", "net.2"],
+                                      init_lora_weights=False))  # fmt: skip
+
+
+def lora_and_away(model):
+    lora(model)
+    model.delete_adapters("default")
+
+
 def adapter_and_away(model):
     adapter(model)
     FluxIPAdapterMixin.unload_ip_adapter(SimpleNamespace(transformer=model, safety_checker=None))
@@ -141,6 +153,7 @@ CASES = [
     *((name, do, {}) for name in ("flux", "qwen", "sd35-medium") for do in (pickled, copied)),
     *((name, hooked(where), {}) for name, places in HOOKS.items() for where in places),
     ("flux", adapter, IP), ("flux", adapter_and_away, {}),
+    *((name, do, {}) for name in ("flux", "qwen", "sd35-medium") for do in (lora, lora_and_away)),
     *((name, ask_and_take_back, {}) for name in ("flux", "qwen")),
     *((name, perturb_by_a_processor, {}) for name in ("sd3", "sd35-medium")),
     ("sd35-medium", nothing, {"skip_layers": [1]}),

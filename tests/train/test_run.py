@@ -239,6 +239,8 @@ def test_ema_follows_its_definition():
         model.weight += 1
     for step in range(1, 201):
         ema.update(model, step)
+        moved = 1 - 0.99 ** (step // 100)
+        torch.testing.assert_close(ema.weights["weight"], start + moved, msg=f"after step {step}")
     torch.testing.assert_close(ema.weights["weight"], start + 1 - 0.99**2)
     with ema.applied(model):
         torch.testing.assert_close(model.weight.detach(), ema.weights["weight"])

@@ -9,7 +9,7 @@ SEED   ?= 0
 	sanitize-attention sanitize-rows gpu-pretend pretend-first pretend-second pretend-third hub docs docs-serve lint clean help
 
 help:
-	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (about 3 minutes on 2 CPU cores)"
+	@echo "make demo        train a small MM-DiT on captioned shapes, score it, draw it (3 to 5 minutes on 2 CPU cores)"
 	@echo "make demo-emoji  the same path on OpenMoji with a pretrained text encoder (about 22 minutes on 2 CPU cores)"
 	@echo "make demo-tune   fine-tune the demo's model: a new word, a preference, editing"
 	@echo "make test        run the tests, but for the slow ones"
@@ -35,7 +35,7 @@ BUILD = $(BIN)/python -m rfkernels.build || true
 demo: $(VENV)/.installed-train
 	$(BUILD)
 	$(BIN)/python -m train precompute --source shapes --cache cache/shapes
-	$(BIN)/python -m train run shapes --run runs/shapes-$(SEED) --seed $(SEED)
+	$(BIN)/python -m train run shapes --run runs/shapes-$(SEED) --seed $(SEED) --minutes None --steps 2500
 	$(BIN)/python -m train score runs/shapes-$(SEED)
 
 # The demo's model fine-tuned: a new word from 20 pictures as a LoRA, clean edges preferred to ragged ones (DPO), editing.

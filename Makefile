@@ -29,6 +29,9 @@ $(VENV)/.installed-%: pyproject.toml
 	touch $@
 comma := ,
 
+# Two jobs, unless whoever called make has said how many there are.
+JOBS = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j 2)
+
 # The native code makes ops faster; without a compiler everything runs without it, and this says what is missing.
 BUILD = $(BIN)/python -m rfkernels.build || true
 
@@ -94,7 +97,7 @@ $(OLDEST)/.installed: pyproject.toml
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m rfkernels.build || true
 	$(OLDEST)/bin/python -m pytest --collect-only -qq tests/rfkernels >/dev/null            # nothing stops for diffusers
-	$(MAKE) -j 2 oldest-tests oldest-inspect
+	$(MAKE) $(JOBS) oldest-tests oldest-inspect
 
 oldest-tests:
 	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not product" $(OLDEST_TESTS)
@@ -108,7 +111,7 @@ PRETEND := .venv-oldest/pretend
 gpu-pretend: $(OLDEST)/.installed
 	rm -rf $(PRETEND)
 	$(OLDEST)/bin/python -m rfkernels.build || true
-	$(MAKE) -j 2 pretend-first pretend-second pretend-third
+	$(MAKE) $(JOBS) pretend-first pretend-second pretend-third
 	test $$(find $(PRETEND) -name '*.tgz' -size -16M | wc -l) = 3
 
 pretend-first:
@@ -120,7 +123,7 @@ pretend-second pretend-third: pretend-%:
 # Two at a time, each on one core.
 ATTENTION := tests/rfkernels/test_joint_attention_kernels.py
 sanitize: $(VENV)/.installed-dev+train+emoji+minilm
-	$(MAKE) -j 2 sanitize-attention sanitize-rows
+	$(MAKE) $(JOBS) sanitize-attention sanitize-rows
 
 sanitize-attention:
 	$(BIN)/python -m rfkernels.sanitize -m pytest -p no:cacheprovider $(ATTENTION)
@@ -143,7 +146,7 @@ docs-serve: $(VENV)/.installed-dev+train+emoji+minilm
 lint: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) -j 2 $(addprefix inspect-,sm_80 sm_90 sm_100)
+	$(MAKE) $(JOBS) $(addprefix inspect-,sm_80 sm_90 sm_100)
 
 # Each compiles on one core.
 inspect-%:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-def read(image, kind, **options):
+def written(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -25,11 +25,11 @@ def forms(height=48, width=64):
     print_, palette = Image.fromarray(colour).convert("CMYK"), Image.fromarray(colour).quantize(64)
     frames = [palette, Image.new("P", palette.size), Image.new("P", palette.size, 3)]
     return {
-        "turned": (read(sideways, "PNG", exif=turned), ".png", colour),
-        "16-bit": (read(Image.fromarray(grey), "PNG"), ".png", np.dstack([(grey >> 8).astype(np.uint8)] * 3)),
-        "transparent": (read(Image.fromarray(np.dstack([colour, np.broadcast_to(alpha, (height, width))])), "PNG"),
+        "turned": (written(sideways, "PNG", exif=turned), ".png", colour),
+        "16-bit": (written(Image.fromarray(grey), "PNG"), ".png", np.dstack([(grey >> 8).astype(np.uint8)] * 3)),
+        "transparent": (written(Image.fromarray(np.dstack([colour, np.broadcast_to(alpha, (height, width))])), "PNG"),
                         ".png", there),
-        "print": (read(print_, "TIFF"), ".tif", np.asarray(print_.convert("RGB"))),
-        "animation": (read(frames[0], "GIF", save_all=True, append_images=frames[1:]), ".gif",
+        "print": (written(print_, "TIFF"), ".tif", np.asarray(print_.convert("RGB"))),
+        "animation": (written(frames[0], "GIF", save_all=True, append_images=frames[1:]), ".gif",
                       np.asarray(palette.convert("RGB"))),
     }  # fmt: skip

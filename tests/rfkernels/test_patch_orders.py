@@ -105,6 +105,7 @@ def hooked(*names):
         for name in names:
             model.get_submodule(name).register_forward_hook(lambda module, given, out: out * 0.5)
 
+    halve.__name__ = f"halve {', '.join(names)}"
     return halve
 
 
@@ -190,12 +191,12 @@ def ordered(name, do, order):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
-@pytest.mark.parametrize("usual", (True, False), ids=("usual", "others"))
-def test_each_order_works_like_the_unpatched_model(usual, number):
+@pytest.mark.parametrize("one", (True, False), ids=("one", "others"))
+def test_each_order_works_like_the_unpatched_model(one, number):
     """In the fast tier one of the orders, in turns, in the slow one all others."""
     name, do, more = CASES[number]
     want = drawn(ordered(name, do, "do"), name, more)
-    for order in [order for order in ORDERS if (order == ORDERS[number % len(ORDERS)]) == usual]:
+    for order in [order for order in ORDERS if (order == ORDERS[number % len(ORDERS)]) == one]:
         model = ordered(name, do, order)
         torch.testing.assert_close(drawn(model, name, more), want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{order}: {m}")  # noqa: B023
         fused = any(isinstance(module, Fused) for module in model.modules())
@@ -213,16 +214,19 @@ def two_that_go_together(rng):
             continue
 
 
-@pytest.mark.parametrize("number", [*range(16), *(pytest.param(i, marks=pytest.mark.slow) for i in range(16, 200))])
+@pytest.mark.parametrize("number", range(200), ids=lambda i: f"{'first' if i < 16 else 'more'}-{i}")
 def test_two_changes_and_a_patch_in_any_order(number):
     """It is put on, and in some taken off and put on again, before, between and after them."""
     rng = random.Random(number)
     name, steps, want = two_that_go_together(rng)
-    patching, places = ("apply", "revert", "apply")[: rng.randint(1, 3)], sorted(rng.randint(0, 2) for _ in range(3))
-    for moved, (place, step) in enumerate(zip(places, patching, strict=False)):
+    patching = ("apply", "revert", "apply")[: rng.randint(1, 3)]
+    places = sorted(rng.randint(0, 2) for _ in patching)
+    for moved, (place, step) in enumerate(zip(places, patching, strict=True)):
         steps.insert(place + moved, step)
-    got = drawn(after(name, steps), name, {})
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{steps}: {m}")
+    model = after(name, steps)
+    said = ", ".join(step if isinstance(step, str) else step.__name__ for step in steps)
+    torch.testing.assert_close(drawn(model, name, {}), want, rtol=1e-4, atol=1e-4, msg=lambda m: f"{said}: {m}")
+    assert any(isinstance(module, Fused) for module in model.modules()) == (patching[-1] == "apply"), said
 
 
 @pytest.mark.parametrize("name", ("flux", "qwen"))

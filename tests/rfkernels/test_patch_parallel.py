@@ -7,17 +7,19 @@ import torch
 import torch.distributed as dist
 
 from rfkernels import patch
+from rfkernels.patch.swap import Fused
 
 from ..processes import ranks
 from .test_patch import inputs, made
+from .test_patch_orders import ORDERS
 
 pytest.importorskip("diffusers", reason="diffusers is the reference here")
-ORDERS = ("do", "apply, do", "do, apply", "apply, do, revert", "do, apply, revert", "apply, revert, do")
 TEXT = 6                                                                       # tokens: two processes share them
 
 
 def errors(path):
-    """On one of two processes: how far each order is from the model on one process, relative to it."""
+    """On one of two processes, of each order: how far it is from the model on one process, relative to it, how many
+    tokens of the image the first attention of this one sees, and whether it is patched."""
     from diffusers import ContextParallelConfig
 
     torch.set_num_threads(1)
@@ -30,14 +32,18 @@ def errors(path):
         given = inputs(name) | {"encoder_hidden_states": text, "return_dict": False}
         given |= {"txt_ids": torch.zeros(TEXT, 3)} if name == "flux" else {}
         want = made(name)(**given)[0]
-        for order in ORDERS:
-            model = made(name)
+        for order in ("do", *ORDERS):
+            model, seen = made(name), []
+            count = lambda _, given, seen=seen: seen.append(given[0].shape[1])  # noqa: E731
+            model.transformer_blocks[0].attn.to_q.register_forward_pre_hook(count)
             for step in order.split(", "):
                 if step == "do":
                     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
                 else:
                     getattr(patch, step)(model)
-            found[f"{name}: {order}"] = ((model(**given)[0] - want).norm() / want.norm()).item()
+            error = ((model(**given)[0] - want).norm() / want.norm()).item()
+            fused = any(isinstance(module, Fused) for module in model.modules())
+            found[f"{name}: {order}"] = error, seen, fused
     if dist.get_rank() == 0:
         path.write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -46,5 +52,7 @@ def errors(path):
 def test_each_order_draws_what_one_process_does(tmp_path):
     started = ranks(errors, (tmp_path / "errors.json",), 2)
     assert started.wait() == 0, started.printed()
-    found = json.loads((tmp_path / "errors.json").read_text())
-    assert len(found) == 2 * len(ORDERS) and max(found.values()) < 1e-5, found
+    for case, (error, tokens, fused) in json.loads((tmp_path / "errors.json").read_text()).items():
+        assert error < 1e-5, case
+        assert tokens == [6], f"{case}: each process has half of 12"
+        assert fused == (case.rpartition(" ")[2] == "apply" or case.endswith("apply, do")), case

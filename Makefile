@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: demo demo-tune demo-emoji native test test-all test-slow test-oldest oldest-tests oldest-inspect sanitize \
+.PHONY: demo demo-tune demo-emoji test test-all test-slow test-oldest oldest-tests oldest-inspect sanitize \
 	sanitize-attention sanitize-rows gpu-pretend pretend-first pretend-second pretend-third hub docs docs-serve lint clean help
 
 help:
@@ -65,18 +65,20 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 SANITIZED := $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
 	optim.py patch_kernels.py qk_norm.py)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Slow tests wait for processes half of their time.
+WAITING = $(shell expr 3 \* $$(nproc) / 2)
 
-native: $(VENV)/.installed-dev+train+emoji+minilm
+test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)
-
-test: native
 	$(PYTEST) -m "not slow and not product"
 
-test-all: native
+test-all: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BUILD)
 	$(PYTEST)
 
-test-slow: native
-	$(PYTEST) -m "slow or product" $(SANITIZED:%=--ignore=%)
+test-slow: $(VENV)/.installed-dev+train+emoji+minilm
+	$(BUILD)
+	$(PYTEST) -n $(WAITING) -m "slow or product" $(SANITIZED:%=--ignore=%)
 
 # The lower bounds in pyproject.toml, as a machine with nothing else has them: no diffusers. Of the kernels' tests each value
 # of each parameter once.

@@ -173,8 +173,8 @@ def test_the_eight_billion_on_a_thousand_gpus():
 
 
 def test_what_does_not_fit_is_told_what_would():
-    config = dataclasses.replace(RECIPES["d38-1024"](), parallel=Parallel())
-    told = report(dataclasses.replace(config, batch=160), 8, "h100", None)
+    config = dataclasses.replace(RECIPES["d15-1024"](), parallel=Parallel())
+    told = report(dataclasses.replace(config, batch=1680), 8, "h100", None)
     assert "does not fit: " in told and "with --parallel.checkpointing full" in told and "accumulate" in told
 
 

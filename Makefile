@@ -65,8 +65,8 @@ demo-emoji: $(VENV)/.installed-train+emoji+minilm
 SANITIZED := $(addprefix tests/rfkernels/test_,adaln_kernels.py drop_in.py flow_kernels.py gelu_mlp.py joint_attention_kernels.py \
 	optim.py patch_kernels.py qk_norm.py)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-# Slow tests wait for processes half of their time.
-WAITING = $(shell expr 3 \* $$(nproc) / 2)
+# Workers for slow tests, which wait for processes half of their time.
+WAITING = $(shell n=$$((3 * $$(nproc) / 2)); echo $$((n < 8 ? n : 8)))
 
 test: $(VENV)/.installed-dev+train+emoji+minilm
 	$(BUILD)

@@ -120,7 +120,7 @@ def shapes_edit() -> Config:
         initial=Path("runs/shapes-0/model.safetensors"),
         model=replace(base.model, reference_channels=base.model.in_channels),
         objective="editing",
-        formulation="x/lognorm(2.00,1.00)",   # nearer to noise: of what is to be kept .96 is, with the demo's times .93
+        formulation="x/lognorm(2.00,1.00)",   # nearer to noise than the demo: .96 instead of .93 is kept
         minutes=None,
         steps=8000,
         encoder_dropout=0.0,

@@ -76,7 +76,7 @@ class Shape:
 
 def coverage(shape: str, x: float, y: float, half: float, samples: int = 4) -> np.ndarray:
     """[SIDE, SIDE] in [0, 1]: how much of each pixel a shape covers."""
-    at, half = (np.arange(SIDE * samples) + 0.5) / samples, max(half, 1e-6)       # whoever fits one also tries none
+    at, half = (np.arange(SIDE * samples) + 0.5) / samples, max(half, 1e-6)       # a search for the best fit may try 0
     fine = _inside(shape, (at[None, :] - x) / half, (at[:, None] - y) / half)
     return fine.reshape(SIDE, samples, SIDE, samples).mean((1, 3))
 
